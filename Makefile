@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all that a new user needs; both set up .venv first, once.
+# PYTHON=/path/to/python3.12 picks the interpreter; otherwise the first of python3.13, 3.12, 3.11, python3 that fits.
+.SUFFIXES:
+PYTHON ?=
+UPGRADE ?=
+BIN = .venv/bin
+
+.PHONY: help demo test lint bench up down status gpu lock clean
+
+help:
+	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
+	@echo "make test    every check: lint, types, import contracts, tests"
+	@echo "make bench   measure against plain Ray"
+	@echo "make up      start the embedded cluster and leave it running; also: make status, make down"
+	@echo "make lint    the checks that run nothing"
+	@echo "make gpu     add CuPy to .venv"
+	@echo "make lock    write constraints*.txt anew (UPGRADE=--upgrade for the newest versions)"
+	@echo "make clean   remove .venv and caches"
+
+demo: .venv/ready
+	@$(BIN)/ray-gpu demo
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/ready
+	@$(BIN)/python -m benchmarks
+
+up down status: .venv/ready
+	@$(BIN)/ray-gpu $@
+
+gpu: .venv/ready
+	@$(BIN)/python -m pip install -qq --root-user-action=ignore --require-hashes -r constraints-gpu.txt
+
+lock:
+	@scripts/lock.sh "$(or $(PYTHON),python3.11)" $(UPGRADE)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Two stamps: a changed lock rebuilds .venv, a changed pyproject.toml only installs the project anew.
+.venv/locked: constraints.txt scripts/setup.sh
+	@scripts/setup.sh $(PYTHON)
+	@touch $@
+
+.venv/ready: .venv/locked pyproject.toml
+	@$(BIN)/python -m pip install -qq --root-user-action=ignore --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,24 @@
+"""Run a function on shared GPUs without letting its data out of the zone unsealed.
+
+Names are loaded on first use: a keeper or an actor must not load what only a notebook needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_gpu.api import FunctionOptions, RemoteFunction, attach, gpu_remote
+    from ray_gpu.arrays import Batch
+    from ray_gpu.client import Call, Handle, Session
+
+__all__ = ["Batch", "Call", "FunctionOptions", "Handle", "RemoteFunction", "Session", "attach", "gpu_remote"]
+
+_HOMES = {"Batch": "arrays", "Call": "client", "Handle": "client", "Session": "client"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ray_gpu' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ray_gpu.{_HOMES.get(name, 'api')}"), name)

@@ -1,0 +1,364 @@
+"""The custodian of one GPU node: its identity, its offers and grants, its leases. This module does I/O.
+
+Trusted by the zone as far as its promise goes: it opens each lease's key once, for exactly the granted
+terms, starts keeper and sandbox, ends them, and signs what happened. It trusts nothing that an actor
+says: an actor can ask for offers, hand over grants and connections, and die.
+
+Rules:
+
+1. An offer is signed, made for one lease, and used at most once.
+2. A grant is refused when its offer is unknown, used or from another boot; when it names another node
+   or pool; when this node is weaker than the grant accepts; when the pool's policy forbids its terms;
+   when its GPU share is not free; or when Vault does not open its key for exactly these terms.
+3. A lease ends, keeper and sandbox killed, when any of actor, keeper or sandbox is gone or its time is over.
+4. Processes are started by the main thread alone: bubblewrap's ``--die-with-parent`` follows the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import queue
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_gpu.sandbox import boundary, memory
+from ray_gpu.wire import close_fds, error_reply, recv_message, send_message, unix_listen
+from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
+from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
+from zones.model import Grant, Offer, canonical, check_id, digest
+from zones.policy import PoolPolicy
+from zones.vault import Vault
+
+#: A sandbox that has not come up by then is given up, seconds.
+START_TIMEOUT_S = 30.0
+#: Longest lease any custodian accepts, seconds.
+MAX_LEASE_S = 24 * 3600
+#: Offers without a grant that are kept; the oldest goes first.
+MAX_OFFERS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """What a custodian is started with."""
+
+    node: str
+    pool: str
+    #: Whole GPUs of this node, in thousandths.
+    gpu_milli: int
+    socket_path: Path
+    #: First uid of this node's keepers and sandboxes; unused without root.
+    uid_base: int
+    #: Uid allowed to connect besides our own: the caged actors'.
+    actor_uid: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Lease:
+    """One lease that runs."""
+
+    grant: Grant
+    keeper: subprocess.Popen[bytes]
+    sandbox: subprocess.Popen[bytes]
+    control: socket.socket
+    device: str = ""
+    started: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Custodian:
+    """Serves the actors of one node."""
+
+    def __init__(self, settings: NodeSettings, *, identity: NodeIdentity, vault: Vault, policy: PoolPolicy) -> None:
+        self._settings = settings
+        self._identity = identity
+        self._vault = vault
+        self._policy = policy
+        self._boot = secrets.token_hex(16)
+        stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
+        self._degradations = (*boundary.degradations(), *stand_in)
+        self._lock = threading.Lock()
+        self._offers: dict[str, tuple[Offer, ExchangeKey]] = {}
+        self._used: set[str] = set()
+        self._leases: dict[str, Lease] = {}
+        self._reserved_milli = 0
+        self._started = 0
+        self._spawns: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+
+    def serve(self) -> None:
+        """Accept actors in the background and start processes here, in the main thread, for ever."""
+        listener = unix_listen(str(self._settings.socket_path), mode=0o666)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        while True:
+            work, future = self._spawns.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = listener.accept()
+            threading.Thread(target=self._serve_actor, args=(sock,), daemon=True).start()
+
+    def _serve_actor(self, sock: socket.socket) -> None:
+        """Answer one actor until it is gone; then end the lease that it stood for."""
+        leases: set[str] = set()
+        try:
+            if boundary.peer_uid(sock) not in {0, os.geteuid(), self._settings.actor_uid}:
+                return
+            while True:
+                request, fds = recv_message(sock, max_bytes=64 << 10, max_fds=1)
+                reply = self._answer(request, fds, leases)
+                if request.get("op") != "connection":
+                    send_message(sock, reply)
+        except (OSError, ZoneError):
+            return
+        finally:
+            sock.close()
+            for lease in leases:
+                self._end(lease)
+
+    def _answer(self, request: dict[str, Any], fds: list[int], leases: set[str]) -> dict[str, Any]:
+        try:
+            lease = check_id(str(request.get("lease")), what="lease")
+            leases.add(lease)
+            if request.get("op") == "offer":
+                return {"ok": True, **self.offer(lease)}
+            if request.get("op") == "grant":
+                return {"ok": True, **self.grant(lease, request)}
+            if request.get("op") == "connection" and fds:
+                self._hand_over(lease, fds[0])
+                return {"ok": True}
+            raise GrantRefusedError(f"custodian knows no request {request.get('op')!r}")
+        except Exception as error:
+            return error_reply(error)
+        finally:
+            close_fds(fds)
+
+    def offer(self, lease: str) -> dict[str, Any]:
+        """Return a signed offer for *lease*: document, signature and certificate.
+
+        Raises:
+            GrantRefusedError: The lease id was used before.
+        """
+        key = ExchangeKey()
+        settings = self._settings
+        offer = Offer(node=settings.node, pool=settings.pool, boot=self._boot, exchange_key=key.public_hex,
+                      degradations=self._degradations, device=boundary.device_hint())
+        with self._lock:
+            if lease in self._used or lease in self._offers:
+                raise GrantRefusedError("this lease id was used before; ask for a new lease")
+            self._offers[lease] = (offer, key)
+            while len(self._offers) > MAX_OFFERS:
+                del self._offers[next(iter(self._offers))]
+        signature = self._identity.sign(canonical({"lease": lease, **offer.document()}))
+        return {"offer": offer.document(), "signature": signature, "certificate": self._identity.certificate_pem}
+
+    def grant(self, lease: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Check a grant, open its key, start keeper and sandbox.
+
+        Raises:
+            GrantRefusedError: See the module's rules.
+            SandboxLevelError: This node is weaker than the grant accepts.
+            VaultError: Vault did not open the key.
+        """
+        grant = _parse_grant(request.get("grant"))
+        with self._lock:
+            offer, exchange = self._take_offer(lease, grant)
+            self._check_terms(grant)
+            self._reserved_milli += grant.gpu_milli
+        try:
+            data_key = self._vault.unwrap(grant.zone, grant.node, lease, grant.digest(), str(request.get("wrapped")))
+            key = derive_lease_key(data_key, exchange.shared(grant.exchange_key), grant.digest())
+            running = self._on_main_thread(lambda: self._start(grant, key.bytes))
+        except BaseException:
+            self._release(grant)
+            raise
+        self._leases[lease] = running
+        for process in (running.keeper, running.sandbox):
+            threading.Thread(target=self._watch, args=(lease, process), daemon=True).start()
+        threading.Thread(target=self._serve_keeper, args=(lease, running), daemon=True).start()
+        return {"device": running.device, "offer": offer.document()}
+
+    def _take_offer(self, lease: str, grant: Grant) -> tuple[Offer, ExchangeKey]:
+        """Use up the offer of *lease*; whatever follows, it cannot be used again."""
+        found = self._offers.pop(lease, None)
+        if found is None or lease in self._used:
+            raise GrantRefusedError("this lease has no open offer on this node; ask for a new lease")
+        self._used.add(lease)
+        if grant.lease != lease or grant.offer_digest != digest(found[0].document()):
+            raise GrantRefusedError("the grant does not answer this node's offer; ask for a new lease")
+        return found
+
+    def _check_terms(self, grant: Grant) -> None:
+        settings, now = self._settings, int(time.time())
+        if grant.node != settings.node or grant.pool != settings.pool:
+            raise GrantRefusedError("the grant names another node or pool; ask for a new lease")
+        if not now < grant.not_after <= now + MAX_LEASE_S:
+            raise GrantRefusedError("the grant's time is over or too long; check both hosts' clocks")
+        missing = set(self._degradations) - set(grant.accepted_degradations)
+        if missing:
+            raise SandboxLevelError(f"node {settings.node} is degraded: {', '.join(sorted(missing))}; "
+                                    "mend the node (ray-gpu doctor) or let the zone's policy accept it",
+                                    node=settings.node, reasons=sorted(missing))
+        if self._reserved_milli + grant.gpu_milli > settings.gpu_milli:
+            raise GrantRefusedError(f"node {settings.node} has no free GPU share of {grant.gpu_milli / 1000}")
+        refusal = self._policy.refusal(grant)
+        if refusal:
+            raise GrantRefusedError(f"pool {settings.pool} refuses the grant: {refusal}; ask the pool's operator")
+
+    def _on_main_thread(self, work: Callable[[], Lease]) -> Lease:
+        future: Future[Lease] = Future()
+        self._spawns.put((work, future))
+        return future.result(timeout=START_TIMEOUT_S + 5)
+
+    def _start(self, grant: Grant, key: bytes) -> Lease:
+        """Start keeper and sandbox; return when both are ready. Runs in the main thread."""
+        self._started += 1
+        uid = self._settings.uid_base + 2 * (self._started % 5000)
+        control, keeper_control = socket.socketpair()
+        keeper_side, sandbox_side = socket.socketpair()
+        slots = memory.create()
+        sandbox = boundary.launch_sandbox(uid=uid, memory_bytes=grant.memory_bytes, name=grant.lease,
+                                          sock_fd=sandbox_side.fileno(), memory_fd=slots)
+        keeper = boundary.launch_keeper(uid=uid + 1, control_fd=keeper_control.fileno(), name=grant.lease,
+                                        sandbox_fd=keeper_side.fileno(), memory_fd=slots)
+        for sock in (keeper_control, keeper_side, sandbox_side):
+            sock.close()
+        os.close(slots)
+        lease = Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, started=int(time.time()))
+        try:
+            lease.device = self._introduce(lease, key)
+        except (OSError, ZoneError) as error:
+            _kill(lease)
+            raise GrantRefusedError(f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
+                                    "see the custodian's log") from None
+        return lease
+
+    def _introduce(self, lease: Lease, key: bytes) -> str:
+        """Give the keeper its key and wait until it and the sandbox are ready; return the device's name."""
+        grant = lease.grant
+        lease.control.settimeout(START_TIMEOUT_S)
+        send_message(lease.control, {
+            "key": key, "lease": grant.lease, "grant_digest": grant.digest(), "node": grant.node, "pool": grant.pool,
+            "degradations": list(self._degradations), "not_after": grant.not_after, "versions": versions(),
+        })
+        ready, _ = recv_message(lease.control)
+        lease.control.settimeout(None)
+        return str(ready["device"])
+
+    def _hand_over(self, lease: str, fd: int) -> None:
+        running = self._leases.get(lease)
+        if running is None:
+            raise GrantRefusedError("no such lease runs on this node")
+        send_message(running.control, {"op": "connection"}, [fd])
+
+    def _serve_keeper(self, lease: str, running: Lease) -> None:
+        """Sign a receipt when the keeper reports the lease's statistics."""
+        with contextlib.suppress(OSError, ZoneError):
+            while True:
+                message, _ = recv_message(running.control, max_bytes=4096)
+                send_message(running.control, {"op": "receipt", **self._receipt(running, message)})
+        self._end(lease)
+
+    def _receipt(self, running: Lease, statistics: dict[str, Any]) -> dict[str, Any]:
+        counted = {name: int(statistics[name]) for name in ("calls", "shards", "received_bytes", "sent_bytes")}
+        document = {
+            "lease": running.grant.lease, "grant": running.grant.digest(), "node": self._settings.node,
+            "device": running.device, "degradations": list(self._degradations), "exit": "closed by the zone",
+            "started": running.started, "ended": int(time.time()), **counted,
+        }
+        return {"receipt": document, "signature": self._identity.sign(canonical(document)),
+                "certificate": self._identity.certificate_pem}
+
+    def _watch(self, lease: str, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._end(lease)
+
+    def _end(self, lease: str) -> None:
+        """Kill what is left of a lease, once."""
+        with self._lock:
+            self._offers.pop(lease, None)
+            running = self._leases.pop(lease, None)
+        if running is None:
+            return
+        _kill(running)
+        self._release(running.grant)
+        running.ended.set()
+
+    def _release(self, grant: Grant) -> None:
+        with self._lock:
+            self._reserved_milli -= grant.gpu_milli
+
+    def close(self) -> None:
+        """End every lease."""
+        for lease in list(self._leases):
+            self._end(lease)
+
+
+def _kill(lease: Lease) -> None:
+    lease.control.close()
+    for process in (lease.sandbox, lease.keeper):
+        boundary.kill(process)
+
+
+def _parse_grant(document: Any) -> Grant:
+    """Build a grant from an actor's words.
+
+    Raises:
+        GrantRefusedError: Fields are missing, superfluous or of another type.
+    """
+    try:
+        fields = dict(document)
+        fields["accepted_degradations"] = tuple(str(item) for item in fields["accepted_degradations"])
+        grant = Grant(**fields)
+        for name in ("zone", "lease", "node", "pool"):
+            check_id(getattr(grant, name), what=name)
+        if not (type(grant.gpu_milli) is type(grant.memory_bytes) is type(grant.not_after) is int):
+            raise TypeError("numbers must be integers")
+        if grant.gpu_milli <= 0 or grant.memory_bytes <= 0:
+            raise ValueError("shares must be positive")
+        return grant
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise GrantRefusedError("the grant is malformed; gateway and custodian must be of the same version") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide whether zone and node understand each other."""
+    return {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__}
+
+
+def main(argv: list[str]) -> None:
+    """Run a custodian. ``argv``: path of its JSON settings file, readable by it alone."""
+    import json  # noqa: PLC0415 - only the entry point reads files
+
+    document = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
+    vault.login_approle(document["role_id"], document["secret_id"])
+    identity = NodeIdentity.enrol(document["node"], vault)
+    settings = NodeSettings(node=document["node"], pool=document["pool"], gpu_milli=document["gpu_milli"],
+                            socket_path=Path(document["socket"]), uid_base=document["uid_base"],
+                            actor_uid=document["actor_uid"])
+    policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
+    custodian = Custodian(settings, identity=identity, vault=vault, policy=policy)
+    signal.signal(signal.SIGTERM, lambda *_: (custodian.close(), os._exit(0)))
+    custodian.serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,203 @@
+"""Sealed messages on a data connection: what gateway and keeper have in common. This module does I/O.
+
+Rules:
+
+1. Every AEAD call reads from and writes into memory of this process alone. What goes to or comes
+   from memory that a sandbox can write is copied, and goes there only after ``finalize`` succeeded.
+2. A header is believed only after the body opened: it is part of the context.
+3. A slot opens once (:class:`zones.envelope.ReplayGuard`).
+4. Buffers are kept and reused; a body moves in pieces of at most 1 MiB.
+"""
+
+from __future__ import annotations
+
+import mmap
+import socket
+import threading
+
+from ray_gpu.wire import recv_into
+from zones.envelope import (
+    HEADER_BYTES,
+    LENGTH_BYTES,
+    MAX_PADDED_BYTES,
+    OPEN_SLACK_BYTES,
+    PIECE_BYTES,
+    SEAL_SLACK_BYTES,
+    Header,
+    LeaseKey,
+    Opener,
+    ReplayGuard,
+    Sealer,
+    header_for,
+    padded_size,
+    sealed_size,
+    split_payload,
+)
+from zones.errors import EnvelopeError
+from zones.model import Direction, Kind, Slot
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+class PlainBuffer:
+    """A private, growing buffer that holds one padded plaintext: length, payload, zeros."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, PIECE_BYTES, flags=_PRIVATE)
+        self._size = 0
+
+    def payload(self, capacity: int) -> memoryview:
+        """Return where to write up to *capacity* payload bytes."""
+        if LENGTH_BYTES + padded_size(capacity) > len(self._memory):
+            self._memory = mmap.mmap(-1, 2 * padded_size(capacity), flags=_PRIVATE)
+        return memoryview(self._memory)[LENGTH_BYTES : LENGTH_BYTES + capacity]
+
+    def padded(self, size: int) -> memoryview:
+        """Return the padded plaintext whose first *size* payload bytes were written."""
+        total = padded_size(size)
+        view = memoryview(self._memory)
+        view[:LENGTH_BYTES] = size.to_bytes(LENGTH_BYTES, "big")
+        end = LENGTH_BYTES + size
+        view[end:total] = bytes(total - end)
+        return view[:total]
+
+
+class SealedSocket:
+    """Sends and receives sealed messages of one lease over one connection.
+
+    Sending is safe from several threads; receiving belongs to one thread at a time.
+
+    Args:
+        sock: Connected TCP socket, owned by this object from now on.
+        key: The lease's key.
+        grant_digest: Hexadecimal SHA-256 of the grant, part of every context.
+        lease: Lease id.
+        outgoing: The direction in which this side seals.
+    """
+
+    def __init__(self, sock: socket.socket, *, key: LeaseKey, grant_digest: str, lease: str, outgoing: Direction) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._key = key
+        self._grant_digest = grant_digest
+        self._lease = lease
+        self._outgoing = outgoing
+        self._incoming = Direction.BACK if outgoing is Direction.OUT else Direction.OUT
+        self._guard = ReplayGuard()
+        self._send_lock = threading.Lock()
+        self._sealed = bytearray(HEADER_BYTES + PIECE_BYTES + SEAL_SLACK_BYTES)
+        self._incoming_piece = bytearray(PIECE_BYTES)
+        self._plain = PlainBuffer()
+        self._opened = memoryview(b"")
+        #: Bytes put on and taken from the connection, headers included.
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    def fileno(self) -> int:
+        """Return the connection's descriptor, for ``poll``."""
+        return self._sock.fileno()
+
+    def slot(self, kind: Kind, *, call: int, shard: int = 0, attempt: int = 0) -> Slot:
+        """Return the outgoing slot of a message."""
+        return Slot(lease=self._lease, direction=self._outgoing, kind=kind, call=call, shard=shard, attempt=attempt)
+
+    def send(self, slot: Slot, payload: bytes | bytearray | memoryview) -> None:
+        """Seal and send a payload. *payload* may be shared memory: it is copied to private memory first."""
+        with self._send_lock:
+            size = len(payload)
+            self._plain.payload(size)[:] = payload
+            self._send_padded(slot, self._plain.padded(size))
+
+    def send_padded(self, slot: Slot, plaintext: memoryview) -> None:
+        """Seal and send a padded plaintext (see :class:`PlainBuffer`) that lies in private memory."""
+        with self._send_lock:
+            self._send_padded(slot, plaintext)
+
+    def _send_padded(self, slot: Slot, plaintext: memoryview) -> None:
+        sealer = Sealer(self._key, self._grant_digest, slot, len(plaintext))
+        sealed = memoryview(self._sealed)
+        sealed[:HEADER_BYTES] = sealer.header
+        filled = HEADER_BYTES
+        for start in range(0, len(plaintext), PIECE_BYTES):
+            piece = plaintext[start : start + PIECE_BYTES]
+            filled += sealer.update_into(piece, sealed[filled:])
+            if start + PIECE_BYTES < len(plaintext):
+                self._flush(sealed[:filled])
+                filled = 0
+        tail = sealer.finalize()
+        sealed[filled : filled + len(tail)] = tail
+        self._flush(sealed[: filled + len(tail)])
+
+    def _flush(self, view: memoryview) -> None:
+        self._sock.sendall(view)
+        self.sent_bytes += len(view)
+
+    def receive(self, *, keep: bool = True, most_bytes: int = MAX_PADDED_BYTES) -> tuple[Header, memoryview]:
+        """Receive and open one message.
+
+        Args:
+            most_bytes: Largest padded plaintext to take: memory is reserved before anything is authentic.
+            keep: Whether the caller keeps the payload; if not, it is valid until the next call only.
+
+        Returns:
+            The header, now authentic, and the payload in private memory.
+
+        Raises:
+            EnvelopeError: The message did not open, or its slot was seen before.
+            ConnectionError: The connection ended.
+        """
+        head = bytearray(HEADER_BYTES)
+        recv_into(self._sock, memoryview(head))
+        header = Header.decode(head)
+        if header.direction is not self._incoming or header.padded_bytes > most_bytes:
+            raise EnvelopeError
+        slot = Slot(lease=self._lease, direction=header.direction, kind=header.kind, call=header.call,
+                    shard=header.shard, attempt=header.attempt)
+        target = self._target(header.padded_bytes, keep=keep)
+        if header_for(slot, header.padded_bytes).encode() != head:
+            raise EnvelopeError
+        opener = Opener(self._key, self._grant_digest, slot, header.padded_bytes)
+        self._open_body(opener, header.padded_bytes, target)
+        self._guard.accept(slot)
+        self.received_bytes += HEADER_BYTES + sealed_size(header.padded_bytes)
+        return header, split_payload(target[: header.padded_bytes])
+
+    def _target(self, padded_bytes: int, *, keep: bool) -> memoryview:
+        size = padded_bytes + OPEN_SLACK_BYTES
+        if keep:
+            return memoryview(bytearray(size))
+        if len(self._opened) < size:
+            self._opened = memoryview(mmap.mmap(-1, 2 * size, flags=_PRIVATE))
+        return self._opened
+
+    def _open_body(self, opener: Opener, padded_bytes: int, target: memoryview) -> None:
+        piece = memoryview(self._incoming_piece)
+        left, filled = sealed_size(padded_bytes), 0
+        while left:
+            view = piece[: min(left, PIECE_BYTES)]
+            recv_into(self._sock, view)
+            filled += opener.update_into(view, target[filled:])
+            left -= len(view)
+        tail = opener.finalize()
+        target[filled : filled + len(tail)] = tail
+        if filled + len(tail) != padded_bytes:
+            raise EnvelopeError
+
+    def finish_call(self, call: int) -> None:
+        """Forget a call's slots; later messages of that call or an earlier one are refused."""
+        self._guard.finish(call)
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Bound how long one receive or send may block, seconds."""
+        self._sock.settimeout(seconds)
+
+    def shutdown(self) -> None:
+        """End the connection in both directions, so that a thread that waits on it wakes."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Close the connection and wipe the buffers that held plaintext (best effort)."""
+        self._sock.close()

@@ -1,0 +1,375 @@
+"""The zone's one way out: a process that scientists do not control. This module does I/O.
+
+It alone holds the zone's Vault identity, policy, ledger, shuffle order and data connections. People
+connect by Unix socket, prove who they are with a Vault token that is checked with Vault, and hand work
+over as bytes and sealed memory files; it unpickles nothing and never speaks Ray. One thread per
+connection; a session may have many connections.
+
+================  ===============================================================================
+request           reply
+================  ===============================================================================
+attach            token, purpose -> session, secret, and what a session card shows
+join              session, secret -> ok: a further connection of the same session
+catalog           -> data sets with columns and classes
+read              handle -> rows, columns, and a memory file with the rows, inside the zone
+call              request (see ``ray_gpu.request``) -> events, then the result
+status            -> session, leases, receipts, nodes
+close             -> ok, when every lease has ended and every key is shredded
+================  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_gpu import job, source
+from ray_gpu.leases import HEARTBEAT_S, LeaseOpener
+from ray_gpu.relay_link import RelayLink
+from ray_gpu.request import Mode, Request, parse
+from ray_gpu.sandbox import boundary
+from ray_gpu.session import Session, ZoneServices
+from ray_gpu.share import share_encoded, share_table, share_value
+from ray_gpu.wire import MalformedMessageError, close_fds, error_reply, recv_message, send_message, unix_listen
+from zones.config import load_zone
+from zones.errors import CallCancelledError, CallTimeoutError, GatewayError, SessionClosedError, ZoneError
+from zones.ledger import Ledger
+from zones.policy import Policy
+from zones.vault import Vault
+
+#: Connections that one session may have at once.
+MAX_CONNECTIONS = 64
+#: How often running calls are looked at, seconds.
+WATCH_INTERVAL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a gateway is started with. Paths are the gateway's own."""
+
+    zone: str
+    policies: Path
+    data_dir: Path
+    ledger: Path
+    socket_path: Path
+    relay_socket: Path
+    #: Uid that the relay connects with.
+    relay_uid: int
+    vault: str
+    vault_ca: str | None
+    role_id: str
+    secret_id: str
+    #: Degradations of the zone's own side that whoever starts the gateway knows of.
+    degradations: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Read settings from a JSON file."""
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("policies", "data_dir", "ledger", "socket_path", "relay_socket"):
+            document[name] = Path(document[name])
+        return cls(**{**document, "degradations": tuple(document["degradations"])})
+
+
+class Gateway:
+    """One zone's gateway."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        zone = load_zone(settings.policies, settings.zone)
+        self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
+        self._vault.login_approle(settings.role_id, settings.secret_id)
+        self._vault.prune(zone.name, int(time.time()))
+        self._relay = RelayLink(self._on_lost)
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+        self.watchdog = Watchdog()
+        self._services = ZoneServices(
+            zone=zone, policy=Policy.load(settings.policies, zone), ledger=Ledger.open(settings.ledger, zone=zone.name),
+            opener=LeaseOpener(zone, self._vault, self._relay, self._vault.node_ca()), data_dir=settings.data_dir,
+            degradations=settings.degradations)
+
+    def serve(self) -> None:
+        """Serve people and the relay until the process is told to end."""
+        relay_listener = unix_listen(str(self._settings.relay_socket), mode=0o666)
+        threading.Thread(target=self._accept_relay, args=(relay_listener,), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self.watchdog.run, daemon=True).start()
+        listener = unix_listen(str(self._settings.socket_path), mode=0o666)
+        while True:
+            sock, _ = listener.accept()
+            threading.Thread(target=Connection(self, sock).serve, daemon=True).start()
+
+    def _accept_relay(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = listener.accept()
+            if boundary.peer_uid(sock) not in {os.geteuid(), self._settings.relay_uid}:
+                sock.close()
+                continue
+            threading.Thread(target=self._relay.attach, args=(sock,), daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(HEARTBEAT_S)
+            for session in list(self._sessions.values()):
+                session.heartbeat()
+
+    def _on_lost(self, lease: str, reason: str) -> None:
+        for session in list(self._sessions.values()):
+            session.lose(lease, reason)
+
+    # -- sessions -------------------------------------------------------------------------------
+
+    def attach(self, token: str, purpose: str) -> Session:
+        """Open a session for whoever *token* belongs to.
+
+        Raises:
+            VaultDeniedError: Vault does not know the token, or its owner is not of this zone.
+        """
+        person = self._vault.whoami(token, self._services.zone.name)
+        session = Session(self._services, person, purpose[:500])
+        with self._lock:
+            self._sessions[session.id] = session
+        return session
+
+    def join(self, identifier: str, secret: str) -> Session:
+        """Return an open session for a further connection of it.
+
+        Raises:
+            SessionClosedError: No such session, or another secret.
+        """
+        session = self._sessions.get(identifier)
+        if session is None or not hmac.compare_digest(session.secret, secret):
+            raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
+        return session
+
+    def detach(self, session: Session) -> None:
+        """Close a session."""
+        with self._lock:
+            self._sessions.pop(session.id, None)
+        session.close()
+
+    def close(self) -> None:
+        """Close every session and the ledger."""
+        for session in list(self._sessions.values()):
+            self.detach(session)
+        self._services.ledger.close()
+
+    def card(self, session: Session) -> dict[str, Any]:
+        """Return what a session card shows."""
+        zone = self._services.zone
+        degradations = sorted({*self._services.degradations})
+        return {**session.status(), "pools": list(zone.pools), "datasets": self.catalog(),
+                "zone_degradations": degradations, "relay": self._relay.connected}
+
+    def catalog(self) -> dict[str, Any]:
+        """Return the catalog: data set to description and column classes."""
+        return {name: {"description": item.description, "columns": dict(item.columns)}
+                for name, item in self._services.zone.datasets.items()}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return the cluster's nodes as the relay reports them."""
+        answer = self._relay.request({"op": "nodes"}, timeout_s=10)
+        return list(answer.get("nodes") or [])
+
+    @property
+    def services(self) -> ZoneServices:
+        """What all sessions share."""
+        return self._services
+
+
+class Watchdog:
+    """Notices that the caller of a running call cancels it, goes away, or waited long enough.
+
+    One thread for all calls: a thread for each would cost more than a small call does.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: dict[job.Cancel, tuple[socket.socket, float | None]] = {}
+
+    @contextlib.contextmanager
+    def watching(self, sock: socket.socket, timeout_s: float | None, cancelled: job.Cancel) -> Iterator[None]:
+        """Watch the call that runs inside this context."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            self._calls[cancelled] = (sock, deadline)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._calls[cancelled]
+            cancelled.finish()
+
+    def run(self) -> None:
+        """Look at every running call, for ever."""
+        while True:
+            time.sleep(WATCH_INTERVAL_S)
+            with self._lock:
+                calls = list(self._calls.items())
+            for cancelled, (sock, deadline) in calls:
+                self._look(cancelled, sock, deadline)
+
+    @staticmethod
+    def _look(cancelled: job.Cancel, sock: socket.socket, deadline: float | None) -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            cancelled.cancel(CallTimeoutError("the call did not finish within its timeout and was stopped; "
+                                              "give it more time with .options(timeout_s=...)"))
+        try:
+            readable = bool(select.select([sock], [], [], 0)[0])
+        except (OSError, ValueError):
+            readable = True
+        if readable:
+            cancelled.cancel(CallCancelledError("the call was cancelled"))
+
+
+class Connection:
+    """One connection of a notebook."""
+
+    def __init__(self, gateway: Gateway, sock: socket.socket) -> None:
+        self._gateway = gateway
+        self._sock = sock
+        self._session: Session | None = None
+        self._owner = False
+        self._send_lock = threading.Lock()
+
+    def serve(self) -> None:
+        """Answer requests until the notebook is gone; if it attached here, its session ends with it."""
+        try:
+            while True:
+                message, fds = recv_message(self._sock, max_fds=1)
+                self._answer(message, fds)
+                if message.get("op") == "close":
+                    return
+        except (OSError, MalformedMessageError):
+            return
+        finally:
+            if self._owner and self._session:
+                self._gateway.detach(self._session)
+            self._sock.close()
+
+    def _answer(self, message: dict[str, Any], fds: list[int]) -> None:
+        operation: Callable[[dict[str, Any], list[int]], None] | None = getattr(self, f"_on_{message.get('op')}", None)
+        try:
+            if operation is None:
+                raise GatewayError(f"the gateway knows no request {str(message.get('op'))[:40]!r}; use one version")
+            operation(message, fds)
+        except ZoneError as error:
+            self._send(error_reply(error))
+        except (ValueError, TypeError, KeyError) as error:
+            self._send(error_reply(GatewayError(f"the request is malformed: {error}")))
+        except OSError as error:
+            self._send(error_reply(GatewayError(f"the gateway could not do that: {error.strerror or error}")))
+        except Exception as error:
+            self._send(error_reply(error))
+        finally:
+            with contextlib.suppress(OSError):
+                close_fds(fds)
+
+    def _send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        with self._send_lock, contextlib.suppress(OSError):
+            send_message(self._sock, message, fds)
+
+    def _need_session(self) -> Session:
+        if self._session is None:
+            raise SessionClosedError("no session on this connection; attach first")
+        return self._session
+
+    def _on_attach(self, message: dict[str, Any], _: list[int]) -> None:
+        self._session = self._gateway.attach(str(message.get("token")), str(message.get("purpose", "")))
+        self._owner = True
+        self._send({"ok": True, "secret": self._session.secret, **self._gateway.card(self._session)})
+
+    def _on_join(self, message: dict[str, Any], _: list[int]) -> None:
+        self._session = self._gateway.join(str(message.get("session")), str(message.get("secret")))
+        self._send({"ok": True})
+
+    def _on_catalog(self, _: dict[str, Any], __: list[int]) -> None:
+        self._need_session()
+        self._send({"ok": True, "datasets": self._gateway.catalog()})
+
+    def _on_status(self, _: dict[str, Any], __: list[int]) -> None:
+        session = self._need_session()
+        self._send({"ok": True, **self._gateway.card(session), "nodes": self._gateway.nodes()})
+
+    def _on_read(self, message: dict[str, Any], _: list[int]) -> None:
+        """Hand rows to a person of the zone; they do not leave it."""
+        self._need_session()
+        services = self._gateway.services
+        found = source.from_catalog(services.zone, services.data_dir, dict(message.get("data") or {}), None)
+        reply = {"ok": True, "rows": found.rows, "columns": found.columns}
+        if not message.get("rows", True):
+            self._send(reply)
+            return
+        fd = share_table(found.table)
+        try:
+            self._send(reply, (fd,))
+        finally:
+            os.close(fd)
+
+    def _on_close(self, _: dict[str, Any], __: list[int]) -> None:
+        session = self._need_session()
+        self._gateway.detach(session)
+        self._send({"ok": True, "receipts": session.receipts})
+
+    def _on_call(self, message: dict[str, Any], fds: list[int]) -> None:
+        session = self._need_session()
+        request = parse(message)
+        found = self._source(request, fds)
+        cancelled = job.Cancel()
+        with self._gateway.watchdog.watching(self._sock, request.options.timeout_s, cancelled):
+            result = job.run(session, request, found, self._send, cancelled)
+        self._reply(request, result)
+
+    def _source(self, request: Request, fds: list[int]) -> source.Source | None:
+        if request.mode is Mode.CALL or request.data is None:
+            return None
+        services = self._gateway.services
+        if request.data.get("memory"):
+            if not fds:
+                raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
+            return source.from_memory(fds.pop(), request.options.columns)
+        return source.from_catalog(services.zone, services.data_dir, request.data, request.options.columns)
+
+    def _reply(self, request: Request, result: job.Result) -> None:
+        head = {"ok": True, "printed": result.printed, "report": result.report}
+        if request.mode is Mode.CALL and len(result.encoded[0]) < 512 << 10:
+            self._send({**head, "inline": bytes(result.encoded[0])})
+            return
+        if request.mode is Mode.MAP:
+            fd, places = share_value(result.value), None
+        else:
+            fd, places = share_encoded(result.encoded)
+        try:
+            self._send({**head, "places": places}, (fd,))
+        finally:
+            os.close(fd)
+
+
+def main(argv: list[str]) -> None:
+    """Run a gateway. ``argv``: path of its JSON settings file, readable by it alone."""
+    gateway = Gateway(Settings.read(Path(argv[0])))
+
+    def stop(*_: object) -> None:
+        gateway.close()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gateway.serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,351 @@
+"""The whole flow of a call. Read :func:`run` first. This module does I/O.
+
+Order is the promise: data is resolved inside the zone, policy decides and the ledger has it on disk,
+leases prove what they are, the intent is on disk, and only then does the first byte leave.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_gpu.frames import Header
+from ray_gpu.leases import Lease
+from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
+from ray_gpu.request import Mode, Request
+from ray_gpu.session import Allowed, Session
+from ray_gpu.source import Source
+from zones import plan, shards
+from zones.envelope import HEADER_BYTES, padded_size, sealed_size
+from zones.errors import EnvelopeError, LeaseLostError, ZoneError
+from zones.model import Kind
+
+#: Shards that are on the way in one lease at once.
+IN_FLIGHT = 2
+#: Times a shard is sent before the call gives up.
+MAX_ATTEMPTS = 4
+#: Most bytes that travel as one shard when a call wants all rows at once.
+MAX_WHOLE_BYTES = 60 << 20
+#: How long a further lease may take to be placed before a call goes on without it, seconds.
+EXTRA_LEASE_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """What a call brought back into the zone."""
+
+    #: ``map``: one table or array in source order. ``shards``: the encoded values, in slot order. ``call``: one.
+    value: Any = None
+    encoded: list[memoryview] = field(default_factory=list)
+    printed: str = ""
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Cancel:
+    """Tells whether the caller gave up, and ends what the call uses when it does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._leases: list[Lease] = []
+        self._finished = False
+        self.error: ZoneError | None = None
+
+    def watch(self, lease: Lease) -> None:
+        """End *lease* if the call is cancelled: its sandbox is killed, whatever it computes."""
+        with self._lock:
+            self._leases.append(lease)
+            if self.error:
+                _cut(lease)
+
+    def cancel(self, error: ZoneError) -> None:
+        """Give the call up with *error*."""
+        with self._lock:
+            if self._finished:
+                return
+            self.error = self.error or error
+            for lease in self._leases:
+                _cut(lease)
+
+    def finish(self) -> None:
+        """The call is over: from now on it cannot be given up, and its leases are others' to use."""
+        with self._lock:
+            self._finished = True
+
+    def check(self) -> None:
+        """Raise the error that the call was given up with, if it was."""
+        if self.error:
+            raise self.error
+
+
+def _cut(lease: Lease) -> None:
+    lease.lost = lease.lost or "the call was cancelled"
+    lease.link.shutdown()
+
+
+#: Called with ``{"event": "progress" | "printed" | "leases", ...}`` from any thread.
+Events = Callable[[dict[str, Any]], None]
+
+
+def run(session: Session, request: Request, source: Source | None, events: Events, cancelled: Cancel) -> Result:
+    """Carry out one call from decision to result.
+
+    Raises:
+        EgressDeniedError: Policy refuses; nothing left, and the ledger says so.
+        LedgerUnavailableError: It could not be written down; nothing left.
+        PlacementError, SandboxLevelError, GrantRefusedError: No node would do; nothing left.
+        LeaseLostError: Nodes were lost more often than a shard may be sent.
+        CallCancelledError, CallTimeoutError: The caller gave up.
+    """
+    allowed = session.decide(request, source)
+    if source is None:
+        lease = session.take(allowed, request)
+        try:
+            return call(session, request, allowed, lease, cancelled)
+        finally:
+            session.give(lease)
+    return ShardRun(session, request, allowed, source, events, cancelled).run()
+
+
+def call(session: Session, request: Request, allowed: Allowed, lease: Lease, cancelled: Cancel) -> Result:
+    """Run a function once on arguments alone: one sealed message out, one back."""
+    cancelled.watch(lease)
+    number = prepare(session, request, allowed, lease, draw=True)
+    session.draw(allowed, lease, _wire_bytes(len(request.arguments)))
+    try:
+        current = lease.next_call()
+        lease.link.send(lease.link.slot(Kind.CALL, call=current, shard=number), request.arguments)
+        header, payload = _receive(lease)
+        if (header.call, header.shard) != (current, number):
+            raise EnvelopeError
+        lease.link.finish_call(current)
+    except (OSError, EnvelopeError) as error:
+        cancelled.check()
+        raise _lost(lease, error) from None
+    outcome = open_outcome(payload)
+    return Result(encoded=[outcome.encoded], printed=outcome.printed, report={"nodes": {lease.node: 1}})
+
+
+def prepare(session: Session, request: Request, allowed: Allowed, lease: Lease, *, draw: bool) -> int:
+    """Send the function unless the lease has it; return the number that it is known by there."""
+    known = lease.functions.get(request.function_digest)
+    if known is not None:
+        return known
+    if draw:
+        session.draw(allowed, lease, _wire_bytes(len(request.function)))
+    number = lease.next_call()
+    try:
+        lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.function)
+    except OSError as error:
+        raise _lost(lease, error) from None
+    lease.functions[request.function_digest] = number
+    return number
+
+
+def _receive(lease: Lease) -> tuple[Header, memoryview]:
+    """Receive the next result.
+
+    Raises:
+        EnvelopeError: Something else came, or it did not open.
+    """
+    header, payload = lease.link.receive()
+    if header.kind is not Kind.RESULT:
+        raise EnvelopeError
+    return header, payload
+
+
+def _lost(lease: Lease, error: BaseException) -> LeaseLostError:
+    lease.lost = lease.lost or ("a message did not open" if isinstance(error, EnvelopeError) else "connection lost")
+    lease.link.shutdown()
+    return lease.error(lease.lost)
+
+
+def _wire_bytes(payload_bytes: int) -> int:
+    """Return how many bytes a payload takes on the connection, padding and header included."""
+    return HEADER_BYTES + sealed_size(padded_size(payload_bytes))
+
+
+def _payload_bytes(shard_bytes: int) -> int:
+    """Return how much data makes a shard of *shard_bytes*: with Arrow's framing it then just fits its padding bucket."""
+    return shard_bytes - shard_bytes // 64 - (8 << 10)
+
+
+class ShardRun:
+    """One ``map`` or ``map_reduce`` over all its leases."""
+
+    def __init__(self, session: Session, request: Request, allowed: Allowed, source: Source, events: Events,
+                 cancelled: Cancel) -> None:
+        self._session, self._request, self._allowed = session, request, allowed
+        self._events, self._cancelled = events, cancelled
+        self._table = shards.strip(source.table)
+        obligations = allowed.decision.obligations
+        options = request.options
+        self._plan = plan.make_plan(
+            source.rows, plan.row_bytes(self._table), obligations=obligations, seed=secrets.token_bytes(32),
+            shard_bytes=MAX_WHOLE_BYTES if options.whole else _payload_bytes(options.shard_bytes),
+            min_shards=1 if options.whole else 2 * options.concurrency)
+        self._count = len(self._plan)
+        self._pending: deque[tuple[int, int]] = deque((index, 0) for index in range(self._count))
+        self._lock = threading.Lock()
+        self._parts: dict[int, Any] = {}
+        self._encoded: dict[int, memoryview] = {}
+        self._nodes: dict[str, int] = {}
+        self._sent_bytes = self._sent_rows = self._done_rows = 0
+        self._failure: BaseException | None = None
+        self._opened = threading.Barrier(min(request.options.concurrency, max(1, self._count)))
+
+    def run(self) -> Result:
+        """Run until every shard has one accepted result."""
+        workers = [threading.Thread(target=self._work, args=(first,), daemon=True)
+                   for first in range(self._opened.parties)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        self._cancelled.check()
+        if self._failure is not None:
+            raise self._failure
+        if len(self._parts) + len(self._encoded) < self._count:
+            raise LeaseLostError("every lease of this call was lost; run the call again", node="", reason="no lease left")
+        return Result(
+            value=shards.reassemble(self._parts, self._plan) if self._request.mode is Mode.MAP else None,
+            encoded=[self._encoded[index] for index in sorted(self._encoded)],
+            report={"nodes": self._nodes, "shards": self._count, "rows": self._plan.rows,
+                    "sent_bytes": self._sent_bytes})
+
+    def _work(self, worker: int) -> None:
+        """Serve one lease after another until nothing is pending."""
+        try:
+            lease = self._lease(worker)
+            while lease is not None:
+                try:
+                    self._serve(lease)
+                    return
+                except LeaseLostError as error:
+                    self._cancelled.check()
+                    self._events({"event": "lost", "node": lease.node, "reason": error.reason})
+                finally:
+                    self._session.give(lease)
+                lease = self._replacement()
+        except BaseException as error:
+            self._fail(error)
+
+    def _lease(self, worker: int) -> Lease | None:
+        """Take this worker's lease. The first worker must get one; all begin together, with what there is."""
+        lease = None
+        try:
+            if worker == 0:
+                lease = self._session.take(self._allowed, self._request)
+            else:
+                lease = self._session.try_lease(self._allowed, self._request, timeout_s=EXTRA_LEASE_TIMEOUT_S)
+        finally:
+            self._opened.wait()
+        return lease
+
+    def _replacement(self) -> Lease | None:
+        with self._lock:
+            if not self._pending or self._failure:
+                return None
+        return self._session.try_lease(self._allowed, self._request, timeout_s=EXTRA_LEASE_TIMEOUT_S)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failure = self._failure or error
+            self._pending.clear()
+
+    def _serve(self, lease: Lease) -> None:
+        """Send shards, at most ``IN_FLIGHT`` at once, and take results, until nothing is pending."""
+        self._cancelled.watch(lease)
+        budget = self._session.intend(self._allowed, lease, rows=self._plan.rows, bytes_=self._most_bytes())
+        flying: deque[tuple[int, int]] = deque()
+        outcome = "lost"
+        try:
+            current = self._begin(lease, budget)
+            while item := self._next(flying):
+                if item[0] >= 0:
+                    flying.append(item)
+                    self._send(lease, budget, current, *item)
+                else:
+                    self._take(lease, current, flying)
+            lease.finish(current)
+            outcome = "done"
+        except (OSError, EnvelopeError) as error:
+            self._put_back(flying)
+            raise _lost(lease, error) from None
+        except ZoneError:
+            outcome = "failed"
+            raise
+        finally:
+            budget.settle(outcome=outcome, rows=self._sent_rows)
+
+    def _most_bytes(self) -> int:
+        """Return the most that this lease may send: everything, every attempt's padding included."""
+        whole = sum(_wire_bytes(shards.shard_size(self._table, self._plan, index)) for index in range(self._count))
+        return MAX_ATTEMPTS * whole + _wire_bytes(len(self._request.function)) + _wire_bytes(len(self._request.arguments))
+
+    def _begin(self, lease: Lease, budget: Any) -> int:
+        """Send function and arguments, under the call number that this lease knows the call by."""
+        budget.draw(1, _wire_bytes(len(self._request.function)) + _wire_bytes(len(self._request.arguments)))
+        function = prepare(self._session, self._request, self._allowed, lease, draw=False)
+        current = lease.next_call()
+        lease.link.send(lease.link.slot(Kind.ARGUMENTS, call=current, shard=function), self._request.arguments)
+        return current
+
+    def _next(self, flying: deque[tuple[int, int]]) -> tuple[int, int] | None:
+        """Return a shard to send, ``(-1, -1)`` to take a result, or ``None`` when all is done."""
+        with self._lock:
+            if self._pending and len(flying) < IN_FLIGHT and not self._failure:
+                return self._pending.popleft()
+        return (-1, -1) if flying else None
+
+    def _put_back(self, flying: deque[tuple[int, int]]) -> None:
+        """Queue a lost lease's shards again, each as a new attempt."""
+        with self._lock:
+            for index, attempt in flying:
+                if attempt + 1 >= MAX_ATTEMPTS:
+                    self._failure = self._failure or LeaseLostError(
+                        f"a shard was sent {MAX_ATTEMPTS} times and its lease was lost each time; look at the nodes "
+                        "(ray-gpu status)", node="", reason="too many attempts")
+                self._pending.append((index, attempt + 1))
+
+    def _send(self, lease: Lease, budget: Any, current: int, index: int, attempt: int) -> None:
+        view = lease.plain.payload(shards.shard_size(self._table, self._plan, index))
+        plaintext = lease.plain.padded(shards.write_shard_into(self._table, self._plan, index, view))
+        wire = HEADER_BYTES + sealed_size(len(plaintext))
+        budget.draw(0, wire)
+        lease.link.send_padded(lease.link.slot(Kind.SHARD, call=current, shard=index, attempt=attempt), plaintext)
+        with self._lock:
+            self._sent_bytes += wire
+            self._sent_rows += self._plan.shard_rows(index)
+
+    def _take(self, lease: Lease, current: int, flying: deque[tuple[int, int]]) -> None:
+        """Receive one result, which must be the oldest shard's on this lease."""
+        header, payload = _receive(lease)
+        index, attempt = flying[0]
+        if (header.call, header.shard, header.attempt) != (current, index, attempt):
+            raise EnvelopeError
+        flying.popleft()
+        rows = self._plan.shard_rows(index)
+        expected = RowsExpected(rows) if self._request.mode is Mode.MAP else None
+        try:
+            outcome = open_outcome(payload, expected=expected)
+        except ZoneError as error:
+            self._fail(error)
+            return
+        self._accept(lease, index, rows, outcome)
+
+    def _accept(self, lease: Lease, index: int, rows: int, outcome: Outcome) -> None:
+        with self._lock:
+            if self._request.mode is Mode.MAP:
+                self._parts[index] = outcome.value
+            else:
+                self._encoded[index] = outcome.encoded
+            self._nodes[lease.node] = self._nodes.get(lease.node, 0) + 1
+            self._done_rows += rows
+            done, sent = self._done_rows, self._sent_bytes
+        if outcome.printed:
+            self._events({"event": "printed", "text": outcome.printed})
+        self._events({"event": "progress", "rows": done, "of": self._plan.rows, "bytes": sent})

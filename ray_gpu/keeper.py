@@ -1,0 +1,230 @@
+"""The keeper of one lease: holds its key and its data connection, and runs no user code. This module does I/O.
+
+Between the zone and the sandbox stands this process. It opens what the gateway sealed in private memory,
+then copies it to memory that it shares with the sandbox alone; and it copies what the sandbox answers to
+private memory, then seals it. What the sandbox says is untrusted: sizes are checked.
+
+Descriptors, inherited: the custodian's socket (start message with the key, data connections, final
+statistics), the sandbox's socket, the shared memory.
+
+Threads: one reader (connection to sandbox), one writer (sandbox to connection), one per candidate
+connection until the first one proves that it holds the lease's key. The process ends, and with it
+the lease, when the connection, the sandbox or the custodian is gone, at ``not_after``, or after
+10 s without an authentic message.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from ray_gpu.frames import SealedSocket
+from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SLOT_BYTES, SlotMap
+from ray_gpu.wire import PeerClosedError, recv_message, send_message
+from zones.envelope import MIN_PADDED_BYTES, Header, LeaseKey
+from zones.errors import EnvelopeError, ZoneError
+from zones.model import Direction, Kind
+
+#: A lease without an authentic message for this long is over, seconds.
+SILENCE_LIMIT_S = 10.0
+#: A connection that has not proven itself by then is dropped, seconds.
+KNOCK_TIMEOUT_S = 5.0
+#: Connections that may try to prove themselves at once.
+MAX_CANDIDATES = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """One message that the sandbox has not answered yet."""
+
+    slot: int
+    #: Slot of the answer: (call, shard, attempt), or ``None`` when the sandbox only acknowledges.
+    answer: tuple[int, int, int] | None
+
+
+class Keeper:
+    """State of one lease in this process."""
+
+    def __init__(self, start: dict[str, Any], custodian: socket.socket, sandbox: socket.socket, memory: SlotMap) -> None:
+        self._start = start
+        self._custodian = custodian
+        self._sandbox = sandbox
+        self._memory = memory
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(IN_SLOTS):
+            self._free.put(slot)
+        self._pending: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._chosen = threading.Lock()
+        self._sandbox_lock = threading.Lock()
+        self._link: SealedSocket | None = None
+        self._candidates = threading.Semaphore(MAX_CANDIDATES)
+        #: Signed receipts that the custodian sent; the main thread puts them here.
+        self.receipts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.calls = 0
+        self.shards = 0
+
+    def connect(self, sock: socket.socket) -> None:
+        """Let one candidate connection prove that it holds the key; the first that does is the lease's."""
+        if not self._candidates.acquire(blocking=False):
+            sock.close()
+            return
+        threading.Thread(target=self._knock, args=(sock,), daemon=True).start()
+
+    def _knock(self, sock: socket.socket) -> None:
+        link = SealedSocket(sock, key=self._key(), grant_digest=self._start["grant_digest"],
+                            lease=self._start["lease"], outgoing=Direction.BACK)
+        try:
+            link.settimeout(KNOCK_TIMEOUT_S)
+            header, _ = link.receive(most_bytes=MIN_PADDED_BYTES)
+            if header.kind is not Kind.HELLO or not self._chosen.acquire(blocking=False):
+                raise EnvelopeError
+        except (ZoneError, OSError):
+            link.close()
+            return
+        finally:
+            self._candidates.release()
+        self._serve(link)
+
+    def _key(self) -> LeaseKey:
+        return LeaseKey.from_bytes(self._start["key"])
+
+    def _serve(self, link: SealedSocket) -> None:
+        self._link = link
+        link.settimeout(SILENCE_LIMIT_S)
+        hello = {name: self._start[name] for name in ("node", "pool", "degradations", "device", "versions")}
+        link.send(link.slot(Kind.HELLO, call=0), msgpack.packb(hello))
+        threading.Thread(target=self._write_results, args=(link,), daemon=True).start()
+        try:
+            self._read_messages(link)
+        except (ZoneError, OSError, ValueError, queue.Empty) as error:
+            leave(f"data connection: {type(error).__name__}")
+        leave("closed by the gateway", status=0)
+
+    def _read_messages(self, link: SealedSocket) -> None:
+        """Open messages into free slots and tell the sandbox, until the gateway says ``close``."""
+        while True:
+            header, payload = link.receive(keep=False)
+            if header.kind is Kind.CONTROL:
+                if self._control(link, header, msgpack.unpackb(payload)):
+                    return
+                continue
+            slot = self._free.get()
+            message, answer = self._message(link, header, slot, len(payload))
+            self._memory.payload(slot, len(payload))[:] = payload
+            self._pending.put(Work(slot=slot, answer=answer))
+            with self._sandbox_lock:
+                send_message(self._sandbox, message)
+
+    def _message(
+        self, link: SealedSocket, header: Header, slot: int, size: int
+    ) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
+        """Return the sandbox's message for an opened frame, and the slot of the answer.
+
+        A function's id and an argument list's id are the number of the call that brought them; which
+        function or arguments a later message means is authenticated with it, in its attempt and shard.
+        """
+        base = {"slot": slot, "bytes": size}
+        where = (header.call, header.shard, header.attempt)
+        if header.kind is Kind.FUNCTION:
+            return base | {"op": "function", "id": header.call}, None
+        if header.kind is Kind.ARGUMENTS:
+            return base | {"op": "arguments", "id": header.call, "function": header.shard}, None
+        if header.kind is Kind.CALL:
+            self.calls += 1
+            link.finish_call(header.call)
+            return base | {"op": "call", "function": header.shard}, where
+        if header.kind is Kind.SHARD:
+            self.shards += 1
+            return base | {"op": "run", "arguments": header.call}, where
+        raise EnvelopeError
+
+    def _control(self, link: SealedSocket, header: Header, message: dict[str, Any]) -> bool:
+        """Handle a control message; return whether the lease is to end."""
+        if "finish" in message:
+            self.calls += 1
+            link.finish_call(int(message["finish"]))
+        if message.get("close"):
+            send_message(self._custodian, {"op": "receipt", **self._statistics(link)})
+            receipt = self.receipts.get(timeout=KNOCK_TIMEOUT_S)
+            link.send(link.slot(Kind.CONTROL, call=header.call, shard=header.shard), msgpack.packb(receipt))
+            return True
+        return False
+
+    def _statistics(self, link: SealedSocket) -> dict[str, int]:
+        return {"calls": self.calls, "shards": self.shards, "received_bytes": link.received_bytes,
+                "sent_bytes": link.sent_bytes}
+
+    def _write_results(self, link: SealedSocket) -> None:
+        """Copy each answer of the sandbox to private memory, seal and send it."""
+        try:
+            while True:
+                message, _ = recv_message(self._sandbox, max_bytes=4096)
+                work = self._pending.get_nowait()
+                if work.answer is not None:
+                    self._send_result(link, message, work.answer)
+                self._free.put(work.slot)
+        except (ZoneError, OSError, ValueError, KeyError, TypeError, queue.Empty) as error:
+            leave(f"sandbox: {type(error).__name__}")
+
+    def _send_result(self, link: SealedSocket, message: dict[str, Any], answer: tuple[int, int, int]) -> None:
+        slot, size = message["slot"], message["bytes"]
+        if message["op"] != "result" or not 0 <= slot < OUT_SLOTS or not 0 <= size <= SLOT_BYTES:
+            raise ValueError("malformed answer")
+        call, shard, attempt = answer
+        link.send(link.slot(Kind.RESULT, call=call, shard=shard, attempt=attempt), self._memory.out_view(slot)[:size])
+        with self._sandbox_lock:
+            send_message(self._sandbox, {"op": "free", "slot": slot})
+
+
+def leave(reason: str, *, status: int = 1) -> None:
+    """End this process at once. Its memory, with the key, goes with it."""
+    sys.stderr.write(f"keeper ends: {reason}\n")
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(argv: list[str]) -> None:
+    """Serve one lease. ``argv``: descriptors of the custodian's socket, the sandbox's socket, the memory."""
+    from ray_gpu.sandbox.boundary import harden_keeper  # noqa: PLC0415 - keeps import order visible
+
+    custodian_fd, sandbox_fd, memory_fd = (int(text) for text in argv)
+    harden_keeper(keep_fds=(custodian_fd, sandbox_fd, memory_fd))
+    memory = SlotMap(mmap.mmap(memory_fd, 0))
+    custodian, sandbox = socket.socket(fileno=custodian_fd), socket.socket(fileno=sandbox_fd)
+    try:
+        ready, _ = recv_message(sandbox, max_bytes=4096)
+        start, _ = recv_message(custodian)
+    except (OSError, ZoneError):
+        leave("sandbox or custodian did not start")
+    start["device"] = str(ready.get("device"))[:80]
+    keeper = Keeper(start, custodian, sandbox, memory)
+    send_message(custodian, {"op": "ready", "device": start["device"]})
+    threading.Thread(target=_watch_clock, args=(start["not_after"],), daemon=True).start()
+    try:
+        while True:
+            message, fds = recv_message(custodian, max_fds=1)
+            if message["op"] == "receipt":
+                keeper.receipts.put(message)
+            for fd in fds:
+                keeper.connect(socket.socket(fileno=fd))
+    except (PeerClosedError, OSError):
+        leave("custodian is gone")
+
+
+def _watch_clock(not_after: int) -> None:
+    """End the lease when its time is over, whatever else hangs."""
+    time.sleep(max(0.0, not_after - time.time()))
+    leave("lease expired")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,69 @@
+"""What a sandbox answered, opened and checked inside the zone. Pure.
+
+The answer is hostile input: nothing in it is executed, and a value is accepted only if it is plain data
+(``zones.values``). An error of the user's function travels as ``RemoteFunctionError``; the client rebuilds
+the built-in exception of the same name from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray_gpu.sandbox.child import read_outcome
+from zones import values
+from zones.errors import RemoteFunctionError, RowCountError, ValueRefusedError, from_wire
+
+
+@dataclass(frozen=True, slots=True)
+class RowsExpected:
+    """A ``map`` shard's result must have this many rows."""
+
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A checked answer."""
+
+    value: Any
+    #: The value as it came, for handing on without encoding it again.
+    encoded: memoryview
+    printed: str
+
+
+def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -> Outcome:
+    """Check an answer.
+
+    Raises:
+        RemoteFunctionError: The user's function raised.
+        ValueRefusedError: The value is not plain data, or is larger than allowed.
+        RowCountError: A ``map`` result has another number of rows than its shard.
+    """
+    meta, encoded = read_outcome(payload)
+    printed = str(meta.get("printed", ""))
+    status = meta.get("status")
+    if status == "error":
+        raise RemoteFunctionError(
+            f"{meta.get('type')}: {meta.get('message')}", type_name=str(meta.get("type")),
+            builtin=meta.get("builtin") is True, text=str(meta.get("message")),
+            plain_args=list(meta.get("args") or []), traceback=str(meta.get("traceback")), printed=printed)
+    if status == "refused":
+        error = from_wire({"error": meta.get("error"), "message": meta.get("message"), "fields": meta.get("fields")})
+        raise error if isinstance(error, ValueRefusedError) else ValueRefusedError(str(meta.get("message")))
+    if status != "ok":
+        raise ValueRefusedError("the sandbox answered with something that is no result; run the call again")
+    value = values.decode(encoded, zero_copy=True)
+    if expected is not None:
+        _check_rows(value, expected.rows)
+    return Outcome(value=value, encoded=encoded, printed=printed)
+
+
+def _check_rows(value: Any, rows: int) -> None:
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) == 0:
+        raise ValueRefusedError(f"f.map needs one row per row, as a table or an array, and got a {type(value).__name__}; "
+                                "use f.map_reduce for one value per shard")
+    if shape[0] != rows:
+        raise RowCountError(f"f.map was given {rows} rows and its function returned {shape[0]}; return one row per row, "
+                            "or use f.map_reduce", expected=rows, got=int(shape[0]))

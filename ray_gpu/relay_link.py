@@ -1,0 +1,116 @@
+"""The gateway's side of the conversation with its relay. This module does I/O.
+
+The relay is caged together with its raylet and counts as compromised: it can lose, delay and invent
+answers. So nothing it says is believed that is not signed by a node (offers) or checked against
+zone.yaml (endpoints), and it is told nothing secret. Messages are small msgpack maps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message
+from zones.errors import GatewayError, PlacementError, ZoneError, from_wire
+
+#: Largest message either way, bytes.
+MAX_RELAY_BYTES = 64 << 10
+#: Every request but ``place`` is answered within this time, seconds.
+ANSWER_TIMEOUT_S = 45.0
+
+
+class RelayLink:
+    """Requests to one relay, from any thread.
+
+    Args:
+        on_lost: Called with a lease id and a reason when the relay says that its actor is gone.
+    """
+
+    def __init__(self, on_lost: Callable[[str, str], None]) -> None:
+        self._on_lost = on_lost
+        self._sock: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, Future[dict[str, Any]]] = {}
+        self._arrived = threading.Event()
+
+    def attach(self, sock: socket.socket) -> None:
+        """Serve a relay that connected; returns when it is gone. A newer relay takes the place of an older."""
+        with self._lock:
+            self._sock = sock
+            self._arrived.set()
+        try:
+            while True:
+                message, _ = recv_message(sock, max_bytes=MAX_RELAY_BYTES)
+                self._handle(message)
+        except (OSError, MalformedMessageError):
+            self._drop(sock)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        if message.get("event") == "lost":
+            self._on_lost(str(message.get("lease")), str(message.get("reason"))[:200])
+            return
+        with self._lock:
+            future = self._waiting.pop(message.get("id", 0), None)
+        if future is not None:
+            future.set_result(message)
+
+    def _drop(self, sock: socket.socket) -> None:
+        sock.close()
+        with self._lock:
+            if self._sock is sock:
+                self._sock = None
+                self._arrived.clear()
+            waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            future.set_exception(GatewayError("the relay is gone; restart the node that runs it (ray-gpu up)"))
+
+    @property
+    def connected(self) -> bool:
+        """Whether a relay is there now."""
+        return self._sock is not None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a relay is there."""
+        return self._arrived.wait(timeout_s)
+
+    def request(self, message: dict[str, Any], *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
+        """Send one request and return its answer.
+
+        Raises:
+            GatewayError: No relay, no answer in time, or an error that the relay reports.
+            ZoneError: An error of the custodian that the relay passes on.
+        """
+        future: Future[dict[str, Any]] = Future()
+        identifier = next(self._ids)
+        with self._lock:
+            sock = self._sock
+            if sock is None:
+                raise GatewayError("no relay is connected, so no GPU node can be reached; start it with ray-gpu up")
+            self._waiting[identifier] = future
+            send_message(sock, {**message, "id": identifier})
+        try:
+            answer = future.result(timeout=timeout_s)
+        except FutureTimeoutError:
+            with self._lock:
+                self._waiting.pop(identifier, None)
+            raise GatewayError("the relay did not answer in time; look at ray-gpu status") from None
+        return _checked(answer, message)
+
+
+def _checked(answer: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    error = answer.get("error")
+    if error is None and answer.get("ok", True):
+        return answer
+    if isinstance(error, dict):
+        raise from_wire(error)
+    text = str(error)[:1024]
+    if request["op"] == "place":
+        raise PlacementError(f"no GPU node of pool {request['pool']} has room: {text}; "
+                             "wait, ask for fewer GPUs, or see ray-gpu status", pool=str(request["pool"]), reason=text)
+    raise ZoneError(f"the relay reports: {text}")

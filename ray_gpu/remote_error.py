@@ -1,0 +1,46 @@
+"""Rebuilds the exception that a user's function raised, as far as plain text can. Runs in the notebook. Pure."""
+
+from __future__ import annotations
+
+import builtins
+
+from zones.errors import RemoteFunctionError
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - it is no error, it is where one happened
+    """Carries the remote traceback; shown by Python as the cause of the exception."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+#: Exceptions that would end or confuse the notebook if a remote function could raise them there.
+_NEVER = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration"}
+
+
+def rebuild(error: RemoteFunctionError) -> Exception:
+    """Return the built-in exception of the same name and arguments, else *error* itself; the remote traceback is its cause.
+
+    So ``except KeyError`` works at the caller. Nothing is unpickled: only names of built-in exceptions are looked up.
+    """
+    found = _builtin(error) or error
+    found.__cause__ = RemoteTraceback(error.traceback)
+    return found
+
+
+def _builtin(error: RemoteFunctionError) -> Exception | None:
+    kind = getattr(builtins, error.type_name, None) if error.builtin and error.type_name not in _NEVER else None
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        return None
+    for arguments in (tuple(error.plain_args or ()), (error.text,)):
+        try:
+            made = kind(*arguments)
+        except Exception:  # noqa: S112 - some types want other arguments
+            continue
+        if str(made) == error.text or arguments == (error.text,):
+            return made
+    return None

@@ -1,0 +1,258 @@
+"""The sandbox's only program: runs the user's code on shards that its keeper puts into shared memory.
+
+This module does I/O on inherited descriptors alone: one Unix socket to the keeper and one
+shared memory file. It has no key, no network and no credentials, and everything it says is
+untrusted input to the keeper.
+
+Protocol, in order, one message at a time (msgpack, see ``ray_gpu.wire``):
+
+=================================================  =============================================
+keeper to sandbox                                  sandbox to keeper
+=================================================  =============================================
+``function``: slot, bytes, id                      ``done``
+``arguments``: slot, bytes, id, function           ``done``
+``run``: slot, bytes, arguments                    ``result``: out slot, bytes
+``call``: slot, bytes, function                    ``result``: out slot, bytes
+``free``: out slot                                 (nothing)
+=================================================  =============================================
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import mmap
+import os
+import socket
+import struct
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+
+from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SlotMap
+from ray_gpu.wire import PeerClosedError, recv_message, send_message
+from zones.errors import ResultTooLargeError, ValueRefusedError, ZoneError
+
+#: A traceback or print longer than this is cut, with a line that says so. Bytes.
+MAX_TEXT_BYTES = 64 << 10
+_META = struct.Struct("!I")
+
+
+class Sandbox:
+    """Runs one message after another until the keeper closes the socket."""
+
+    def __init__(self, sock: socket.socket, memory: SlotMap, output_fd: int) -> None:
+        self._sock = sock
+        self._memory = memory
+        self._output_fd = output_fd
+        self._functions: dict[int, Callable[..., Any]] = {}
+        self._arguments: dict[int, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {}
+        self._load_errors: dict[int, BaseException] = {}
+        self._free_out = deque(range(OUT_SLOTS))
+        self._waiting: deque[dict[str, Any]] = deque()
+
+    def serve(self) -> None:
+        """Answer messages until the keeper is gone."""
+        while True:
+            message = self._waiting.popleft() if self._waiting else self._receive()
+            if message is None:
+                return
+            getattr(self, f"_on_{message['op']}")(message)
+
+    def _receive(self) -> dict[str, Any] | None:
+        try:
+            message, _ = recv_message(self._sock)
+        except (PeerClosedError, OSError):
+            return None
+        return message
+
+    def _payload(self, message: dict[str, Any]) -> memoryview:
+        return self._memory.payload(message["slot"], message["bytes"])
+
+    def _on_free(self, message: dict[str, Any]) -> None:
+        self._free_out.append(message["slot"])
+
+    def _on_function(self, message: dict[str, Any]) -> None:
+        import cloudpickle  # noqa: PLC0415 - only the sandbox ever unpickles
+
+        try:
+            self._functions[message["id"]] = cloudpickle.loads(bytes(self._payload(message)))
+        except BaseException as error:
+            self._load_errors[message["id"]] = error
+        send_message(self._sock, {"op": "done"})
+
+    def _on_arguments(self, message: dict[str, Any]) -> None:
+        identifier = message["id"]
+        try:
+            args, kwargs = self._decode_arguments(message, copy=True)
+            self._arguments[identifier] = (self._function(message["function"]), args, kwargs)
+        except BaseException as error:
+            self._load_errors[-identifier] = error
+        for old in [key for key in self._arguments if key < identifier - 8]:
+            del self._arguments[old]
+        send_message(self._sock, {"op": "done"})
+
+    def _function(self, identifier: int) -> Callable[..., Any]:
+        if identifier in self._load_errors:
+            raise self._load_errors[identifier]
+        return self._functions[identifier]
+
+    def _decode_arguments(self, message: dict[str, Any], *, copy: bool) -> tuple[list[Any], dict[str, Any]]:
+        from zones import values  # noqa: PLC0415 - imported after hardening
+
+        payload: Any = self._payload(message)
+        args, kwargs = values.decode(bytes(payload) if copy else payload)
+        return list(args), dict(kwargs)
+
+    def _on_run(self, message: dict[str, Any]) -> None:
+        from ray_gpu.arrays import Batch  # noqa: PLC0415 - imported after hardening
+        from zones import shards  # noqa: PLC0415 - imported after hardening
+
+        def work() -> Any:
+            if -message["arguments"] in self._load_errors:
+                raise self._load_errors[-message["arguments"]]
+            function, args, kwargs = self._arguments[message["arguments"]]
+            return function(Batch(shards.read_ipc(self._payload(message), trusted=True)), *args, **kwargs)
+
+        self._answer(work)
+
+    def _on_call(self, message: dict[str, Any]) -> None:
+        def work() -> Any:
+            args, kwargs = self._decode_arguments(message, copy=False)
+            return self._function(message["function"])(*args, **kwargs)
+
+        self._answer(work)
+
+    def _answer(self, work: Callable[[], Any]) -> None:
+        """Run *work*; write its value or its error, and what it printed, into an out slot."""
+        from ray_gpu.arrays import to_host  # noqa: PLC0415 - imported after hardening
+
+        try:
+            value = to_host(work())
+            outcome: dict[str, Any] = {"status": "ok"}
+        except BaseException as error:
+            value, outcome = None, _describe(error)
+        outcome["printed"] = self._take_printed()
+        slot = self._out_slot()
+        send_message(self._sock, {"op": "result", "slot": slot, "bytes": self._write(slot, outcome, value)})
+
+    def _write(self, slot: int, outcome: dict[str, Any], value: Any) -> int:
+        view = self._memory.out_view(slot)
+        try:
+            return write_outcome(view, outcome, value)
+        except (ValueRefusedError, ResultTooLargeError) as error:
+            refused = {"status": "refused", "error": type(error).__name__, "message": error.message,
+                       "fields": error.fields, "printed": outcome["printed"]}
+            return write_outcome(view, refused, None)
+
+    def _out_slot(self) -> int:
+        while not self._free_out:
+            message = self._receive()
+            if message is None:
+                raise SystemExit(0)
+            if message["op"] == "free":
+                self._on_free(message)
+            else:
+                self._waiting.append(message)
+        return self._free_out.popleft()
+
+    def _take_printed(self) -> str:
+        """Return what the function wrote to standard output and error, and forget it."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        size = os.fstat(self._output_fd).st_size
+        if not size:
+            return ""
+        text = os.pread(self._output_fd, min(size, MAX_TEXT_BYTES), 0).decode("utf-8", "replace")
+        os.ftruncate(self._output_fd, 0)
+        os.lseek(self._output_fd, 0, os.SEEK_SET)
+        return text if size <= MAX_TEXT_BYTES else f"{text}\n[cut: {size} bytes printed, {MAX_TEXT_BYTES} kept]\n"
+
+
+def write_outcome(view: memoryview, outcome: dict[str, Any], value: Any) -> int:
+    """Write ``u32 length | msgpack outcome | padding to 64 | encoded value`` and return its length in bytes."""
+    from zones import values  # noqa: PLC0415 - imported after hardening
+
+    meta = msgpack.packb(outcome, use_bin_type=True)
+    start = value_offset(len(meta))
+    view[: _META.size] = _META.pack(len(meta))
+    view[_META.size : _META.size + len(meta)] = meta
+    return start + values.encode_into(value, view[start:])
+
+
+def value_offset(meta_bytes: int) -> int:
+    """Return where the encoded value starts: the next multiple of 64 after the outcome map."""
+    return -(-(_META.size + meta_bytes) // 64) * 64
+
+
+def read_outcome(payload: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """Split what :func:`write_outcome` wrote. Input is untrusted; the value is not decoded here.
+
+    Raises:
+        ValueRefusedError: It is no outcome.
+    """
+    try:
+        (length,) = _META.unpack_from(payload)
+        outcome = msgpack.unpackb(payload[_META.size : _META.size + length], raw=False)
+        if not isinstance(outcome, dict):
+            raise TypeError("not a map")
+    except (struct.error, ValueError, TypeError, msgpack.UnpackException, RecursionError):
+        raise ValueRefusedError("the sandbox answered with something that is no result; run the call again") from None
+    return outcome, payload[value_offset(length) :]
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    """Describe an exception of the user's function by type, message and traceback text."""
+    kind = type(error)
+    own = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in own if frame.filename != __file__]
+    text = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
+    if isinstance(error, ZoneError):
+        text = error.message
+    builtin = getattr(builtins, kind.__name__, None) is kind
+    return {
+        "status": "error",
+        "type": kind.__name__ if builtin else f"{kind.__module__}.{kind.__qualname__}",
+        "builtin": builtin,
+        "message": str(error)[:MAX_TEXT_BYTES],
+        "args": [arg for arg in error.args if isinstance(arg, (str, int, float, bool)) or arg is None][:8],
+        "traceback": text[-MAX_TEXT_BYTES:],
+    }
+
+
+def _capture_output() -> int:
+    """Point descriptors 1 and 2 at a private memory file, so that prints of C code are kept too."""
+    fd = os.memfd_create("printed", os.MFD_CLOEXEC)
+    for standard in (1, 2):
+        os.dup2(fd, standard)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True, errors="backslashreplace")
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True, errors="backslashreplace")
+    return fd
+
+
+def main(argv: list[str]) -> None:
+    """Harden this process, then serve. ``argv``: socket descriptor, memory descriptor."""
+    sock_fd, memory_fd = int(argv[0]), int(argv[1])
+    memory = SlotMap(mmap.mmap(memory_fd, 0))
+    os.close(memory_fd)
+    from ray_gpu.sandbox.boundary import harden_sandbox  # noqa: PLC0415 - keeps import order visible
+
+    harden_sandbox(keep_fds=(sock_fd,))
+    output_fd = _capture_output()
+    import cloudpickle  # noqa: F401, PLC0415 - warm before the first call
+    import numpy  # noqa: F401, ICN001, PLC0415 - warm before the first call
+    import pyarrow  # noqa: F401, ICN001, PLC0415 - warm before the first call
+
+    from ray_gpu import arrays  # noqa: PLC0415 - warm before the first call
+
+    sock = socket.socket(fileno=sock_fd)
+    send_message(sock, {"op": "ready", "device": arrays.device(), "inputs": IN_SLOTS})
+    Sandbox(sock, memory, output_fd).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

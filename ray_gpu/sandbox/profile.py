@@ -1,0 +1,134 @@
+"""What a confined process gets: profiles, and the four that this project uses.
+
+A profile names everything that crosses the boundary; what it does not name is not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray_gpu.sandbox.seccomp import Kind
+
+#: Most processes and threads of one lease; OpenBLAS and CUDA start one or two per core.
+MAX_PROCESSES = 1024
+#: Room in a sandbox's /tmp, bytes. Counted in the lease's memory as it is used.
+TMP_BYTES = 256 << 20
+#: What every program needs of the distribution. Passwords, host names and keys are not among it.
+SYSTEM = tuple(map(Path, ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin")))
+SYSTEM_FILES = (Path("/etc/ld.so.cache"), Path("/etc/alternatives"))
+#: What a process that may use the network needs to find names and check certificates.
+NETWORK_FILES = tuple(map(Path, ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl/certs")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What one confined process gets."""
+
+    #: For people and for the group's directory: a lease or node id.
+    name: str
+    #: Whose system call filter belongs to it.
+    kind: Kind
+    #: Uid and gid to run under; used, and required, when the launcher is root.
+    uid: int | None = None
+    #: The same number as *uid* when ``None``.
+    gid: int | None = None
+    #: Whether it stays in the host's network namespace.
+    network: bool = False
+    #: Paths shown read-only, at the same place, on top of the system and :func:`runtime_paths`.
+    bind_ro: tuple[Path, ...] = ()
+    #: Host path and place inside, writable. Without bubblewrap both must be the same.
+    bind_rw: tuple[tuple[Path, Path], ...] = ()
+    #: Place inside to size in bytes: private memory file systems, writable for every uid inside.
+    #: Without bubblewrap they are not there, and nothing takes their place.
+    tmpfs: Mapping[str, int] = field(default_factory=dict)
+    #: Descriptors it inherits besides 0, 1 and 2.
+    keep_fds: tuple[int, ...] = ()
+    #: Cap on memory, page cache and tmpfs included, by cgroup. Swap is then zero where the host can.
+    memory_bytes: int | None = None
+    #: Cap on processes and threads.
+    processes: int | None = None
+    #: Device nodes shown besides null, zero, full, random, urandom and tty.
+    devices: tuple[Path, ...] = ()
+    #: Its whole environment. Never a secret: the launcher's command line shows it.
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def sandbox(name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...],
+            devices: tuple[Path, ...] = ()) -> Profile:
+    """Return the profile for user code: no network, nothing writable but its own /tmp."""
+    return Profile(
+        name=name, kind="sandbox", uid=uid, memory_bytes=memory_bytes, processes=MAX_PROCESSES, keep_fds=keep_fds,
+        tmpfs={"/tmp": TMP_BYTES}, devices=devices, env=python_env(),
+    )  # fmt: skip
+
+
+def keeper(name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...]) -> Profile:
+    """Return the profile for a keeper: no network but the descriptors it is given, nothing writable."""
+    return Profile(
+        name=name, kind="keeper", uid=uid, memory_bytes=memory_bytes, processes=MAX_PROCESSES, keep_fds=keep_fds,
+        env=python_env(),
+    )  # fmt: skip
+
+
+def cage(name: str, *, uid: int | None, bind_rw: tuple[tuple[Path, Path], ...] = (),
+         tmpfs: Mapping[str, int], env: Mapping[str, str]) -> Profile:
+    """Return the profile for a Ray node or the gateway: the host's network, its own files.
+
+    Ray needs ``"/dev/shm"`` among *tmpfs*, sized for its object store.
+    """
+    return Profile(
+        name=name, kind="cage", uid=uid, network=True, bind_ro=NETWORK_FILES, bind_rw=bind_rw, tmpfs=tmpfs,
+        env={**python_env(), **env},
+    )  # fmt: skip
+
+
+def gateway(name: str, *, uid: int | None, bind_ro: tuple[Path, ...], bind_rw: tuple[tuple[Path, Path], ...],
+            caged: bool) -> Profile:
+    """Return the profile for a zone's gateway: the host's network, its own files, and those it must read."""
+    roots = tuple(dict.fromkeys(path.parent for path in package_paths()))
+    # Python lists the directory that a package is in to find it; an empty tmpfs can be listed and shows nothing.
+    return Profile(
+        name=name, kind="cage", uid=uid, network=True, bind_ro=(*NETWORK_FILES, *bind_ro, *(() if caged else roots)),
+        bind_rw=bind_rw, tmpfs={"/tmp": 16 << 20, **{str(root): 1 << 12 for root in roots}} if caged else {},
+        env=python_env(),
+    )  # fmt: skip
+
+
+@functools.cache
+def package_paths() -> tuple[Path, ...]:
+    """Return the directories of the packages ``zones`` and ``ray_gpu``, and nothing else of a checkout."""
+    found = []
+    for name in ("zones", "ray_gpu"):
+        spec = importlib.util.find_spec(name)
+        found += [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    return tuple(found)
+
+
+@functools.cache
+def runtime_paths() -> tuple[Path, ...]:
+    """Return what to show read-only so that this Python, its environment and this project run."""
+    python = Path(sys.executable).resolve().parents[1]
+    wanted = [Path(sys.base_prefix), Path(sys.base_prefix).resolve(), python, Path(sys.prefix), *package_paths()]
+    outside = [p for p in dict.fromkeys(wanted) if not p.is_relative_to("/usr") and p != Path("/")]
+    return tuple(p for p in outside if not any(p != other and p.is_relative_to(other) for other in outside))
+
+
+def python_env() -> dict[str, str]:
+    """Return the environment of a confined Python."""
+    roots = [p.parent for p in package_paths() if not p.is_relative_to(sys.prefix)]
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": ":".join(map(str, dict.fromkeys(roots))),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        # Compiled kernels stay in memory: they can tell what was computed.
+        "CUPY_CACHE_IN_MEMORY": "1",
+        "CUDA_CACHE_DISABLE": "1",
+    }

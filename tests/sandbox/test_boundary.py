@@ -1,0 +1,141 @@
+"""What a sandbox cannot do, as root, as another user, and where user namespaces are denied.
+
+Every attempt is also made outside, where it succeeds: as root for all, and by the same uid for
+those that need no privilege.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
+SITE = Path(pytest.__file__).resolve().parents[1]
+#: Attempts that succeed outside for any uid, so that their refusal inside is the boundary's doing.
+UNPRIVILEGED = [
+    "write /var/tmp", "write /dev/shm", "write host directory", "read /etc/passwd", "read host file", "tcp", "udp",
+    "unix socket", "abstract socket", "datagram by socketpair", "read process memory", "process_vm_readv",
+    "read process environment", "ptrace", "signal", "inherited descriptor", "launcher's environment", "keyctl",
+    "become dumpable", "raise core limit", "unmask core",
+]  # fmt: skip
+#: What bubblewrap alone leaves open, and seccomp closes. The datagram goes to nobody.
+BEYOND_NAMESPACES = {
+    "udp", "user namespace", "clone user namespace", "keyctl", "io_uring", "become dumpable", "raise core limit",
+    "unmask core",
+}  # fmt: skip
+IDENTITIES: dict[str, dict[str, Any]] = {
+    "root": {"uid": None, "deny_userns": False},
+    "user": {"uid": 61998, "deny_userns": False},
+    "user-without-userns": {"uid": 61999, "deny_userns": True},
+}
+ATTEMPTS = [
+    line.split('"')[1] for line in (HERE / "probe.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith('    "') and '": ' in line
+]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the probe's system call numbers are x86_64's")
+
+
+def battery(identity: str) -> dict[str, Any]:
+    """Return the outcomes of one identity's battery, which runs once."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: becomes another uid, and root is the positive control")
+    done = _run(identity)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@functools.cache
+def _run(identity: str) -> subprocess.CompletedProcess[str]:
+    settings = IDENTITIES[identity]
+    python = sys.executable if settings["uid"] is None else _python_for_others()
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{PROJECT}:{SITE}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [python, str(HERE / "custodian.py"), json.dumps({**settings, "site": str(SITE)})]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@functools.cache
+def _python_for_others() -> str:
+    """Return a Python that an unprivileged uid can run with this project and its libraries."""
+    minor = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    # A Python whose own library is out of reach may quietly take another's, hence the look at the executable.
+    trial = (
+        f"import os, sys; sys.path[:0] = {[str(PROJECT), str(SITE)]!r}; import pyseccomp, ray_gpu.sandbox.boundary;"
+        "os.stat(os.path.realpath(sys.executable))"
+    )
+    for python in (sys.executable, f"/usr/bin/{minor}", f"/usr/local/bin/{minor}"):
+        command = ["setpriv", "--reuid=61998", "--regid=61998", "--clear-groups", python, "-c", trial]
+        if subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0:
+            return python
+    pytest.skip(f"no {minor} that another uid can run: this one, or the project, lies in a private home")
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_escape_is_refused(attempt: str, identity: str) -> None:
+    """User code cannot do it inside; the same code outside, as root, can."""
+    assert battery("root")["control"]["outcomes"][attempt] == "done"
+    assert battery(identity)["inside"]["outcomes"][attempt].startswith("refused")
+
+
+@pytest.mark.parametrize("attempt", UNPRIVILEGED)
+def test_same_uid_can_do_it_outside(attempt: str) -> None:
+    """An unprivileged custodian's own processes can do it, so it is the sandbox that refuses."""
+    assert battery("user")["control"]["outcomes"][attempt] == "done"
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_nothing_is_written_on_the_host(identity: str) -> None:
+    """No file that the probe tried to write is on the host; outside, the same probe leaves its files."""
+    result = battery(identity)
+
+    assert len(result["control_written"]) >= 3
+    assert result["written"] == []
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_no_datagram_arrives(identity: str) -> None:
+    """A datagram sent inside does not reach the host's listener; one sent outside does."""
+    result = battery(identity)
+
+    assert result["control_arrived"]
+    assert not result["arrived"]
+    assert not result["bare_arrived"]
+
+
+@pytest.mark.parametrize("identity", ["root", "user"])
+def test_bubblewrap_alone(identity: str) -> None:
+    """Without seccomp and Landlock, namespaces still refuse everything but what is known to be beyond them."""
+    outcomes = battery(identity)["bare"]["outcomes"]
+
+    assert {name for name, outcome in outcomes.items() if outcome == "done"} <= BEYOND_NAMESPACES
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_named_descriptor_survives(identity: str) -> None:
+    """A descriptor of the profile reaches the program."""
+    assert battery(identity)["inside"]["kept"] == "kept"
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_never_uid_0(identity: str) -> None:
+    """The program's own uid is not 0."""
+    assert battery(identity)["inside"]["uid"] != 0
+
+
+def test_degradations_are_named() -> None:
+    """Each identity says what it lacks, before anything is launched."""
+    assert "no-namespaces" not in battery("root")["degradations"]
+    assert "shared-uid" not in battery("root")["degradations"]
+    assert "shared-uid" in battery("user")["degradations"]
+    assert {"shared-uid", "no-namespaces"} <= set(battery("user-without-userns")["degradations"])

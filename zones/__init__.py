@@ -1,0 +1,1 @@
+"""The data owner's side: policy, shards, envelope, keys and ledger. Imports neither Ray nor CuPy."""

@@ -1,0 +1,363 @@
+"""Read and verify a ledger file. docs/ledger.md is the specification.
+
+Does I/O: reads a SQLite file and its ``-wal``, and never writes to either. The chain itself
+(:func:`genesis`, :func:`entry_hash`) and :func:`wal_is_whole` are functions of their arguments.
+
+Rules:
+
+1. A row is believed only after its hash matched; nothing unverified is handed out.
+2. The first row that does not verify ends the reading, and its number is in the error.
+3. Bytes that SQLite would skip silently (a damaged ``-wal`` frame) are damage, not the end of the ledger.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import struct
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zones.errors import LedgerCorruptError, LedgerUnavailableError
+from zones.model import canonical
+
+SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
+
+_GENESIS_LABEL = b"ray-gpu ledger v1 genesis\n"
+_ENTRY_LABEL = b"ray-gpu ledger v1 entry\n"
+_COLUMNS = "seq, typeof(body), body, typeof(hash), hash"
+#: What reading a damaged file raises: sqlite3 quotes damaged names in its messages, and then fails to decode them.
+UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+
+_HEAD = re.compile(r"([1-9][0-9]{0,18}):([0-9a-f]{64})")
+
+
+def genesis(zone: str) -> bytes:
+    """Return head(0), 32 bytes, which binds the chain to *zone*."""
+    return hashlib.sha256(_GENESIS_LABEL + zone.encode()).digest()
+
+
+def entry_hash(previous: bytes, body: bytes) -> bytes:
+    """Return head(n), 32 bytes, from head(n-1), 32 bytes, and the canonical bytes of entry n."""
+    return hashlib.sha256(_ENTRY_LABEL + previous + body).digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The state of a chain, to be noted outside the ledger: ``str(head)`` and :meth:`parse`."""
+
+    seq: int
+    #: Hash of entry *seq*, 64 hexadecimal digits.
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        """Read what ``str(head)`` wrote.
+
+        Raises:
+            ValueError: *text* is not a number, a colon and 64 lower-case hexadecimal digits.
+        """
+        match = _HEAD.fullmatch(text.strip())
+        if match is None:
+            raise ValueError("a head is written as number:hash, for example 142:9f3c... with 64 hexadecimal digits")
+        return cls(seq=int(match[1]), hash=match[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A ledger that verified."""
+
+    zone: str
+    entries: int
+    #: Time of the first entry, as the entry gives it.
+    first: str
+    #: Time of the last entry.
+    last: str
+    #: Hash of the last entry, 64 hexadecimal digits.
+    head_hash: str
+
+    @property
+    def head(self) -> Head:
+        """The head to note outside the ledger."""
+        return Head(seq=self.entries, hash=self.head_hash)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row as SQLite gave it; ``None`` where the type is not text."""
+
+    seq: int
+    body: bytes | None
+    hash: bytes | None
+
+    def entry(self) -> dict[str, Any] | None:
+        return parse(self.body or b"")
+
+
+def parse(body: bytes) -> dict[str, Any] | None:
+    """Return *body* as a JSON object, or ``None`` if it is none."""
+    try:
+        document = json.loads(body.decode("ascii"))
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def verify(path: Path, *, expected_head: Head | None = None) -> Report:
+    """Check every entry of the ledger at *path*, running or copied.
+
+    Args:
+        path: The database file. A ``-wal`` file beside it is part of it.
+        expected_head: A head noted earlier. Without it, entries cut off at the end are not found.
+
+    Raises:
+        LedgerCorruptError: An entry does not verify, is missing, or cannot be read.
+        LedgerUnavailableError: There is no such file, or it may not be read.
+    """
+    first = last = zone = ""
+    head = Head(seq=0, hash="")
+    for entry, head_hash in _walk(path):
+        head = Head(seq=entry["seq"], hash=head_hash)
+        first, last, zone = first or entry["time"], entry["time"], zone or entry["zone"]
+        if expected_head is not None and head.seq == expected_head.seq and head != expected_head:
+            raise _corrupt(head.seq, "it is not the entry whose head was noted; the ledger was rewritten")
+    if expected_head is not None and head.seq < expected_head.seq:
+        noted = f"a head of {expected_head.seq} was noted"
+        raise _corrupt(head.seq + 1, f"missing: the ledger ends at entry {head.seq}, {noted}")
+    return Report(zone=zone, entries=head.seq, first=first, last=last, head_hash=head.hash)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the entries of the ledger at *path* in order, each after it verified.
+
+    Raises:
+        LedgerCorruptError: When the first entry that does not verify is reached.
+        LedgerUnavailableError: There is no such file, or it may not be read.
+    """
+    return (entry for entry, _ in _walk(path))
+
+
+def _walk(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield ``(entry, hash)`` of one snapshot; the caller's last entry is not the end until this returns."""
+    seq = 0
+    try:
+        with closing(_open_to_read(path)) as database:
+            database.execute("BEGIN")
+            _check_schema(database)
+            previous: bytes | None = None
+            for row in _rows(database, "ORDER BY seq"):
+                entry, previous = _check(database, row, seq + 1, previous)
+                seq += 1
+                yield entry, previous.hex()
+            if seq == 0:
+                raise _corrupt(1, "missing: the ledger is empty")
+            _check_surroundings(database, path, seq)
+    except UNREADABLE as error:
+        if sqlite_name(error).startswith(("SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_READONLY")):
+            raise LedgerUnavailableError(
+                f"{path.name} cannot be read ({error}); copy it, with its -wal file if there is one, "
+                "to a directory that you can write, and verify the copy"
+            ) from error
+        raise _corrupt(seq + 1, f"not readable: SQLite stops at or after this entry ({error})") from error
+
+
+def check_row(row: tuple[int, bytes, bytes], *, seq: int, previous: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return entry and head(seq) of a row ``seq, body, hash`` that must be number *seq* after head *previous*.
+
+    Raises:
+        LedgerCorruptError: It does not verify.
+    """
+    found, body, stored = row
+    entry, head = parse(body), entry_hash(previous, body)
+    if found != seq or head.hex().encode() != stored:
+        raise _corrupt(seq, "run `ray-gpu audit verify` to see what is wrong")
+    if entry is None or entry.get("seq") != seq or _canonical_or_none(entry) != body:
+        raise _corrupt(seq, "its hash matches, but it is not a ledger entry with this number in canonical form")
+    if not isinstance(entry.get("time"), str) or not isinstance(entry.get("kind"), str):
+        raise _corrupt(seq, "its hash matches, but it has no time or no kind")
+    return entry, head
+
+
+def _check(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | None) -> tuple[dict[str, Any], bytes]:
+    """Return the entry and head(seq) of a row that must be number *seq*."""
+    entry = row.entry()
+    if row.seq != seq or row.body is None or row.hash is None:
+        raise _corrupt(seq, _explain(database, row, seq, previous))
+    if previous is None:
+        previous = genesis(str(entry.get("zone"))) if entry else bytes(32)
+    if entry_hash(previous, row.body).hex().encode() != row.hash:
+        raise _corrupt(seq, _explain(database, row, seq, previous))
+    checked, head = check_row((row.seq, row.body, row.hash), seq=seq, previous=previous)
+    if seq == 1 and not (checked["kind"] == "opened" and isinstance(checked.get("zone"), str)):
+        raise _corrupt(seq, "its hash matches, but it does not open a ledger of a named zone")
+    return checked, head
+
+
+def _canonical_or_none(entry: dict[str, Any]) -> bytes | None:
+    """Return the canonical bytes of *entry*, or ``None`` if it has none (a float, an endless number)."""
+    try:
+        return canonical(entry)
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _explain(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | None) -> str:
+    """Say what is wrong with a row that does not verify. The best guess from its neighbours, never a proof."""
+    entry = row.entry()
+    if row.seq != seq:
+        what = "missing" if row.seq > seq else "duplicated or out of order"
+        return f"{what}: the row in its place has number {row.seq}"
+    if row.body is None or row.hash is None:
+        return "truncated: body or hash is not text"
+    held = entry.get("seq") if entry else None
+    if isinstance(held, int) and held != seq:
+        return _explain_moved(database, row, seq, held)
+    if len(row.hash) != 64:
+        return "truncated: its hash does not have 64 digits"
+    if entry is None:
+        return "truncated: its JSON ends early" if not row.body.endswith(b"}") else "content changed: not JSON"
+    following = next(_rows(database, "WHERE seq = ?", seq + 1), None)
+    if following is not None and following.body is not None and previous is not None:
+        if entry_hash(entry_hash(previous, row.body), following.body).hex().encode() == following.hash:
+            return "hash changed: the next entry follows from this content with another hash"
+        if _follows(row.hash, following):
+            return "content changed: the next entry follows from this hash with other content"
+    return "content or hash changed"
+
+
+def _explain_moved(database: sqlite3.Connection, row: _Row, seq: int, held: int) -> str:
+    twin = next(_rows(database, "WHERE seq = ?", held), None) if 0 < held < 1 << 63 else None
+    if twin is not None and twin.body == row.body:
+        return f"duplicated: its row repeats entry {held}"
+    for other in _rows(database, "WHERE seq > ? ORDER BY seq", seq):
+        if (other.entry() or {}).get("seq") == seq:
+            return f"reordered: its row holds entry {held}, and it is in row {other.seq}"
+    following = next(_rows(database, "WHERE seq = ?", seq + 1), None)
+    if following is not None and (following.entry() or {}).get("seq") == seq + 1 and _follows(row.hash, following):
+        return "content changed: the next entry follows from this hash with other content"
+    return f"missing: its row holds entry {held}"
+
+
+def _follows(stored: bytes | None, following: _Row) -> bool:
+    """Tell whether *following* was chained to the hash *stored*, which is then the one that was written."""
+    try:
+        previous = bytes.fromhex((stored or b"").decode("ascii"))
+    except ValueError:
+        return False
+    return entry_hash(previous, following.body or b"").hex().encode() == following.hash
+
+
+def sqlite_name(error: Exception) -> str:
+    """Return SQLite's name of an error, such as ``SQLITE_FULL``, or ``""`` if it has none."""
+    return str(getattr(error, "sqlite_errorname", None) or "")
+
+
+def _rows(database: sqlite3.Connection, where: str, *values: int) -> Iterator[_Row]:
+    # `where` is one of this module's own literals.
+    for seq, body_type, body, hash_type, stored in database.execute(f"SELECT {_COLUMNS} FROM entries {where}", values):
+        yield _Row(seq, body if body_type == b"text" else None, stored if hash_type == b"text" else None)
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    if not path.is_file():
+        raise LedgerUnavailableError(f"there is no ledger file {path}; check the path")
+    # Without a -wal file nobody writes, and `immutable` keeps SQLite from creating files beside a copy.
+    mode = "mode=ro" if wal_path(path).exists() else "mode=ro&immutable=1"
+    database = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None)
+    # Text stays bytes: damaged text must be compared, not decoded.
+    database.text_factory = bytes
+    database.execute("PRAGMA trusted_schema = OFF")
+    database.execute("PRAGMA cell_size_check = ON")
+    return database
+
+
+def _check_schema(database: sqlite3.Connection) -> None:
+    found = database.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+    if found != [(b"table", b"entries", SCHEMA.encode())]:
+        raise _corrupt(1, "the file is not a ledger, or its table was redefined")
+
+
+def _check_surroundings(database: sqlite3.Connection, path: Path, seq: int) -> None:
+    """Look for damage outside the entries that could hide further ones."""
+    wal = wal_path(path)
+    # The writer may be in the middle of a frame; what it committed is in this snapshot.
+    if wal.exists() and not _is_being_written(path) and not wal_is_whole(wal.read_bytes()):
+        raise _corrupt(seq + 1, "not readable: the -wal file is damaged there, or was cut off")
+    verdict = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if verdict != b"ok":
+        raise LedgerCorruptError(
+            f"all {seq} entries verify, but the SQLite file around them is damaged "
+            f"({verdict.decode(errors='replace')}); keep the file as evidence and compare it with a backup"
+        )
+
+
+def wal_is_whole(wal: bytes) -> bool:
+    """Tell whether every frame of the log's current generation is intact (SQLite file format, section 4).
+
+    Frames left over from an earlier generation have other salts in both halves and do not count.
+    """
+    if len(wal) < 32:
+        return len(wal) == 0
+    magic, _, page_size, _, salt_1, salt_2, sum_1, sum_2 = struct.unpack(">8I", wal[:32])
+    order = {0x377F0682: "<", 0x377F0683: ">"}.get(magic)
+    if order is None or _wal_sum(wal[:24], (0, 0), order) != (sum_1, sum_2) or (len(wal) - 32) % (page_size + 24):
+        return False
+    running, intact = (sum_1, sum_2), True
+    for at in range(32, len(wal), page_size + 24):
+        salts = struct.unpack_from(">2I", wal, at + 8)
+        if salts[0] != salt_1 and salts[1] != salt_2:
+            intact = False
+            continue
+        running = _wal_sum(wal[at + 24 : at + 24 + page_size], _wal_sum(wal[at : at + 8], running, order), order)
+        if not intact or salts != (salt_1, salt_2) or running != struct.unpack_from(">2I", wal, at + 16):
+            return False
+    return True
+
+
+def _wal_sum(data: bytes, start: tuple[int, int], order: str) -> tuple[int, int]:
+    first, second = start
+    words = struct.unpack(f"{order}{len(data) // 4}I", data)
+    for even, odd in zip(words[::2], words[1::2], strict=True):
+        first = (first + even + second) & 0xFFFFFFFF
+        second = (second + odd + first) & 0xFFFFFFFF
+    return first, second
+
+
+def wal_path(path: Path) -> Path:
+    """Return SQLite's write-ahead log beside *path*."""
+    return path.with_name(path.name + "-wal")
+
+
+def lock_path(path: Path) -> Path:
+    """Return the file whose ``flock`` the ledger's one writer holds."""
+    return path.with_name(path.name + ".lock")
+
+
+def _is_being_written(path: Path) -> bool:
+    try:
+        descriptor = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _corrupt(seq: int, what: str) -> LedgerCorruptError:
+    return LedgerCorruptError(
+        f"ledger entry {seq} does not verify: {what}; keep the file as evidence and compare it with a backup", entry=seq
+    )

@@ -1,0 +1,384 @@
+"""Write the ledger: one SQLite file, one writer, append-only, hash-chained.
+
+Does I/O: files, ``flock``, and the clock that :meth:`Ledger.open` is given. docs/ledger.md is the specification.
+
+Rules:
+
+1. What returns is on disk. Whatever cannot be written raises, and the caller sends nothing.
+2. The chain in memory moves only after the commit: a failed write leaves no gap.
+3. After a failure that leaves the file in doubt, every further write is refused until the ledger is opened again.
+4. No byte leaves on a budget that the ledger does not hold; a budget ends, it is never enlarged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from zones import audit
+from zones.audit import Head, Report, read, verify
+from zones.budget import MAX_ENTRY_BYTES, Budget, Egress, check_entry, check_kind, recovered
+from zones.errors import LedgerCorruptError, LedgerUnavailableError
+from zones.model import Decision, canonical, check_id
+
+__all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "read", "verify"]
+
+#: How long a write waits for another program that holds the database, milliseconds.
+BUSY_TIMEOUT_MS = 1000
+
+_FORMAT = 1
+#: SQLite error name prefix: (what happened and what to do, whether a later write may be tried).
+_CAUSES = {
+    "SQLITE_FULL": ("the disk is full; free space, then call again", True),
+    "SQLITE_BUSY": ("another program holds the database; end it, then call again", True),
+    "SQLITE_READONLY": ("the file or its directory is read-only; make it writable, then restart the gateway", False),
+    "SQLITE_CANTOPEN": ("its files cannot be created; check the directory, then restart the gateway", False),
+    "SQLITE_NOTADB": ("it is no SQLite file; name another file or use a backup", False),
+    "SQLITE_CORRUPT": ("its file is damaged; run `ray-gpu audit verify` and use a backup", False),
+    "SQLITE_CONSTRAINT": ("another program wrote to it; run `ray-gpu audit verify`, then restart the gateway", False),
+}
+_INTERRUPTED = LedgerUnavailableError("the write of the ledger was interrupted, so nothing leaves; restart the gateway")
+_OTHER_CAUSE = ("it could not be written; look at the disk and its file system, then restart the gateway", False)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Entries that one caller wants written together, and what became of them."""
+
+    entries: Sequence[Mapping[str, Any]]
+    last_seq: int = 0
+    error: str = ""
+    cause: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Where the chain stands on disk."""
+
+    seq: int = 0
+    hash: bytes = b""
+    #: Intents of the previous run that have no completion.
+    unfinished: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Ledger:
+    """The one writer of a zone's ledger file. Thread-safe. Use as a context manager, or :meth:`close` it."""
+
+    def __init__(self, path: Path, clock: Callable[[], datetime], database: sqlite3.Connection, lock: int) -> None:
+        """Use :meth:`open`."""
+        self._path = path
+        self._clock = clock
+        self._database = database
+        self._lock = lock
+        self._chain = _Chain()
+        self._files: dict[Path, tuple[int, int] | None] = {}
+        self._allowed: set[int] = set()
+        self._refusal = ""
+        self._queue: list[_Pending] = []
+        self._queue_guard = threading.Lock()
+        self._commit_guard = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path, *, zone: str, clock: Callable[[], datetime] = _utc_now) -> Self:
+        """Open the ledger of *zone*, creating it with mode 0600, and write ``opened`` and ``recovered`` entries.
+
+        Checks the chain since the last start; :func:`verify` checks all of it.
+
+        Args:
+            path: The database file. Its directory must exist and belong to the gateway.
+            zone: Name of the zone, bound into the chain.
+            clock: Returns an aware time; read once for each entry.
+
+        Raises:
+            LedgerUnavailableError: Another process writes it, it belongs to another zone, it is readable by
+                others, or it cannot be created or written.
+            LedgerCorruptError: The chain is broken since the last start.
+        """
+        check_id(zone, what="zone")
+        with contextlib.ExitStack() as undo:
+            try:
+                lock = _lock(path)
+                undo.callback(os.close, lock)
+                _create(path)
+                database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                undo.callback(database.close)
+                ledger = cls(path, clock, database, lock)
+                ledger._start(zone)
+            except OSError as error:
+                raise _unavailable(path, f"{error.strerror}; check disk and directory, then retry") from error
+            except audit.UNREADABLE as error:
+                raise _translate(path, error)[0] from error
+            undo.pop_all()
+        return ledger
+
+    def append(self, entry: Mapping[str, Any]) -> int:
+        """Write one entry and return its number. It is on disk when this returns.
+
+        Args:
+            entry: ``kind`` and the fields of docs/ledger.md, JSON types without floats.
+
+        Raises:
+            LedgerUnavailableError: It could not be written; nothing may leave.
+            ValueError: The kind is none of ``REQUIRED_FIELDS``, a field is missing or reserved, or it is too large.
+            TypeError: A value is a float or no JSON type.
+        """
+        check_kind(entry)
+        seq = self._write([entry])
+        if entry["kind"] == "decision" and entry["decision"] == "allowed":
+            self._allowed.add(seq)
+        return seq
+
+    def decided(self, egress: Egress, decision: Decision) -> int:
+        """Write a decision, allowed or refused, and return its entry's number. Raises like :meth:`append`."""
+        answer = {
+            "kind": "decision",
+            "decision": "allowed" if decision.allowed else "refused",
+            "rules": list(decision.rules),
+            "reasons": list(decision.reasons),
+        }
+        return self.append(egress.fields() | answer | {"policy_digest": decision.policy_digest})
+
+    def intend(self, egress: Egress, *, decision: int, calls: int, bytes_: int) -> Budget:
+        """Write, before the first byte, that up to *calls* calls and *bytes_* padded bytes will leave.
+
+        Args:
+            egress: What leaves and where to; lease and node are known by now.
+            decision: Number of the entry that allowed it.
+            calls: Largest number of calls to reserve.
+            bytes_: Largest number of bytes to reserve, padding included.
+
+        Raises:
+            LedgerUnavailableError: It could not be written; nothing may leave.
+            ValueError: *decision* is not an allowed decision of this run, or nothing is reserved.
+        """
+        if decision not in self._allowed:
+            raise ValueError(f"entry {decision} is not a decision that allowed something since the ledger was opened")
+        if calls < 1 or bytes_ < 1:
+            raise ValueError("an intent reserves at least one call and one byte")
+        entry = egress.fields() | {"kind": "intent", "decision_entry": decision, "calls": calls, "bytes": bytes_}
+        return Budget(self._write, intent=self._write([entry]), entry=entry)
+
+    @property
+    def head(self) -> Head:
+        """Number and hash of the last entry on disk, to be noted outside the ledger."""
+        chain = self._chain
+        return Head(seq=chain.seq, hash=chain.hash.hex())
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the ledger as it is now to a new file, complete without a ``-wal``, mode 0600.
+
+        Raises:
+            LedgerUnavailableError: *path* exists or cannot be written, or the ledger is closed.
+        """
+        try:
+            with self._commit_guard:
+                if self._refusal:
+                    raise _unavailable(self._path, self._refusal)
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+                with contextlib.closing(sqlite3.connect(path)) as copy:
+                    self._database.backup(copy)
+                    copy.execute("PRAGMA journal_mode = DELETE")
+        except OSError as error:
+            raise _unavailable(path, f"{error.strerror}; name a new file in a directory that you can write") from error
+        except audit.UNREADABLE as error:
+            raise _translate(path, error)[0] from error
+
+    def close(self) -> None:
+        """Fold the ``-wal`` into the file and give the ledger back. Later writes raise. May be called twice."""
+        with self._commit_guard:
+            if self._lock < 0:
+                return
+            self._refusal = "it is closed; open it again"
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._database.close()
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, zone: str) -> None:
+        self._database.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        self._database.execute("PRAGMA page_size = 4096")
+        self._database.execute("PRAGMA auto_vacuum = NONE")
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        if self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            self._chain = _resume(self._database, self._path, zone)
+        else:
+            self._chain = _Chain(hash=audit.genesis(zone))
+        opened = {"kind": "opened", "zone": zone, "format": _FORMAT}
+        self._write([opened, *(recovered(intent) for intent in self._chain.unfinished)])
+        self._files = {path: _identity(path) for path in (self._path, audit.wal_path(self._path))}
+
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> int:
+        """Write *entries* together, durably, and return the number of the last.
+
+        Whoever holds the commit guard writes everything that queued up while the last commit was under way.
+        """
+        for entry in entries:
+            check_entry(entry)
+        pending = _Pending(entries)
+        with self._queue_guard:
+            self._queue.append(pending)
+        with self._commit_guard:
+            if not pending.last_seq and not pending.error:
+                with self._queue_guard:
+                    group, self._queue = self._queue, []
+                self._commit(group)
+        if not pending.last_seq:
+            # A fresh exception for each caller: one shared by threads would collect all their tracebacks.
+            raise LedgerUnavailableError(pending.error) from pending.cause
+        return pending.last_seq
+
+    def _commit(self, group: Sequence[_Pending]) -> None:
+        failure, cause, in_doubt = _INTERRUPTED, None, True
+        try:
+            if self._refusal:
+                raise _unavailable(self._path, self._refusal)
+            self._commit_rows(group)
+        except audit.UNREADABLE as error:
+            cause = error
+            failure, in_doubt = _translate(self._path, error)
+        except LedgerUnavailableError as error:
+            failure = error
+        finally:
+            # Also reached by an interrupt: nobody in the group may be left without an answer.
+            failed = [pending for pending in group if not pending.last_seq]
+            for pending in failed:
+                pending.error, pending.cause = failure.message, cause
+            if failed:
+                self._refusal = self._refusal or (f"an earlier write failed: {failure.message}" if in_doubt else "")
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.rollback()
+
+    def _commit_rows(self, group: Sequence[_Pending]) -> None:
+        self._check_files()
+        seq, head, rows, last = self._chain.seq, self._chain.hash, [], []
+        for pending in group:
+            for entry in pending.entries:
+                seq += 1
+                body = canonical({**entry, "seq": seq, "time": _iso(self._clock())})
+                head = audit.entry_hash(head, body)
+                rows.append((seq, body.decode("ascii"), head.hex()))
+            last.append(seq)
+        self._database.execute("BEGIN IMMEDIATE")
+        if not self._chain.seq:
+            self._database.execute(audit.SCHEMA)
+        self._database.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows)
+        self._database.execute("COMMIT")
+        self._chain = _Chain(seq=seq, hash=head)
+        for pending, number in zip(group, last, strict=True):
+            pending.last_seq = number
+
+    def _check_files(self) -> None:
+        """Refuse to write to files that nobody will find again: SQLite does not notice that a name is gone."""
+        for path, identity in self._files.items():
+            if _identity(path) != identity:
+                raise _unavailable(path, "it was moved, replaced or deleted; put it back, then restart the gateway")
+
+
+def _resume(database: sqlite3.Connection, path: Path, zone: str) -> _Chain:
+    """Check the chain since the last ``opened`` entry and return where it stands.
+
+    Earlier intents need no look: each start writes ``recovered`` for what was open, in the same commit.
+    """
+    rows = _rows_since_opened(database)
+    if not rows:
+        raise LedgerCorruptError("ledger entry 1 is missing: the file has no `opened` entry; use a backup", entry=1)
+    first = rows[0][0]
+    before = database.execute("SELECT hash FROM entries WHERE seq = ?", (first - 1,)).fetchone()
+    try:
+        head = bytes.fromhex(before[0]) if before else audit.genesis(zone)
+    except (TypeError, ValueError):
+        raise LedgerCorruptError(f"ledger entry {first - 1} has no hash; use a backup", entry=first - 1) from None
+    named = (audit.parse(rows[0][1]) or {}).get("zone")
+    if named != zone:
+        raise _unavailable(path, f"it belongs to zone {named!r}, not {zone!r}; give each zone a file of its own")
+    intents: dict[int, dict[str, Any]] = {}
+    for offset, row in enumerate(rows):
+        entry, head = audit.check_row(row, seq=first + offset, previous=head)
+        if entry["kind"] == "intent":
+            intents[entry["seq"]] = entry
+        intents.pop(entry.get("intent", 0), None)
+    return _Chain(seq=rows[-1][0], hash=head, unfinished=list(intents.values()))
+
+
+def _rows_since_opened(database: sqlite3.Connection) -> list[tuple[int, bytes, bytes]]:
+    """Return ``seq, body, hash`` in order, from the last ``opened`` entry on; none if there is no such entry."""
+    rows = []
+    # As blobs, because damaged text must be compared, not decoded.
+    newest_first = "SELECT seq, CAST(body AS BLOB), CAST(hash AS BLOB) FROM entries ORDER BY seq DESC"
+    for row in database.execute(newest_first):
+        rows.append(row)
+        if (audit.parse(row[1]) or {}).get("kind") == "opened":
+            return rows[::-1]
+    return []
+
+
+def _iso(time: datetime) -> str:
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _create(path: Path) -> None:
+    """Create *path* with mode 0600, or check that nobody else can read it."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        if path.stat().st_mode & 0o077:
+            raise _unavailable(path, "others may read or write it; `chmod 600` it, then retry") from None
+        return
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _lock(path: Path) -> int:
+    """Return a descriptor that holds the writer's lock until it is closed.
+
+    Not a lock on the database itself: closing any other descriptor of that file would drop SQLite's own locks.
+    """
+    descriptor = os.open(audit.lock_path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise _unavailable(path, "another gateway writes it; stop that one first") from None
+    return descriptor
+
+
+def _translate(path: Path, error: Exception) -> tuple[LedgerUnavailableError, bool]:
+    """Return the error to raise, and whether the file is in doubt."""
+    name = audit.sqlite_name(error)
+    what, retry = next((cause for prefix, cause in _CAUSES.items() if name.startswith(prefix)), _OTHER_CAUSE)
+    return _unavailable(path, f"{what} ({error})"), not retry
+
+
+def _unavailable(path: Path, what: str) -> LedgerUnavailableError:
+    return LedgerUnavailableError(f"nothing leaves, because the ledger {path.name} cannot be written: {what}")

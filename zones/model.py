@@ -1,0 +1,273 @@
+"""The nouns of the data owner's side: frozen values, no I/O, no behaviour beyond checks.
+
+Canonical bytes (:func:`canonical`) are what is hashed and signed: JSON with sorted
+keys, no white space, ASCII only, and no floats, in the spirit of RFC 8785.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+#: Node, zone, pool and lease ids. No dots: Vault policies glob on ``<node>.*``.
+ID_PATTERN = re.compile(r"[a-z0-9-]{1,40}")
+
+
+def check_id(value: str, *, what: str) -> str:
+    """Return *value* if it is a valid id.
+
+    Raises:
+        ValueError: It is not 1 to 40 characters of ``a-z``, ``0-9`` and ``-``.
+    """
+    if not ID_PATTERN.fullmatch(value):
+        raise ValueError(f"{what} {value!r} must be 1 to 40 characters of a-z, 0-9 and '-'")
+    return value
+
+
+def canonical(document: Any) -> bytes:
+    """Return the one byte string that stands for *document* (JSON types without floats).
+
+    Raises:
+        TypeError: A value is a float or not a JSON type, or a key is not a string.
+    """
+    _check_canonical(document)
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def _check_canonical(value: Any) -> None:
+    if value is None or isinstance(value, (bool, int, str)):
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"canonical documents have string keys, not {type(key).__name__}")
+            _check_canonical(item)
+        return
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_canonical(item)
+        return
+    raise TypeError(f"canonical documents hold no {type(value).__name__}")
+
+
+def digest(document: Any) -> str:
+    """Return the SHA-256 of :func:`canonical` as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(document)).hexdigest()
+
+
+class Shuffle(StrEnum):
+    """How far rows are moved apart before they are cut into shards."""
+
+    ROWS = "rows"
+    BLOCKS = "blocks"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obligations:
+    """What a decision demands of the code that carries it out."""
+
+    shuffle: Shuffle = Shuffle.ROWS
+    #: Rows a block holds with ``Shuffle.BLOCKS``; otherwise unused.
+    block_rows: int = 1
+    #: Degradations (ids from ``ray_gpu.sandbox``) that the zone accepts; any other refuses the lease.
+    accepted_degradations: frozenset[str] = frozenset()
+    #: Longest life of a lease, seconds.
+    max_lease_s: int = 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObligationRule:
+    """Obligations for some pools and data sets of a zone."""
+
+    #: Pools the rule is about; ``None`` means every pool.
+    pools: frozenset[str] | None = None
+    #: Data sets the rule is about; ``None`` means everything, also what comes from no data set.
+    datasets: frozenset[str] | None = None
+    obligations: Obligations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """One data set of a zone's catalog."""
+
+    name: str
+    #: Path of an Arrow IPC, Feather or Parquet file, relative to the zone's data directory.
+    path: str
+    #: Column name to class name, in file order.
+    columns: Mapping[str, str]
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallBytes:
+    """Class and caps of bytes that come from no catalog handle: functions and call arguments."""
+
+    classification: str
+    #: Largest single call's arguments, and largest function, in bytes. Above it the default class holds.
+    max_bytes: int
+    #: Largest sum over one session, in bytes. Above it the default class holds.
+    max_session_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zone:
+    """One zone as its reviewed files describe it."""
+
+    name: str
+    #: Class names, least sensitive first.
+    classes: Sequence[str]
+    #: Class of everything that comes from no catalog handle.
+    default_class: str
+    small_bytes: SmallBytes | None
+    datasets: Mapping[str, Dataset]
+    #: Names of the pools that zone.yaml lists.
+    pools: Sequence[str]
+    #: ``"127.0.0.0/8:20000-60999"``: where gateways may open data connections to.
+    endpoints: Sequence[str]
+    #: SHA-256 over every policy file of this zone and its pools, hexadecimal.
+    policy_digest: str
+    #: What holds where no rule of ``obligation_rules`` matches.
+    obligations: Obligations = field(default_factory=Obligations)
+    #: The first rule that matches a request's pool and data set holds.
+    obligation_rules: Sequence[ObligationRule] = ()
+
+    def rank(self, classification: str) -> int:
+        """Return the position of a class, 0 for the least sensitive."""
+        return list(self.classes).index(classification)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EgressRequest:
+    """A question to policy: may these columns leave for this pool?"""
+
+    zone: str
+    pool: str
+    #: Name of the person in Vault's identity store, never ``$USER``.
+    person: str
+    groups: frozenset[str] = frozenset()
+    purpose: str = ""
+    #: Catalog name, or ``""`` for data that comes from no catalog handle.
+    dataset: str = ""
+    #: Columns that leave. Arguments without a data set use ``{"<arguments>"}``.
+    columns: frozenset[str] = frozenset()
+    #: Every class among the data, the function and its arguments.
+    classes: frozenset[str] = frozenset()
+    function_digest: str = ""
+    function_reviewed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Policy's answer."""
+
+    allowed: bool
+    #: Ids of the policies that decided, or ``("default",)``.
+    rules: tuple[str, ...]
+    #: The rules' own explanations (``@reason``), in the same order.
+    reasons: tuple[str, ...]
+    policy_digest: str
+    obligations: Obligations = field(default_factory=Obligations)
+
+
+class Direction(StrEnum):
+    """Which way a sealed message goes."""
+
+    OUT = "out"
+    BACK = "back"
+
+
+class Kind(StrEnum):
+    """What a sealed message is."""
+
+    HELLO = "hello"
+    FUNCTION = "function"
+    ARGUMENTS = "arguments"
+    CALL = "call"
+    SHARD = "shard"
+    RESULT = "result"
+    CONTROL = "control"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """Where a sealed message is valid. Authenticated, never stored in the message itself."""
+
+    lease: str
+    direction: Direction
+    kind: Kind
+    #: Number of the call within the lease.
+    call: int
+    #: Number of the shard within the call; carries no position in the data set.
+    shard: int
+    #: 0 for the first try of a shard, then 1, 2, ...
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What a custodian says about its node before a lease. Signed by the node."""
+
+    node: str
+    pool: str
+    #: Random per start of the custodian, 32 hexadecimal digits.
+    boot: str
+    #: One-time X25519 public key, 64 hexadecimal digits.
+    exchange_key: str
+    #: Ids of the missing controls; empty means ``strict``.
+    degradations: tuple[str, ...]
+    #: What computes: ``"NVIDIA H100"`` or ``"numpy stand-in"``.
+    device: str
+
+    def document(self) -> dict[str, Any]:
+        """Return the fields as JSON types, for :func:`canonical`."""
+        return _document(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The terms of one lease, bound into its key."""
+
+    zone: str
+    lease: str
+    node: str
+    pool: str
+    offer_digest: str
+    #: The gateway's ephemeral X25519 public key, 64 hexadecimal digits.
+    exchange_key: str
+    accepted_degradations: tuple[str, ...]
+    #: Thousandths of a GPU, so that canonical bytes need no float.
+    gpu_milli: int
+    memory_bytes: int
+    policy_digest: str
+    #: UTC seconds since the epoch.
+    not_after: int
+
+    def document(self) -> dict[str, Any]:
+        """Return the fields as JSON types, for :func:`canonical`."""
+        return _document(self)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the canonical grant, hexadecimal."""
+        return digest(self.document())
+
+
+#: Degradations that say something about the set-up around a sandbox, not about the sandbox.
+SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "shared-node", "uncaged-ray"})
+
+
+def sandbox_level(degradations: Sequence[str]) -> str:
+    """Return ``"strict"``, or ``"degraded: ..."`` naming the controls that a sandbox lacks."""
+    missing = sorted(set(degradations) - SURROUNDINGS)
+    return f"degraded: {', '.join(missing)}" if missing else "strict"
+
+
+def _document(value: Any) -> dict[str, Any]:
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in fields.items()}

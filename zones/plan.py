@@ -1,0 +1,191 @@
+"""Which rows go into which shard, drawn from a seed: the shuffle order, the cut, and splits of a data set.
+
+The plan is as secret as the data and never leaves the gateway. Rows move in *units*: one row with ``rows``,
+a block of *n* neighbours with ``blocks(n)``. Only the units' order is drawn and kept.
+
+======== ==================================================== =======================================
+shuffle  what a node can tell                                 cost
+======== ==================================================== =======================================
+rows     which rows it has, not how they were ordered         a random read per cell
+blocks   that the *n* rows of a block were neighbours; the    a random read per block and column
+         one shorter block, if any, held the last rows
+none     the order of all its rows                            a plain copy
+======== ==================================================== =======================================
+
+Nothing here reads a clock, randomness or files. Seeds are passed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from zones.model import Obligations, Shuffle
+
+Index = npt.NDArray[np.int64]
+
+#: Bytes of a shuffle seed: one draw from the operating system per call, ``secrets.token_bytes(32)``.
+SEED_BYTES = 32
+_PIECE_BYTES = 1 << 20
+_BLOCKS = re.compile(r"blocks\(([1-9][0-9]{0,8})\)")
+
+
+def parse_shuffle(text: str) -> tuple[Shuffle, int]:
+    """Read ``"rows"``, ``"none"`` or ``"blocks(16)"``; the number is the rows of a block, else 1.
+
+    Raises:
+        ValueError: *text* is none of them.
+    """
+    if match := _BLOCKS.fullmatch(text):
+        return Shuffle.BLOCKS, int(match[1])
+    if text in (Shuffle.ROWS.value, Shuffle.NONE.value):
+        return Shuffle(text), 1
+    raise ValueError(f"shuffle {text!r} must be 'rows', 'none' or 'blocks(n)' with n of at least 1")
+
+
+def order(rows: int, obligations: Obligations, seed: bytes) -> Index | None:
+    """Draw the shuffle: ``int64[units]``, the unit at each place, or ``None`` to keep the order.
+
+    Raises:
+        ValueError: *seed* is not :data:`SEED_BYTES` long.
+    """
+    if len(seed) != SEED_BYTES:
+        raise ValueError(f"a shuffle seed has {SEED_BYTES} bytes, not {len(seed)}")
+    if obligations.shuffle is Shuffle.NONE:
+        return None
+    return permutation(_units(rows, _block_rows(obligations)), seed)
+
+
+def permutation(count: int, seed: bytes) -> Index:
+    """Return ``int64[count]``, a permutation that nobody without *seed* can tell from a random one.
+
+    Sorts 64-bit keys drawn from SHAKE-256 (FIPS 202). NumPy's generators are not used: whoever sees enough of
+    their output can compute the rest, and a node may know the order of the rows it holds.
+    """
+    pieces = -(-8 * count // _PIECE_BYTES)
+    # In pieces, so that a long draw does not hold up the other threads.
+    stream = b"".join(hashlib.shake_256(seed + i.to_bytes(8, "big")).digest(_PIECE_BYTES) for i in range(pieces))
+    return np.argsort(np.frombuffer(stream, "<u8", count), kind="quicksort").astype(np.int64, copy=False)
+
+
+def cut(rows: int, row_bytes: int, shard_bytes: int, min_shards: int) -> list[tuple[int, int]]:
+    """Cut *rows* into runs of nearly equal length, so that no short last shard tells where the end is.
+
+    Args:
+        rows: Rows, or units, to cut.
+        row_bytes: Bytes of one, on average.
+        shard_bytes: Bytes that a shard should not exceed, though it always has at least one row.
+        min_shards: Smallest number of shards, as far as there are rows.
+
+    Returns:
+        ``(start, stop)`` of each shard; one empty shard for no rows.
+    """
+    if min(row_bytes, shard_bytes, min_shards) < 1 or rows < 0:
+        raise ValueError("row_bytes, shard_bytes and min_shards must be at least 1, and rows at least 0")
+    per_shard = max(1, shard_bytes // row_bytes)
+    count = max(1, min(rows, max(min_shards, -(-rows // per_shard))))
+    edges = [rows * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Which rows go into which shard. Secret: it is the order that a shuffle hides."""
+
+    rows: int
+    #: Rows of a unit; 1 unless blocks are moved.
+    block_rows: int
+    #: ``int64[units]``, the unit at each place, or ``None`` for the source's order.
+    order: Index | None = field(repr=False)
+    #: ``(start, stop)`` in places of *order*, for each shard.
+    cuts: tuple[tuple[int, int], ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        return len(self.cuts)
+
+    def shard_rows(self, shard: int) -> int:
+        """Return the number of rows in *shard*."""
+        return sum(run.stop - run.start for run, _ in self.runs(shard))
+
+    def runs(self, shard: int) -> Iterator[tuple[slice, Index | slice]]:
+        """Yield ``(rows of the shard, where they come from)``; the source is whole units by number, or a slice of rows.
+
+        Only the last unit can be short. Its rows come as a slice of their own, so that all others move as equals.
+        """
+        start, stop = self.cuts[shard]
+        n, whole = self.block_rows, self.rows // self.block_rows
+        if self.order is None:
+            yield slice(0, min(stop * n, self.rows) - start * n), slice(start * n, min(stop * n, self.rows))
+            return
+        units = self.order[start:stop]
+        short = np.flatnonzero(units >= whole) if self.rows % n else units[:0]
+        at = int(short[0]) if short.size else len(units)
+        yield slice(0, at * n), units[:at]
+        if short.size:
+            tail = at * n + self.rows % n
+            yield slice(at * n, tail), slice(whole * n, self.rows)
+            yield slice(tail, tail + (len(units) - at - 1) * n), units[at + 1 :]
+
+    def row_index(self, shard: int) -> Index:
+        """Return ``int64[shard_rows]``: the source row of each row of *shard*."""
+        index = np.empty(self.shard_rows(shard), np.int64)
+        within = np.arange(self.block_rows, dtype=np.int64)
+        for target, source in self.runs(shard):
+            if isinstance(source, slice):
+                index[target] = np.arange(source.start, source.stop)
+            else:
+                index[target] = (source[:, None] * self.block_rows + within).reshape(-1)
+        return index
+
+
+def make_plan(
+    rows: int, row_bytes: int, *, obligations: Obligations, seed: bytes, shard_bytes: int, min_shards: int = 1
+) -> Plan:
+    """Draw the order and cut it. Arguments as in :func:`order` and :func:`cut`; *row_bytes* from :func:`row_bytes`."""
+    n = _block_rows(obligations)
+    cuts = cut(_units(rows, n), row_bytes * n, shard_bytes, min_shards)
+    return Plan(rows=rows, block_rows=n, order=order(rows, obligations, seed), cuts=tuple(cuts))
+
+
+def row_bytes(table: pa.Table) -> int:
+    """Return the average bytes of a row, at least 1."""
+    return max(1, -(-table.nbytes // max(1, table.num_rows)))
+
+
+def _block_rows(obligations: Obligations) -> int:
+    return obligations.block_rows if obligations.shuffle is Shuffle.BLOCKS else 1
+
+
+def _units(rows: int, block_rows: int) -> int:
+    return -(-rows // block_rows)
+
+
+def split_rows(rows: int, fractions: Sequence[float], seed: bytes) -> list[Index]:
+    """Split row numbers at random into parts, the same ones for the same seed.
+
+    Args:
+        rows: Rows of the data set.
+        fractions: Share of each part, above 0. What is missing to 1 is a last part.
+        seed: Any bytes; the handle's choice.
+
+    Returns:
+        ``int64`` row numbers of each part, in the source's order: disjoint, and together all rows.
+
+    Raises:
+        ValueError: A fraction is not above 0, or their sum is above 1.
+    """
+    total = sum(fractions)
+    if not fractions or not all(part > 0 for part in fractions) or not total <= 1 + 1e-9:
+        raise ValueError("fractions must be above 0 and sum to at most 1, as in split(0.8) or split(0.5, 0.3)")
+    shares = np.cumsum([*fractions] if total > 1 - 1e-9 else [*fractions, 1 - total])
+    edges = np.rint(shares / shares[-1] * rows).astype(np.int64)[:-1]
+    drawn = permutation(rows, hashlib.sha256(b"split" + seed).digest())
+    return [np.sort(part) for part in np.split(drawn, edges)]
