@@ -9,13 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_gpu.api import FunctionOptions, RemoteFunction, attach, gpu_remote
+    from ray_gpu.api import RemoteFunction, attach, gpu_remote
     from ray_gpu.arrays import Batch
-    from ray_gpu.client import Call, Handle, Session
+    from ray_gpu.call import Call
+    from ray_gpu.client import Session
+    from ray_gpu.handle import Handle
+    from ray_gpu.options import FunctionOptions
 
 __all__ = ["Batch", "Call", "FunctionOptions", "Handle", "RemoteFunction", "Session", "attach", "gpu_remote"]
 
-_HOMES = {"Batch": "arrays", "Call": "client", "Handle": "client", "Session": "client"}
+_HOMES = {"Batch": "arrays", "Call": "call", "FunctionOptions": "options", "Handle": "handle", "Session": "client"}
 
 
 def __getattr__(name: str) -> Any:

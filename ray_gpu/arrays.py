@@ -62,8 +62,9 @@ class Batch:
     """Rows handed to a ``@gpu_remote`` function.
 
     ``batch["age"]`` is an array ``[rows]`` of ``batch.xp`` (CuPy on a GPU, else NumPy) and is
-    copied to the device once, on first use. Nulls become NaN in floating and integer columns;
-    dictionary columns are their integer codes. Text has no array form: use :meth:`to_arrow`.
+    copied to the device once, on first use; treat it as read-only. Nulls become NaN in floating and integer
+    columns; dictionary columns are their integer codes; dates and times are integers in their column's unit.
+    Text has no array form: use :meth:`to_arrow`.
 
     Args:
         table: The shard's rows. The batch borrows its memory; it is valid during the call.
@@ -98,11 +99,21 @@ class Batch:
         return self._arrays[column]
 
     def matrix(self, columns: list[str] | None = None, dtype: Any = None) -> Any:
-        """Return the named columns (default: all) as one array ``dtype[rows, columns]``, ``float64`` by default."""
+        """Return the named columns (default: all) as one array ``dtype[rows, columns]``, ``float64`` by default.
+
+        Raises:
+            KeyError: No such column.
+            TypeError: A column has no array form.
+            ValueError: A column has nulls, which *dtype* has no value for.
+        """
         names = self.columns if columns is None else columns
-        out = np.empty((len(self), len(names)), dtype=np.float64 if dtype is None else dtype)
+        # Column by column in memory, so that each column is one plain copy.
+        out = np.empty((len(names), len(self)), dtype=np.float64 if dtype is None else dtype).T
         for index, name in enumerate(names):
-            out[:, index] = _host_array(self._table, name)
+            array = _host_array(self._table, name)
+            if out.dtype.kind in "iub" and self._table.column(name).null_count:
+                raise ValueError(f"column {name!r} has nulls, which {out.dtype} cannot say; ask for a floating type")
+            out[:, index] = array
         return self.xp.asarray(out)
 
     def to_arrow(self) -> pa.Table:
@@ -116,13 +127,20 @@ class Batch:
 def _host_array(table: pa.Table, column: str) -> Any:
     if column not in table.column_names:
         raise KeyError(f"the batch has no column {column!r}; it has {table.column_names}")
-    values = table.column(column)
-    values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-    if pa.types.is_dictionary(values.type):
+    values = _one_array(table.column(column))
+    if isinstance(values, pa.DictionaryArray):
         values = values.indices
+    elif pa.types.is_temporal(values.type):
+        # CuPy has no dates: days, or the type's own unit, since 1970 or midnight.
+        values = values.cast(pa.int32() if values.type.bit_width == 32 else pa.int64())
     array = values.to_numpy(zero_copy_only=False)
     if array.dtype == object:
-        raise TypeError(f"column {column!r} of type {values.type} has no array form; use batch.to_arrow()")
+        more = " with nulls" if pa.types.is_boolean(values.type) else ""
+        raise TypeError(f"column {column!r} of type {values.type}{more} has no array form; use batch.to_arrow()")
     return array
+
+
+def _one_array(column: pa.ChunkedArray[Any]) -> Any:
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

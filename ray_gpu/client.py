@@ -1,4 +1,4 @@
-"""What a notebook holds: a session with its zone's gateway. This module does I/O.
+"""A person's session with a zone's gateway, as a notebook holds it. This module does I/O.
 
 The notebook is not trusted by the gateway and holds no key. It packs functions, hands data over in sealed
 memory files, and rebuilds results from plain data; it never unpickles anything that came from outside.
@@ -7,103 +7,23 @@ memory files, and rebuilds results from plain data; it never unpickles anything 
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import socket
-import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as pad
-
-from ray_gpu.progress import Progress
-from ray_gpu.remote_error import rebuild
-from ray_gpu.share import open_sealed, open_table, share_table
+from ray_gpu.call import Call, advance_any, gone
+from ray_gpu.handle import Handle
 from ray_gpu.wire import MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
-from zones import values
-from zones.errors import (
-    CallCancelledError,
-    GatewayUnavailableError,
-    RemoteFunctionError,
-    SessionClosedError,
-    UnknownNameError,
-)
+from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ZoneError
 
 #: Idle connections that a session keeps for its next calls.
 _KEPT_CONNECTIONS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Handle:
-    """Rows of a catalog data set that the gateway reads. Nothing is read until a call needs it.
-
-    Labels follow ``select``, ``filter`` and ``split``: the gateway resolves them again, by name.
-    """
-
-    session: Session
-    dataset: str
-    columns: tuple[str, ...]
-    condition: Any = None
-    part: tuple[Any, ...] | None = None
-
-    def select(self, columns: list[str]) -> Handle:
-        """Return a handle on some of the columns.
-
-        Raises:
-            UnknownNameError: The handle has no such column.
-        """
-        for name in columns:
-            if name not in self.columns:
-                raise UnknownNameError.of("column", name, self.columns)
-        return replace(self, columns=tuple(columns))
-
-    def filter(self, condition: Any) -> Handle:
-        """Return a handle on the rows that meet *condition*, for example ``["age", ">", 60]``."""
-        return replace(self, condition=condition if self.condition is None else ["and", self.condition, condition])
-
-    def split(self, *fractions: float, seed: int = 0) -> tuple[Handle, ...]:
-        """Return handles on disjoint random parts: ``split(0.8)`` gives two, ``split(0.6, 0.2)`` three.
-
-        The same seed gives the same parts.
-
-        Raises:
-            ValueError: Fractions are not above 0 or sum to more than 1, or the handle is a part already.
-        """
-        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
-            raise ValueError("split takes fractions above 0 that sum to at most 1, as in split(0.8)")
-        if self.part is not None:
-            raise ValueError("this handle is one part of a split; split the whole into more parts instead")
-        parts = len(fractions) + (sum(fractions) < 1 - 1e-9)
-        return tuple(replace(self, part=(fractions, seed, index)) for index in range(parts))
-
-    def document(self) -> dict[str, Any]:
-        """Return what the gateway resolves."""
-        return {"dataset": self.dataset, "columns": list(self.columns), "filter": self.condition,
-                "split": self._split()}
-
-    def _split(self) -> dict[str, Any] | None:
-        if self.part is None:
-            return None
-        fractions, seed, part = self.part
-        return {"fractions": list(fractions), "seed": seed, "part": part}
-
-    def to_arrow(self) -> pa.Table:
-        """Return the rows, inside the zone."""
-        reply, fds = self.session.ask({"op": "read", "data": self.document()}, max_fds=1)
-        return open_table(fds[0], trusted=True)
-
-    def __len__(self) -> int:
-        reply, _ = self.session.ask({"op": "read", "data": self.document(), "rows": False})
-        return int(reply["rows"])
-
-    def __repr__(self) -> str:
-        where = "" if self.condition is None else f", filter={self.condition!r}"
-        return f"Handle({self.dataset!r}, columns={list(self.columns)}{where})"
+#: Calls that a session has open at once; the next one waits until one of them is done.
+MAX_OPEN_CALLS = 32
 
 
 class Session:
@@ -117,6 +37,7 @@ class Session:
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
         self._closed = False
+        self._calls: weakref.WeakKeyDictionary[Call[Any], socket.socket] = weakref.WeakKeyDictionary()
         self._main = _connect(socket_path)
         self._card = self._attach(token, purpose)
         self._secret = self._card.pop("secret")
@@ -128,7 +49,11 @@ class Session:
             reply, _ = recv_message(self._main)
             return raise_for_error(reply)
         except (OSError, MalformedMessageError):
-            raise _gone() from None
+            self._main.close()
+            raise gone() from None
+        except BaseException:
+            self._main.close()
+            raise
 
     # -- what there is --------------------------------------------------------------------------
 
@@ -152,7 +77,7 @@ class Session:
         """Data sets of the zone's catalog, each with its columns and their classes."""
         return {name: dict(item["columns"]) for name, item in self._card["datasets"].items()}
 
-    def read(self, dataset: str, columns: list[str] | None = None, filter: Any = None) -> Handle:
+    def read(self, dataset: str, columns: Iterable[str] | None = None, filter: Any = None) -> Handle:  # noqa: A002 - as in pyarrow.dataset
         """Return a handle on a catalog data set.
 
         Args:
@@ -162,6 +87,7 @@ class Session:
 
         Raises:
             UnknownNameError: No such data set or column.
+            ValueError: *filter* is no filter.
         """
         if dataset not in self.datasets:
             raise UnknownNameError.of("dataset", dataset, self.datasets)
@@ -206,7 +132,7 @@ class Session:
             yield sock
         except (OSError, MalformedMessageError):
             sock.close()
-            raise _gone() from None
+            raise gone() from None
         except BaseException:
             sock.close()
             raise
@@ -226,7 +152,7 @@ class Session:
             raise_for_error(reply)
         except (OSError, MalformedMessageError):
             sock.close()
-            raise _gone() from None
+            raise gone() from None
         return sock
 
     def give_connection(self, sock: socket.socket) -> None:
@@ -236,6 +162,34 @@ class Session:
                 self._idle.append(sock)
                 return
         sock.close()
+
+    # -- calls ----------------------------------------------------------------------------------
+
+    def begin(self, call: Call[Any]) -> socket.socket:
+        """Return a connection for *call*; while too many calls are open, first wait until one of them is done.
+
+        Raises:
+            GatewayUnavailableError, SessionClosedError: As :meth:`take_connection`.
+        """
+        while True:
+            with self._lock:
+                waiting = list(self._calls.items())
+            if len(waiting) < MAX_OPEN_CALLS:
+                break
+            advance_any(waiting)
+        sock = self.take_connection()
+        with self._lock:
+            self._calls[call] = sock
+        return sock
+
+    def end(self, call: Call[Any], sock: socket.socket, *, reusable: bool) -> None:
+        """Take back the connection of *call*."""
+        with self._lock:
+            self._calls.pop(call, None)
+        if reusable:
+            self.give_connection(sock)
+        else:
+            sock.close()
 
     def close(self) -> list[dict[str, Any]]:
         """End the session: leases, GPU actors and keys are gone when this returns. Returns the receipts."""
@@ -259,10 +213,23 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a session does not leave its process; attach again where you need one")
+
     def __repr__(self) -> str:
         card = self._card
-        return (f"Session(zone={card['zone']!r}, person={card['person']!r}, pools={card['pools']}, "
-                f"degraded={card['zone_degradations'] or 'no'})")
+        return (
+            f"Session(zone={card['zone']!r}, person={card['person']!r}, pools={card['pools']}, "
+            f"{'closed' if self._closed else self._level()})"
+        )
+
+    def _level(self) -> str:
+        """Say how far the zone's side and the leases held now are from ``strict``."""
+        try:
+            missing = self.degradations
+        except ZoneError as error:
+            return f"level unknown: {type(error).__name__}"
+        return f"degraded: {', '.join(missing)}" if missing else "strict"
 
 
 def _connect(path: Path) -> socket.socket:
@@ -270,170 +237,5 @@ def _connect(path: Path) -> socket.socket:
         return unix_connect(str(path))
     except OSError:
         raise GatewayUnavailableError(
-            f"no gateway answers at {path}; start one with `ray-gpu up`, or ask the zone's operator") from None
-
-
-def _gone() -> GatewayUnavailableError:
-    return GatewayUnavailableError("the gateway ended the connection; see `ray-gpu status` and attach again")
-
-
-class Call:
-    """One call on its way. The request is sent on creation; :meth:`result` waits for the answer.
-
-    Args:
-        request: The message for the gateway.
-        data: A handle, a table for a memory file, or ``None``.
-        show: Where progress goes.
-    """
-
-    def __init__(self, session: Session, request: dict[str, Any], data: Any, *, show: Progress | None) -> None:
-        self._session = session
-        self._show = show
-        self._lock = threading.Lock()
-        self._done = False
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.report: dict[str, Any] = {}
-        message, fds = _with_data(request, data)
-        self._sock = session.take_connection()
-        try:
-            send_message(self._sock, message, fds)
-        except OSError:
-            self._sock.close()
-            raise _gone() from None
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def done(self) -> bool:
-        """Tell whether :meth:`result` would return at once."""
-        return self._done or _readable(self._sock)
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Wait for the call and return its value.
-
-        Args:
-            timeout: Seconds to wait; the call goes on when they are over.
-
-        Raises:
-            TimeoutError: Not done within *timeout*.
-            Exception: What the function raised, as its own built-in type where there is one, with the
-                remote traceback as its cause.
-            ZoneError: What kept the call from being made.
-        """
-        with self._lock:
-            if not self._done:
-                self._wait(timeout)
-            if self._error is not None:
-                raise self._error
-            return self._value
-
-    def cancel(self) -> None:
-        """Stop the call; its sandbox is killed. Waiting for its result raises :class:`CallCancelledError`."""
-        if not self._done:
-            with contextlib.suppress(OSError):
-                send_message(self._sock, {"op": "cancel"})
-
-    def _wait(self, timeout: float | None) -> None:
-        self._sock.settimeout(timeout)
-        try:
-            self._value = self._receive()
-        except TimeoutError:
-            raise TimeoutError(f"the call is not done after {timeout} s; wait longer, or stop it with .cancel()") from None
-        except KeyboardInterrupt:
-            self._interrupted()
-            raise
-        except (OSError, MalformedMessageError):
-            self._error = _gone()
-        except Exception as error:
-            self._error = error
-            self._finish(reusable=self._clean_error)
-            return
-        self._finish(reusable=self._error is None)
-
-    _clean_error = False
-
-    def _finish(self, *, reusable: bool) -> None:
-        self._done = True
-        if self._show:
-            self._show.end()
-        if reusable:
-            self._sock.settimeout(None)
-            self._session.give_connection(self._sock)
-        else:
-            self._sock.close()
-
-    def _interrupted(self) -> None:
-        """Ctrl-C: closing the connection ends the call, its sandbox is killed."""
-        self._error = CallCancelledError("the call was interrupted; its sandbox was stopped")
-        self._finish(reusable=False)
-
-    def _receive(self) -> Any:
-        while True:
-            reply, fds = recv_message(self._sock, max_fds=1)
-            if "event" not in reply:
-                break
-            self._event(reply)
-        self._clean_error = reply.get("ok") is False
-        try:
-            raise_for_error(reply)
-        except RemoteFunctionError as error:
-            _show_printed(error.fields.get("printed"))
-            raise rebuild(error) from None
-        self.report = dict(reply.get("report") or {})
-        _show_printed(reply.get("printed"))
-        return _value(reply, fds)
-
-    def _event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "printed":
-            _show_printed(event.get("text"))
-        elif self._show:
-            self._show.update(event)
-
-    def __repr__(self) -> str:
-        return f"<Call {'done' if self._done else 'running'}>"
-
-
-def _value(reply: dict[str, Any], fds: list[int]) -> Any:
-    if "inline" in reply:
-        return values.decode(reply["inline"])
-    view = open_sealed(fds[0])
-    places = reply.get("places")
-    if places is None:
-        return values.decode(view)
-    decoded = [values.decode(view[start:stop]) for start, stop in places]
-    return decoded
-
-
-def _with_data(request: dict[str, Any], data: Any) -> tuple[dict[str, Any], list[int]]:
-    if data is None:
-        return request, []
-    if isinstance(data, Handle):
-        return {**request, "data": data.document()}, []
-    return {**request, "data": {"memory": True}}, [share_table(data)]
-
-
-def as_table(data: Any) -> Any:
-    """Return data of a call as a :class:`Handle` or an Arrow table, zero-copy where its format allows.
-
-    Raises:
-        TypeError: *data* is none of the kinds that a call takes.
-    """
-    if isinstance(data, (Handle, pa.Table)):
-        return data
-    if isinstance(data, pad.Dataset):
-        return data.to_table()
-    if hasattr(data, "__arrow_c_stream__"):
-        return pa.table(data)
-    raise TypeError(f"data must be a zone.read(...) handle, a pyarrow Dataset, or have __arrow_c_stream__ (pyarrow, pandas, "
-                    f"polars tables do), not {type(data).__name__}")
-
-
-def _show_printed(text: Any) -> None:
-    if text:
-        sys.stdout.write(str(text))
-        sys.stdout.flush()
-
-
-def _readable(sock: socket.socket) -> bool:
-    return bool(select.select([sock], [], [], 0)[0])
+            f"no gateway answers at {path}; start one with `ray-gpu up`, or ask the zone's operator"
+        ) from None

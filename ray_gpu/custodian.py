@@ -11,15 +11,14 @@ Rules:
    or pool; when this node is weaker than the grant accepts; when the pool's policy forbids its terms;
    when its GPU share is not free; or when Vault does not open its key for exactly these terms.
 3. A lease ends, keeper and sandbox killed, when any of actor, keeper or sandbox is gone or its time is over.
-4. Processes are started by the main thread alone: bubblewrap's ``--die-with-parent`` follows the thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
-import queue
 import secrets
 import signal
 import socket
@@ -27,8 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,7 @@ import pyarrow as pa
 
 from ray_gpu.sandbox import boundary, memory
 from ray_gpu.wire import close_fds, error_reply, recv_message, send_message, unix_listen
+from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
 from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
 from zones.model import Grant, Offer, canonical, check_id, digest
@@ -61,8 +59,9 @@ class NodeSettings:
     #: Whole GPUs of this node, in thousandths.
     gpu_milli: int
     socket_path: Path
-    #: First uid of this node's keepers and sandboxes; unused without root.
+    #: First uid of this node's keepers and sandboxes, and how many are theirs; unused without root.
     uid_base: int
+    uid_count: int
     #: Uid allowed to connect besides our own: the caged actors'.
     actor_uid: int
 
@@ -76,6 +75,8 @@ class Lease:
     sandbox: subprocess.Popen[bytes]
     control: socket.socket
     device: str = ""
+    #: Ids of the controls that it lacks, those included that keeper and sandbox found missing themselves.
+    degradations: tuple[str, ...] = ()
     started: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -96,21 +97,11 @@ class Custodian:
         self._used: set[str] = set()
         self._leases: dict[str, Lease] = {}
         self._reserved_milli = 0
-        self._started = 0
-        self._spawns: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._started = itertools.count()
 
     def serve(self) -> None:
-        """Accept actors in the background and start processes here, in the main thread, for ever."""
+        """Accept actors, for ever; one thread each."""
         listener = unix_listen(str(self._settings.socket_path), mode=0o666)
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        while True:
-            work, future = self._spawns.get()
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-    def _accept(self, listener: socket.socket) -> None:
         while True:
             sock, _ = listener.accept()
             threading.Thread(target=self._serve_actor, args=(sock,), daemon=True).start()
@@ -123,9 +114,7 @@ class Custodian:
                 return
             while True:
                 request, fds = recv_message(sock, max_bytes=64 << 10, max_fds=1)
-                reply = self._answer(request, fds, leases)
-                if request.get("op") != "connection":
-                    send_message(sock, reply)
+                send_message(sock, self._answer(request, fds, leases))
         except (OSError, ZoneError):
             return
         finally:
@@ -145,7 +134,7 @@ class Custodian:
                 self._hand_over(lease, fds[0])
                 return {"ok": True}
             raise GrantRefusedError(f"custodian knows no request {request.get('op')!r}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever an actor's words cause, it gets an answer
             return error_reply(error)
         finally:
             close_fds(fds)
@@ -158,8 +147,14 @@ class Custodian:
         """
         key = ExchangeKey()
         settings = self._settings
-        offer = Offer(node=settings.node, pool=settings.pool, boot=self._boot, exchange_key=key.public_hex,
-                      degradations=self._degradations, device=boundary.device_hint())
+        offer = Offer(
+            node=settings.node,
+            pool=settings.pool,
+            boot=self._boot,
+            exchange_key=key.public_hex,
+            degradations=self._degradations,
+            device=boundary.device_hint(),
+        )
         with self._lock:
             if lease in self._used or lease in self._offers:
                 raise GrantRefusedError("this lease id was used before; ask for a new lease")
@@ -185,7 +180,7 @@ class Custodian:
         try:
             data_key = self._vault.unwrap(grant.zone, grant.node, lease, grant.digest(), str(request.get("wrapped")))
             key = derive_lease_key(data_key, exchange.shared(grant.exchange_key), grant.digest())
-            running = self._on_main_thread(lambda: self._start(grant, key.bytes))
+            running = self._start(grant, key)
         except BaseException:
             self._release(grant)
             raise
@@ -213,31 +208,34 @@ class Custodian:
             raise GrantRefusedError("the grant's time is over or too long; check both hosts' clocks")
         missing = set(self._degradations) - set(grant.accepted_degradations)
         if missing:
-            raise SandboxLevelError(f"node {settings.node} is degraded: {', '.join(sorted(missing))}; "
-                                    "mend the node (ray-gpu doctor) or let the zone's policy accept it",
-                                    node=settings.node, reasons=sorted(missing))
+            raise SandboxLevelError(
+                f"node {settings.node} is degraded: {', '.join(sorted(missing))}; "
+                "mend the node (ray-gpu doctor) or let the zone's policy accept it",
+                node=settings.node,
+                reasons=sorted(missing),
+            )
         if self._reserved_milli + grant.gpu_milli > settings.gpu_milli:
             raise GrantRefusedError(f"node {settings.node} has no free GPU share of {grant.gpu_milli / 1000}")
         refusal = self._policy.refusal(grant)
         if refusal:
             raise GrantRefusedError(f"pool {settings.pool} refuses the grant: {refusal}; ask the pool's operator")
 
-    def _on_main_thread(self, work: Callable[[], Lease]) -> Lease:
-        future: Future[Lease] = Future()
-        self._spawns.put((work, future))
-        return future.result(timeout=START_TIMEOUT_S + 5)
-
-    def _start(self, grant: Grant, key: bytes) -> Lease:
-        """Start keeper and sandbox; return when both are ready. Runs in the main thread."""
-        self._started += 1
-        uid = self._settings.uid_base + 2 * (self._started % 5000)
+    def _start(self, grant: Grant, key: LeaseKey) -> Lease:
+        """Start keeper and sandbox; return when both are ready."""
+        uid = self._settings.uid_base + 2 * (next(self._started) % (self._settings.uid_count // 2))
         control, keeper_control = socket.socketpair()
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
-        sandbox = boundary.launch_sandbox(uid=uid, memory_bytes=grant.memory_bytes, name=grant.lease,
-                                          sock_fd=sandbox_side.fileno(), memory_fd=slots)
-        keeper = boundary.launch_keeper(uid=uid + 1, control_fd=keeper_control.fileno(), name=grant.lease,
-                                        sandbox_fd=keeper_side.fileno(), memory_fd=slots)
+        sandbox = boundary.launch_sandbox(
+            uid=uid, memory_bytes=grant.memory_bytes, name=grant.lease, sock_fd=sandbox_side.fileno(), memory_fd=slots
+        )
+        keeper = boundary.launch_keeper(
+            uid=uid + 1,
+            control_fd=keeper_control.fileno(),
+            name=grant.lease,
+            sandbox_fd=keeper_side.fileno(),
+            memory_fd=slots,
+        )
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
         os.close(slots)
@@ -246,20 +244,32 @@ class Custodian:
             lease.device = self._introduce(lease, key)
         except (OSError, ZoneError) as error:
             _kill(lease)
-            raise GrantRefusedError(f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
-                                    "see the custodian's log") from None
+            raise GrantRefusedError(
+                f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
+                "see the custodian's log"
+            ) from None
         return lease
 
-    def _introduce(self, lease: Lease, key: bytes) -> str:
+    def _introduce(self, lease: Lease, key: LeaseKey) -> str:
         """Give the keeper its key and wait until it and the sandbox are ready; return the device's name."""
         grant = lease.grant
         lease.control.settimeout(START_TIMEOUT_S)
-        send_message(lease.control, {
-            "key": key, "lease": grant.lease, "grant_digest": grant.digest(), "node": grant.node, "pool": grant.pool,
-            "degradations": list(self._degradations), "not_after": grant.not_after, "versions": versions(),
-        })
+        send_message(
+            lease.control,
+            {
+                "key": key.bytes,
+                "lease": grant.lease,
+                "grant_digest": grant.digest(),
+                "node": grant.node,
+                "pool": grant.pool,
+                "degradations": list(self._degradations),
+                "not_after": grant.not_after,
+                "versions": versions(),
+            },
+        )
         ready, _ = recv_message(lease.control)
         lease.control.settimeout(None)
+        lease.degradations = tuple(str(name) for name in ready["degradations"])
         return str(ready["device"])
 
     def _hand_over(self, lease: str, fd: int) -> None:
@@ -279,12 +289,21 @@ class Custodian:
     def _receipt(self, running: Lease, statistics: dict[str, Any]) -> dict[str, Any]:
         counted = {name: int(statistics[name]) for name in ("calls", "shards", "received_bytes", "sent_bytes")}
         document = {
-            "lease": running.grant.lease, "grant": running.grant.digest(), "node": self._settings.node,
-            "device": running.device, "degradations": list(self._degradations), "exit": "closed by the zone",
-            "started": running.started, "ended": int(time.time()), **counted,
+            "lease": running.grant.lease,
+            "grant": running.grant.digest(),
+            "node": self._settings.node,
+            "device": running.device,
+            "degradations": list(running.degradations),
+            "exit": "closed by the zone",
+            "started": running.started,
+            "ended": int(time.time()),
+            **counted,
         }
-        return {"receipt": document, "signature": self._identity.sign(canonical(document)),
-                "certificate": self._identity.certificate_pem}
+        return {
+            "receipt": document,
+            "signature": self._identity.sign(canonical(document)),
+            "certificate": self._identity.certificate_pem,
+        }
 
     def _watch(self, lease: str, process: subprocess.Popen[bytes]) -> None:
         process.wait()
@@ -351,12 +370,23 @@ def main(argv: list[str]) -> None:
     vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
     vault.login_approle(document["role_id"], document["secret_id"])
     identity = NodeIdentity.enrol(document["node"], vault)
-    settings = NodeSettings(node=document["node"], pool=document["pool"], gpu_milli=document["gpu_milli"],
-                            socket_path=Path(document["socket"]), uid_base=document["uid_base"],
-                            actor_uid=document["actor_uid"])
+    settings = NodeSettings(
+        node=document["node"],
+        pool=document["pool"],
+        gpu_milli=document["gpu_milli"],
+        socket_path=Path(document["socket"]),
+        uid_base=document["uid_base"],
+        uid_count=document["uid_count"],
+        actor_uid=document["actor_uid"],
+    )
     policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
     custodian = Custodian(settings, identity=identity, vault=vault, policy=policy)
-    signal.signal(signal.SIGTERM, lambda *_: (custodian.close(), os._exit(0)))
+
+    def stop(*_: object) -> None:
+        custodian.close()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
     custodian.serve()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,12 @@ def macrodata() -> pa.Table:
 
 def write(zone: str, directory: Path) -> None:
     """Write the data sets of an embedded zone that are not there yet."""
-    makers = {
-        "clinic": {"randhie": randhie, "breast_cancer": breast_cancer,
-                   "breast_cancer_resampled": lambda: resampled(breast_cancer())},
+    makers: dict[str, dict[str, Callable[[], pa.Table]]] = {
+        "clinic": {
+            "randhie": randhie,
+            "breast_cancer": breast_cancer,
+            "breast_cancer_resampled": lambda: resampled(breast_cancer()),
+        },
         "trading": {"macrodata": macrodata},
     }
     for name, make in makers.get(zone, {}).items():
@@ -61,7 +65,8 @@ def write(zone: str, directory: Path) -> None:
         if path.exists():
             continue
         partial = path.with_suffix(".partial")
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, (table := make()).schema) as writer:
+        table: pa.Table = make()
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         os.replace(partial, path)
 

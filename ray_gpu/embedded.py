@@ -33,8 +33,8 @@ from zones.config import zone_names
 from zones.errors import ClusterError, UnknownNameError
 from zones.model import check_id
 
-#: Uids as root: gateway, Ray cages, then two for each lease.
-GATEWAY_UID, CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61100, 61001, 62000, 12000
+#: Uids as root: gateway, Ray cages, then two for each lease. Below 65534: a container may have no more.
+GATEWAY_UID, CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61100, 61001, 62000, 1600
 POOL = "shared"
 GPU_NODES = ("gpu-1", "gpu-2")
 #: All processes are up by then, seconds.
@@ -100,14 +100,20 @@ class Supervisor:
     def document(self) -> dict[str, Any]:
         """Return the condition of the cluster, as JSON types."""
         assert self._cluster is not None
-        return {"pid": os.getpid(), "zone": self._plan.zone, "degradations": list(self._degradations()),
-                "sandbox_degradations": list(boundary.degradations()), "address": self._cluster.address,
-                "processes": {name: process.pid for name, process in self._processes.items()},
-                "nodes": {node.spec.name: node.process.pid for node in self._cluster.nodes}}
+        return {
+            "pid": os.getpid(),
+            "zone": self._plan.zone,
+            "degradations": list(self._degradations()),
+            "sandbox_degradations": list(boundary.degradations()),
+            "address": self._cluster.address,
+            "processes": {name: process.pid for name, process in self._processes.items()},
+            "nodes": {node.spec.name: node.process.pid for node in self._cluster.nodes},
+        }
 
     def _degradations(self) -> tuple[str, ...]:
         own = () if os.geteuid() == 0 else ("self-enforced",)
-        cage = self._cluster.degradations if self._cluster else ()
+        # Known before the cluster runs: the gateway is started first, and must refuse what is not accepted.
+        cage = nodes.degradations()
         return ("embedded-vault", *own, *cage)
 
     def _start_data(self) -> subprocess.Popen[bytes] | None:
@@ -121,8 +127,13 @@ class Supervisor:
         root = server.root_client()
         person = PersonSpec(name="dana", zone=self._plan.zone, groups=("research",))
         try:
-            made = setup(root, zones=[self._plan.zone], nodes=list(GPU_NODES), people=[person],
-                         policies=Path(self._plan.policies) / "vault")
+            made = setup(
+                root,
+                zones=[self._plan.zone],
+                nodes=list(GPU_NODES),
+                people=[person],
+                policies=Path(self._plan.policies) / "vault",
+            )
         finally:
             root.revoke()
         _write_private(self._layout.person, {"user": person.name, "password": made.people[person.name]})
@@ -133,13 +144,26 @@ class Supervisor:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         settings = self._layout.node(node) / "settings.json"
         assert self._vault is not None
-        _write_private(settings, {
-            "node": node, "pool": POOL, "gpu_milli": 1000, "socket": str(directory / nodes.CUSTODIAN_SOCKET),
-            "uid_base": LEASE_UID + index * LEASE_UIDS_PER_NODE, "actor_uid": CAGE_UID + index,
-            "vault": self._vault.address, "vault_ca": str(self._layout.vault_ca), "policies": self._plan.policies,
-            "role_id": role.role_id, "secret_id": role.secret_id})
+        _write_private(
+            settings,
+            {
+                "node": node,
+                "pool": POOL,
+                "gpu_milli": 1000,
+                "socket": str(directory / nodes.CUSTODIAN_SOCKET),
+                "uid_base": LEASE_UID + index * LEASE_UIDS_PER_NODE,
+                "uid_count": LEASE_UIDS_PER_NODE,
+                "actor_uid": CAGE_UID + index,
+                "vault": self._vault.address,
+                "vault_ca": str(self._layout.vault_ca),
+                "policies": self._plan.policies,
+                "role_id": role.role_id,
+                "secret_id": role.secret_id,
+            },
+        )
         self._processes[f"custodian-{node}"] = self._spawn(
-            f"custodian-{node}", [sys.executable, "-m", "ray_gpu.custodian", str(settings)])
+            f"custodian-{node}", [sys.executable, "-m", "ray_gpu.custodian", str(settings)]
+        )
 
     def _start_gateway(self, role: AppRole) -> None:
         """Start the gateway, under its own uid when root: it alone can read the zone's data and ledger."""
@@ -147,33 +171,71 @@ class Supervisor:
         uid = GATEWAY_UID if os.geteuid() == 0 else None
         settings = layout.zone(zone) / "settings.json"
         assert self._vault is not None
-        owned = [layout.data(zone), layout.ledger(zone).parent, layout.gateway_socket(zone).parent, layout.relay_dir(zone)]
+        owned = [
+            layout.data(zone),
+            layout.ledger(zone).parent,
+            layout.gateway_socket(zone).parent,
+            layout.relay_dir(zone),
+        ]
         for path, mode in zip(owned, (0o700, 0o700, 0o711, 0o711), strict=True):
             path.mkdir(mode=mode, parents=True, exist_ok=True)
             _give(path, uid)
-        _write_private(settings, {
-            "zone": zone, "policies": self._plan.policies, "data_dir": str(layout.data(zone)),
-            "ledger": str(layout.ledger(zone)), "socket_path": str(layout.gateway_socket(zone)),
-            "relay_socket": str(layout.relay_dir(zone) / nodes.RELAY_SOCKET), "relay_uid": CAGE_UID + len(GPU_NODES),
-            "vault": self._vault.address, "vault_ca": str(layout.vault_ca), "role_id": role.role_id,
-            "secret_id": role.secret_id, "degradations": list(self._degradations())})
+        _write_private(
+            settings,
+            {
+                "zone": zone,
+                "policies": self._plan.policies,
+                "data_dir": str(layout.data(zone)),
+                "ledger": str(layout.ledger(zone)),
+                "socket_path": str(layout.gateway_socket(zone)),
+                "relay_socket": str(layout.relay_dir(zone) / nodes.RELAY_SOCKET),
+                "relay_uid": CAGE_UID + len(GPU_NODES),
+                "vault": self._vault.address,
+                "vault_ca": str(layout.vault_ca),
+                "role_id": role.role_id,
+                "secret_id": role.secret_id,
+                "degradations": list(self._degradations()),
+            },
+        )
         _give(settings, uid)
         profile = profiles.gateway(
-            f"gateway-{zone}", uid=uid, bind_ro=(settings, layout.vault_ca, Path(self._plan.policies)),
-            bind_rw=tuple((path, path) for path in owned), caged=boundary.survey().mode != "none")
+            f"gateway-{zone}",
+            uid=uid,
+            bind_ro=(settings, layout.vault_ca, Path(self._plan.policies)),
+            bind_rw=tuple((path, path) for path in owned),
+            caged=boundary.survey().mode != "none",
+        )
         with layout.log.open("ab") as log:
             self._processes["gateway"] = boundary.launch(
-                [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings)], profile, stdout=log, stderr=log)
+                [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings)], profile, stdout=log, stderr=log
+            )
 
     def _start_cluster(self) -> None:
         plan, layout = self._plan, self._layout
-        specs = [nodes.NodeSpec(name=node, address=f"127.0.{plan.net}.{index + 1}", role="gpu", num_gpus=1,
-                                labels={"ray-gpu-pool": POOL}, socket_dir=layout.custodian_dir(node))
-                 for index, node in enumerate(GPU_NODES)]
-        specs.append(nodes.NodeSpec(name=f"zone-{plan.zone}", address=f"127.0.{plan.net}.{len(specs) + 1}", role="zone",
-                                    zone=plan.zone, labels={}, socket_dir=layout.relay_dir(plan.zone)))
-        self._cluster = nodes.Cluster.start(layout.root / "ray", specs, uid_base=CAGE_UID,
-                                            base_port=plan.base_port or nodes.free_base_port())
+        specs = [
+            nodes.NodeSpec(
+                name=node,
+                address=f"127.0.{plan.net}.{index + 1}",
+                role="gpu",
+                num_gpus=1,
+                labels={"ray-gpu-pool": POOL},
+                socket_dir=layout.custodian_dir(node),
+            )
+            for index, node in enumerate(GPU_NODES)
+        ]
+        specs.append(
+            nodes.NodeSpec(
+                name=f"zone-{plan.zone}",
+                address=f"127.0.{plan.net}.{len(specs) + 1}",
+                role="zone",
+                zone=plan.zone,
+                labels={},
+                socket_dir=layout.relay_dir(plan.zone),
+            )
+        )
+        self._cluster = nodes.Cluster.start(
+            layout.root / "ray", specs, uid_base=CAGE_UID, base_port=plan.base_port or nodes.free_base_port()
+        )
 
     def _await_sockets(self) -> None:
         """Wait until custodians and gateway listen; whatever ended meanwhile is named."""
@@ -184,23 +246,38 @@ class Supervisor:
         while not all(_listens(path) for path in sockets):
             self.check()
             if time.monotonic() > deadline:
-                raise ClusterError(f"the cluster did not come up in {START_TIMEOUT_S:.0f} s; see {layout.log}",
-                                   node="", reason="timed out")
+                raise ClusterError(
+                    f"the cluster did not come up in {START_TIMEOUT_S:.0f} s; see {layout.log}",
+                    node="",
+                    reason="timed out",
+                )
             time.sleep(0.02)
 
     def _publish(self) -> None:
         """Write what notebooks on this host may know of the zone."""
         assert self._vault is not None
-        public = {"socket": str(self._layout.gateway_socket(self._plan.zone)), "vault": self._vault.address,
-                  "vault_ca": str(self._layout.vault_ca), "ledger": str(self._layout.ledger(self._plan.zone))}
+        public = {
+            "socket": str(self._layout.gateway_socket(self._plan.zone)),
+            "vault": self._vault.address,
+            "vault_ca": str(self._layout.vault_ca),
+            "ledger": str(self._layout.ledger(self._plan.zone)),
+        }
         path = self._layout.zone(self._plan.zone) / "zone.json"
         path.write_text(json.dumps(public), encoding="utf-8")
         path.chmod(0o644)
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
         with self._layout.log.open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
-                                    env=_plain_environment(), start_new_session=True, preexec_fn=_die_with_parent)
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=_plain_environment(),
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
 
     def check(self) -> None:
         """Raise if a process that should run has ended.
@@ -210,8 +287,11 @@ class Supervisor:
         """
         for name, process in self._processes.items():
             if process.poll() is not None:
-                raise ClusterError(f"{name} ended (status {process.returncode}); see {self._layout.log}", node=name,
-                                   reason=f"status {process.returncode}")
+                raise ClusterError(
+                    f"{name} ended (status {process.returncode}); see {self._layout.log}",
+                    node=name,
+                    reason=f"status {process.returncode}",
+                )
         if self._cluster and not self._cluster.alive():
             raise ClusterError(f"a Ray node ended; see {self._layout.log}", node="", reason="raylet")
 
@@ -284,6 +364,9 @@ def _listens(path: Path) -> bool:
 
 # -- starting and ending the supervisor from another process ------------------------------------
 
+#: Supervisors that this process started and must reap.
+_started: dict[int, subprocess.Popen[bytes]] = {}
+
 
 def running(layout: Layout) -> dict[str, Any] | None:
     """Return the condition of the cluster in a state directory, if its supervisor runs."""
@@ -308,16 +391,26 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
         raise UnknownNameError.of("zone", plan.zone, known)
     layout = Layout(Path(plan.state))
     if running(layout):
-        raise ClusterError(f"a cluster runs in {layout.root} already; use it, or stop it with `ray-gpu down`",
-                           node="", reason="running")
+        raise ClusterError(
+            f"a cluster runs in {layout.root} already; use it, or stop it with `ray-gpu down`",
+            node="",
+            reason="running",
+        )
     layout.root.mkdir(mode=0o711, parents=True, exist_ok=True)
     layout.supervisor.unlink(missing_ok=True)
     read_fd, write_fd = os.pipe()
     with layout.log.open("ab") as log:
         layout.log.chmod(0o600)
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray_gpu.embedded", json.dumps(asdict(plan)), str(write_fd)], pass_fds=(write_fd,),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_plain_environment(), start_new_session=True)
+            [sys.executable, "-m", "ray_gpu.embedded", json.dumps(asdict(plan)), str(write_fd)],
+            pass_fds=(write_fd,),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=_plain_environment(),
+            start_new_session=True,
+        )
     os.close(write_fd)
     try:
         with os.fdopen(read_fd, encoding="utf-8") as lines:
@@ -327,12 +420,15 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
                     say(message["say"])
                 elif "ready" in message:
                     ready: dict[str, Any] = message["ready"]
+                    _started[process.pid] = process
                     return ready
                 else:
                     raise ClusterError(message["failed"], node="", reason="start")
     except BaseException:
+        _started[process.pid] = process
         _terminate(process.pid)
         raise
+    process.wait()
     raise ClusterError(f"the supervisor ended while starting; see {layout.log}", node="", reason="ended")
 
 
@@ -360,12 +456,12 @@ def _terminate(pid: int) -> None:
         return
     finally:
         os.close(handle)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+        if child := _started.pop(pid, None):
+            child.wait(STOP_TIMEOUT_S)
 
 
-class _Told(BaseException):  # noqa: N818 - not an error: SIGTERM
-    pass
+class _Told(BaseException):
+    """SIGTERM came."""
 
 
 def main(argv: list[str]) -> int:
@@ -394,7 +490,7 @@ def main(argv: list[str]) -> int:
             signal.pause()
     except _Told:
         return 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - told to whoever started this, and logged
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         traceback.print_exc()
         tell({"failed": str(error)})

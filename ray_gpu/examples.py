@@ -37,5 +37,6 @@ def score(batch: Batch, weights: Any, intercept: float, mean: Any, scale: Any) -
     """Return a logistic regression's probability for each row."""
     xp = batch.xp
     weights, mean, scale = (xp.asarray(item) for item in (weights, mean, scale))
-    z = (batch.matrix() - mean) / scale @ weights + intercept
+    # The same as ((x - mean) / scale) @ weights + intercept, without copies of the whole batch.
+    z = batch.matrix() @ (weights / scale) + (intercept - mean / scale @ weights)
     return 1 / (1 + xp.exp(-z))

@@ -15,7 +15,7 @@ import mmap
 import socket
 import threading
 
-from ray_gpu.wire import recv_into
+from ray_gpu.wire import PeerClosedError
 from zones.envelope import (
     HEADER_BYTES,
     LENGTH_BYTES,
@@ -28,9 +28,7 @@ from zones.envelope import (
     Opener,
     ReplayGuard,
     Sealer,
-    header_for,
     padded_size,
-    sealed_size,
     split_payload,
 )
 from zones.errors import EnvelopeError
@@ -75,7 +73,9 @@ class SealedSocket:
         outgoing: The direction in which this side seals.
     """
 
-    def __init__(self, sock: socket.socket, *, key: LeaseKey, grant_digest: str, lease: str, outgoing: Direction) -> None:
+    def __init__(
+        self, sock: socket.socket, *, key: LeaseKey, grant_digest: str, lease: str, outgoing: Direction
+    ) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._key = key
@@ -86,7 +86,9 @@ class SealedSocket:
         self._guard = ReplayGuard()
         self._send_lock = threading.Lock()
         self._sealed = bytearray(HEADER_BYTES + PIECE_BYTES + SEAL_SLACK_BYTES)
-        self._incoming_piece = bytearray(PIECE_BYTES)
+        #: What arrived and is not opened yet lies between the two marks.
+        self._arrived = memoryview(bytearray(PIECE_BYTES + HEADER_BYTES))
+        self._start = self._end = 0
         self._plain = PlainBuffer()
         self._opened = memoryview(b"")
         #: Bytes put on and taken from the connection, headers included.
@@ -96,6 +98,11 @@ class SealedSocket:
     def fileno(self) -> int:
         """Return the connection's descriptor, for ``poll``."""
         return self._sock.fileno()
+
+    @property
+    def sending(self) -> bool:
+        """Whether a message is being sent now."""
+        return self._send_lock.locked()
 
     def slot(self, kind: Kind, *, call: int, shard: int = 0, attempt: int = 0) -> Slot:
         """Return the outgoing slot of a message."""
@@ -146,21 +153,42 @@ class SealedSocket:
             EnvelopeError: The message did not open, or its slot was seen before.
             ConnectionError: The connection ended.
         """
-        head = bytearray(HEADER_BYTES)
-        recv_into(self._sock, memoryview(head))
-        header = Header.decode(head)
-        if header.direction is not self._incoming or header.padded_bytes > most_bytes:
+        header = Header.decode(self._head())
+        if header.padded_bytes > most_bytes:
             raise EnvelopeError
-        slot = Slot(lease=self._lease, direction=header.direction, kind=header.kind, call=header.call,
-                    shard=header.shard, attempt=header.attempt)
-        target = self._target(header.padded_bytes, keep=keep)
-        if header_for(slot, header.padded_bytes).encode() != head:
-            raise EnvelopeError
+        slot = header.slot(lease=self._lease, direction=self._incoming)
         opener = Opener(self._key, self._grant_digest, slot, header.padded_bytes)
+        target = self._target(header.padded_bytes, keep=keep)
         self._open_body(opener, header.padded_bytes, target)
         self._guard.accept(slot)
-        self.received_bytes += HEADER_BYTES + sealed_size(header.padded_bytes)
+        self.received_bytes += HEADER_BYTES + opener.body_bytes
         return header, split_payload(target[: header.padded_bytes])
+
+    def _head(self) -> bytes:
+        """Return the next header. One system call brings as much of a small message as is there."""
+        while self._end - self._start < HEADER_BYTES:
+            if self._start:
+                left = bytes(self._arrived[self._start : self._end])
+                self._arrived[: len(left)] = left
+                self._start, self._end = 0, len(left)
+            self._end += self._receive_into(self._arrived[self._end :])
+        self._start += HEADER_BYTES
+        return bytes(self._arrived[self._start - HEADER_BYTES : self._start])
+
+    def _some(self, most: int) -> memoryview:
+        """Return the next bytes of a body: what came with its header, else what one system call brings."""
+        if self._start == self._end:
+            self._start = 0
+            self._end = self._receive_into(self._arrived[: min(most, PIECE_BYTES)])
+        start = self._start
+        self._start = min(self._end, start + most)
+        return self._arrived[start : self._start]
+
+    def _receive_into(self, view: memoryview) -> int:
+        received = self._sock.recv_into(view)
+        if not received:
+            raise PeerClosedError("peer closed the connection")
+        return received
 
     def _target(self, padded_bytes: int, *, keep: bool) -> memoryview:
         size = padded_bytes + OPEN_SLACK_BYTES
@@ -171,11 +199,9 @@ class SealedSocket:
         return self._opened
 
     def _open_body(self, opener: Opener, padded_bytes: int, target: memoryview) -> None:
-        piece = memoryview(self._incoming_piece)
-        left, filled = sealed_size(padded_bytes), 0
+        left, filled = opener.body_bytes, 0
         while left:
-            view = piece[: min(left, PIECE_BYTES)]
-            recv_into(self._sock, view)
+            view = self._some(left)
             filled += opener.update_into(view, target[filled:])
             left -= len(view)
         tail = opener.finalize()

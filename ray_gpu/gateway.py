@@ -21,16 +21,17 @@ close             -> ok, when every lease has ended and every key is shredded
 from __future__ import annotations
 
 import contextlib
+import gc
 import hmac
 import json
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,20 @@ from ray_gpu.request import Mode, Request, parse
 from ray_gpu.sandbox import boundary
 from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import share_encoded, share_table, share_value
-from ray_gpu.wire import MalformedMessageError, close_fds, error_reply, recv_message, send_message, unix_listen
+from ray_gpu.watchdog import Watchdog
+from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones.config import load_zone
-from zones.errors import CallCancelledError, CallTimeoutError, GatewayError, SessionClosedError, ZoneError
+from zones.errors import GatewayError, SessionClosedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
 from zones.vault import Vault
 
 #: Connections that one session may have at once.
 MAX_CONNECTIONS = 64
-#: How often running calls are looked at, seconds.
-WATCH_INTERVAL_S = 0.05
+#: The relay starts beside a raylet, which takes several seconds more on a busy machine.
+RELAY_TIMEOUT_S = 60.0
+#: How often keys are looked for that outlived their lease, seconds.
+SWEEP_INTERVAL_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,22 +95,35 @@ class Gateway:
         zone = load_zone(settings.policies, settings.zone)
         self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
         self._vault.login_approle(settings.role_id, settings.secret_id)
-        self._vault.prune(zone.name, int(time.time()))
         self._relay = RelayLink(self._on_lost)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self.watchdog = Watchdog()
+        policy = Policy.load(settings.policies, zone)
+        ledger = Ledger.open(settings.ledger, zone=zone.name)
         self._services = ZoneServices(
-            zone=zone, policy=Policy.load(settings.policies, zone), ledger=Ledger.open(settings.ledger, zone=zone.name),
-            opener=LeaseOpener(zone, self._vault, self._relay, self._vault.node_ca()), data_dir=settings.data_dir,
-            degradations=settings.degradations)
+            zone=zone,
+            policy=policy,
+            ledger=ledger,
+            opener=LeaseOpener(zone, self._vault, self._relay, self._vault.node_ca(), settings.degradations),
+            data_dir=settings.data_dir,
+            degradations=settings.degradations,
+        )
+        # What a gateway before this one left behind: leases of its unfinished intents, and keys that outlived theirs.
+        self._services.opener.shred_later(
+            (entry["node"], entry["lease"]) for entry in ledger.recovered if entry["lease"]
+        )
+        self._services.opener.sweep(int(time.time()))
 
     def serve(self) -> None:
         """Serve people and the relay until the process is told to end."""
         relay_listener = unix_listen(str(self._settings.relay_socket), mode=0o666)
         threading.Thread(target=self._accept_relay, args=(relay_listener,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._sweep, daemon=True).start()
         threading.Thread(target=self.watchdog.run, daemon=True).start()
+        # Whoever finds this socket finds GPU nodes behind it; without a relay people are told so.
+        self._relay.wait(RELAY_TIMEOUT_S)
         listener = unix_listen(str(self._settings.socket_path), mode=0o666)
         while True:
             sock, _ = listener.accept()
@@ -124,7 +141,15 @@ class Gateway:
         while True:
             time.sleep(HEARTBEAT_S)
             for session in list(self._sessions.values()):
-                session.heartbeat()
+                try:
+                    session.heartbeat()
+                except Exception:  # noqa: BLE001 - one session's trouble must not end the leases of all others
+                    traceback.print_exc()
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(SWEEP_INTERVAL_S)
+            self._services.opener.sweep(int(time.time()))
 
     def _on_lost(self, lease: str, reason: str) -> None:
         for session in list(self._sessions.values()):
@@ -163,24 +188,36 @@ class Gateway:
 
     def close(self) -> None:
         """Close every session and the ledger."""
-        for session in list(self._sessions.values()):
-            self.detach(session)
+        ending = [threading.Thread(target=self.detach, args=(session,)) for session in list(self._sessions.values())]
+        for thread in ending:
+            thread.start()
+        for thread in ending:
+            thread.join()
         self._services.ledger.close()
 
     def card(self, session: Session) -> dict[str, Any]:
         """Return what a session card shows."""
         zone = self._services.zone
         degradations = sorted({*self._services.degradations})
-        return {**session.status(), "pools": list(zone.pools), "datasets": self.catalog(),
-                "zone_degradations": degradations, "relay": self._relay.connected}
+        return {
+            **session.status(),
+            "pools": list(zone.pools),
+            "datasets": self.catalog(),
+            "zone_degradations": degradations,
+            "relay": self._relay.connected,
+        }
 
     def catalog(self) -> dict[str, Any]:
         """Return the catalog: data set to description and column classes."""
-        return {name: {"description": item.description, "columns": dict(item.columns)}
-                for name, item in self._services.zone.datasets.items()}
+        return {
+            name: {"description": item.description, "columns": dict(item.columns)}
+            for name, item in self._services.zone.datasets.items()
+        }
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Return the cluster's nodes as the relay reports them."""
+        """Return the cluster's nodes as the relay reports them; none while no relay is connected."""
+        if not self._relay.connected:
+            return []
         answer = self._relay.request({"op": "nodes"}, timeout_s=10)
         return list(answer.get("nodes") or [])
 
@@ -188,51 +225,6 @@ class Gateway:
     def services(self) -> ZoneServices:
         """What all sessions share."""
         return self._services
-
-
-class Watchdog:
-    """Notices that the caller of a running call cancels it, goes away, or waited long enough.
-
-    One thread for all calls: a thread for each would cost more than a small call does.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls: dict[job.Cancel, tuple[socket.socket, float | None]] = {}
-
-    @contextlib.contextmanager
-    def watching(self, sock: socket.socket, timeout_s: float | None, cancelled: job.Cancel) -> Iterator[None]:
-        """Watch the call that runs inside this context."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._lock:
-            self._calls[cancelled] = (sock, deadline)
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._calls[cancelled]
-            cancelled.finish()
-
-    def run(self) -> None:
-        """Look at every running call, for ever."""
-        while True:
-            time.sleep(WATCH_INTERVAL_S)
-            with self._lock:
-                calls = list(self._calls.items())
-            for cancelled, (sock, deadline) in calls:
-                self._look(cancelled, sock, deadline)
-
-    @staticmethod
-    def _look(cancelled: job.Cancel, sock: socket.socket, deadline: float | None) -> None:
-        if deadline is not None and time.monotonic() > deadline:
-            cancelled.cancel(CallTimeoutError("the call did not finish within its timeout and was stopped; "
-                                              "give it more time with .options(timeout_s=...)"))
-        try:
-            readable = bool(select.select([sock], [], [], 0)[0])
-        except (OSError, ValueError):
-            readable = True
-        if readable:
-            cancelled.cancel(CallCancelledError("the call was cancelled"))
 
 
 class Connection:
@@ -244,12 +236,13 @@ class Connection:
         self._session: Session | None = None
         self._owner = False
         self._send_lock = threading.Lock()
+        self._inbox = Inbox(sock, max_fds=1)
 
     def serve(self) -> None:
         """Answer requests until the notebook is gone; if it attached here, its session ends with it."""
         try:
             while True:
-                message, fds = recv_message(self._sock, max_fds=1)
+                message, fds = self._inbox.receive()
                 self._answer(message, fds)
                 if message.get("op") == "close":
                     return
@@ -272,7 +265,7 @@ class Connection:
             self._send(error_reply(GatewayError(f"the request is malformed: {error}")))
         except OSError as error:
             self._send(error_reply(GatewayError(f"the gateway could not do that: {error.strerror or error}")))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a notebook's words cause, it gets an answer
             self._send(error_reply(error))
         finally:
             with contextlib.suppress(OSError):
@@ -280,7 +273,11 @@ class Connection:
 
     def _send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         with self._send_lock, contextlib.suppress(OSError):
-            send_message(self._sock, message, fds)
+            try:
+                send_message(self._sock, message, fds)
+            except ValueError:
+                too_large = GatewayError("the answer does not fit one message; return, print or raise less")
+                send_message(self._sock, error_reply(too_large))
 
     def _need_session(self) -> Session:
         if self._session is None:
@@ -288,6 +285,8 @@ class Connection:
         return self._session
 
     def _on_attach(self, message: dict[str, Any], _: list[int]) -> None:
+        if self._session is not None:
+            raise GatewayError("this connection has a session already; open another connection for another session")
         self._session = self._gateway.attach(str(message.get("token")), str(message.get("purpose", "")))
         self._owner = True
         self._send({"ok": True, "secret": self._session.secret, **self._gateway.card(self._session)})
@@ -360,7 +359,10 @@ class Connection:
 
 def main(argv: list[str]) -> None:
     """Run a gateway. ``argv``: path of its JSON settings file, readable by it alone."""
-    gateway = Gateway(Settings.read(Path(argv[0])))
+    try:
+        gateway = Gateway(Settings.read(Path(argv[0])))
+    except ZoneError as error:
+        sys.exit(f"the gateway did not start: {type(error).__name__}: {error.message}")
 
     def stop(*_: object) -> None:
         gateway.close()
@@ -368,6 +370,8 @@ def main(argv: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What was imported is never garbage; looking at it again and again would only trash the caches.
+    gc.freeze()
     gateway.serve()
 
 

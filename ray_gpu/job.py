@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_gpu.frames import Header
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.request import Mode, Request
 from ray_gpu.session import Allowed, Session
 from ray_gpu.source import Source
+from ray_gpu.spending import Spending
 from zones import plan, shards
-from zones.envelope import HEADER_BYTES, padded_size, sealed_size
+from zones.envelope import HEADER_BYTES, Header, padded_size, sealed_size
 from zones.errors import EnvelopeError, LeaseLostError, ZoneError
 from zones.model import Kind
 
@@ -102,9 +102,12 @@ def run(session: Session, request: Request, source: Source | None, events: Event
     """
     allowed = session.decide(request, source)
     if source is None:
-        lease = session.take(allowed, request)
+        lease = session.take(allowed, request, check=cancelled.check)
         try:
             return call(session, request, allowed, lease, cancelled)
+        except LeaseLostError:
+            session.check_open()
+            raise
         finally:
             session.give(lease)
     return ShardRun(session, request, allowed, source, events, cancelled).run()
@@ -113,8 +116,9 @@ def run(session: Session, request: Request, source: Source | None, events: Event
 def call(session: Session, request: Request, allowed: Allowed, lease: Lease, cancelled: Cancel) -> Result:
     """Run a function once on arguments alone: one sealed message out, one back."""
     cancelled.watch(lease)
-    number = prepare(session, request, allowed, lease, draw=True)
-    session.draw(allowed, lease, _wire_bytes(len(request.arguments)))
+    spending = session.standing(allowed, lease)
+    number = prepare(request, lease, spending)
+    spending.draw(1, _wire_bytes(len(request.arguments)))
     try:
         current = lease.next_call()
         lease.link.send(lease.link.slot(Kind.CALL, call=current, shard=number), request.arguments)
@@ -129,13 +133,12 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
     return Result(encoded=[outcome.encoded], printed=outcome.printed, report={"nodes": {lease.node: 1}})
 
 
-def prepare(session: Session, request: Request, allowed: Allowed, lease: Lease, *, draw: bool) -> int:
+def prepare(request: Request, lease: Lease, spending: Spending) -> int:
     """Send the function unless the lease has it; return the number that it is known by there."""
     known = lease.functions.get(request.function_digest)
     if known is not None:
         return known
-    if draw:
-        session.draw(allowed, lease, _wire_bytes(len(request.function)))
+    spending.draw(0, _wire_bytes(len(request.function)))
     number = lease.next_call()
     try:
         lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.function)
@@ -169,38 +172,54 @@ def _wire_bytes(payload_bytes: int) -> int:
 
 
 def _payload_bytes(shard_bytes: int) -> int:
-    """Return how much data makes a shard of *shard_bytes*: with Arrow's framing it then just fits its padding bucket."""
+    """Return how much data makes a shard of *shard_bytes*: with Arrow's framing it just fits its padding bucket."""
     return shard_bytes - shard_bytes // 64 - (8 << 10)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one lease did for one call."""
+
+    rows: int = 0
+    outcome: str = "lost"
 
 
 class ShardRun:
     """One ``map`` or ``map_reduce`` over all its leases."""
 
-    def __init__(self, session: Session, request: Request, allowed: Allowed, source: Source, events: Events,
-                 cancelled: Cancel) -> None:
+    def __init__(
+        self, session: Session, request: Request, allowed: Allowed, source: Source, events: Events, cancelled: Cancel
+    ) -> None:
         self._session, self._request, self._allowed = session, request, allowed
         self._events, self._cancelled = events, cancelled
         self._table = shards.strip(source.table)
         obligations = allowed.decision.obligations
         options = request.options
         self._plan = plan.make_plan(
-            source.rows, plan.row_bytes(self._table), obligations=obligations, seed=secrets.token_bytes(32),
+            source.rows,
+            plan.row_bytes(self._table),
+            obligations=obligations,
+            seed=secrets.token_bytes(32),
             shard_bytes=MAX_WHOLE_BYTES if options.whole else _payload_bytes(options.shard_bytes),
-            min_shards=1 if options.whole else 2 * options.concurrency)
+            min_shards=1 if options.whole else 2 * options.concurrency,
+        )
         self._count = len(self._plan)
         self._pending: deque[tuple[int, int]] = deque((index, 0) for index in range(self._count))
         self._lock = threading.Lock()
         self._parts: dict[int, Any] = {}
         self._encoded: dict[int, memoryview] = {}
         self._nodes: dict[str, int] = {}
-        self._sent_bytes = self._sent_rows = self._done_rows = 0
+        self._sent_bytes = self._done_rows = 0
+        #: Leases that work on this call now.
+        self._serving = 0
         self._failure: BaseException | None = None
         self._opened = threading.Barrier(min(request.options.concurrency, max(1, self._count)))
 
     def run(self) -> Result:
         """Run until every shard has one accepted result."""
-        workers = [threading.Thread(target=self._work, args=(first,), daemon=True)
-                   for first in range(self._opened.parties)]
+        workers = [
+            threading.Thread(target=self._work, args=(first,), daemon=True) for first in range(self._opened.parties)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -209,18 +228,27 @@ class ShardRun:
         if self._failure is not None:
             raise self._failure
         if len(self._parts) + len(self._encoded) < self._count:
-            raise LeaseLostError("every lease of this call was lost; run the call again", node="", reason="no lease left")
+            raise LeaseLostError(
+                "every lease of this call was lost; run the call again", node="", reason="no lease left"
+            )
         return Result(
             value=shards.reassemble(self._parts, self._plan) if self._request.mode is Mode.MAP else None,
             encoded=[self._encoded[index] for index in sorted(self._encoded)],
-            report={"nodes": self._nodes, "shards": self._count, "rows": self._plan.rows,
-                    "sent_bytes": self._sent_bytes})
+            report={
+                "nodes": self._nodes,
+                "shards": self._count,
+                "rows": self._plan.rows,
+                "sent_bytes": self._sent_bytes,
+            },
+        )
 
     def _work(self, worker: int) -> None:
         """Serve one lease after another until nothing is pending."""
         try:
             lease = self._lease(worker)
             while lease is not None:
+                with self._lock:
+                    self._serving += 1
                 try:
                     self._serve(lease)
                     return
@@ -228,9 +256,11 @@ class ShardRun:
                     self._cancelled.check()
                     self._events({"event": "lost", "node": lease.node, "reason": error.reason})
                 finally:
+                    with self._lock:
+                        self._serving -= 1
                     self._session.give(lease)
                 lease = self._replacement()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for this one
             self._fail(error)
 
     def _lease(self, worker: int) -> Lease | None:
@@ -238,18 +268,31 @@ class ShardRun:
         lease = None
         try:
             if worker == 0:
-                lease = self._session.take(self._allowed, self._request)
+                lease = self._session.take(self._allowed, self._request, check=self._cancelled.check)
             else:
-                lease = self._session.try_lease(self._allowed, self._request, timeout_s=EXTRA_LEASE_TIMEOUT_S)
+                lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
         finally:
             self._opened.wait()
         return lease
 
+    def _try_lease(self, timeout_s: float) -> Lease | None:
+        return self._session.try_lease(self._allowed, self._request, timeout_s=timeout_s, check=self._cancelled.check)
+
     def _replacement(self) -> Lease | None:
-        with self._lock:
-            if not self._pending or self._failure:
-                return None
-        return self._session.try_lease(self._allowed, self._request, timeout_s=EXTRA_LEASE_TIMEOUT_S)
+        """Return a lease in place of one that was lost, or ``None`` when the call needs none or can get none.
+
+        While another lease works off the call's shards this waits in short turns; the last one waits for placement.
+        """
+        while True:
+            with self._lock:
+                if not self._pending or self._failure:
+                    return None
+                alone = not self._serving
+            if alone:
+                return self._session.take(self._allowed, self._request, check=self._cancelled.check)
+            lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
+            if lease:
+                return lease
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -259,37 +302,46 @@ class ShardRun:
     def _serve(self, lease: Lease) -> None:
         """Send shards, at most ``IN_FLIGHT`` at once, and take results, until nothing is pending."""
         self._cancelled.watch(lease)
-        budget = self._session.intend(self._allowed, lease, rows=self._plan.rows, bytes_=self._most_bytes())
+        spending = self._session.spending(
+            self._allowed, lease, rows=self._plan.rows, calls=1, bytes_=self._most_bytes()
+        )
         flying: deque[tuple[int, int]] = deque()
-        outcome = "lost"
+        tally = Tally()
         try:
-            current = self._begin(lease, budget)
+            current = self._begin(lease, spending)
             while item := self._next(flying):
                 if item[0] >= 0:
                     flying.append(item)
-                    self._send(lease, budget, current, *item)
+                    tally.rows += self._send(lease, spending, current, *item)
                 else:
                     self._take(lease, current, flying)
             lease.finish(current)
-            outcome = "done"
+            tally.outcome = "done" if self._failure is None else "failed"
         except (OSError, EnvelopeError) as error:
             self._put_back(flying)
             raise _lost(lease, error) from None
-        except ZoneError:
-            outcome = "failed"
+        except ZoneError as error:
+            tally.outcome = "failed"
+            if flying:
+                # Answers that nobody waits for are on their way: no other call may use this lease.
+                _lost(lease, error)
             raise
         finally:
-            budget.settle(outcome=outcome, rows=self._sent_rows)
+            spending.settle(tally.outcome, rows=tally.rows)
 
     def _most_bytes(self) -> int:
-        """Return the most that this lease may send: everything, every attempt's padding included."""
-        whole = sum(_wire_bytes(shards.shard_size(self._table, self._plan, index)) for index in range(self._count))
-        return MAX_ATTEMPTS * whole + _wire_bytes(len(self._request.function)) + _wire_bytes(len(self._request.arguments))
+        """Return about what this lease may send: everything, framed and padded. More takes a further intent."""
+        framing = len(self._plan) * ((16 << 10) + 1024 * self._table.num_columns)
+        return (
+            (self._table.nbytes + framing) * 9 // 8
+            + _wire_bytes(len(self._request.function))
+            + _wire_bytes(len(self._request.arguments))
+        )
 
-    def _begin(self, lease: Lease, budget: Any) -> int:
-        """Send function and arguments, under the call number that this lease knows the call by."""
-        budget.draw(1, _wire_bytes(len(self._request.function)) + _wire_bytes(len(self._request.arguments)))
-        function = prepare(self._session, self._request, self._allowed, lease, draw=False)
+    def _begin(self, lease: Lease, spending: Spending) -> int:
+        """Send function and arguments; return the call number that the lease knows the call by."""
+        spending.draw(1, _wire_bytes(len(self._request.arguments)))
+        function = prepare(self._request, lease, spending)
         current = lease.next_call()
         lease.link.send(lease.link.slot(Kind.ARGUMENTS, call=current, shard=function), self._request.arguments)
         return current
@@ -308,18 +360,22 @@ class ShardRun:
                 if attempt + 1 >= MAX_ATTEMPTS:
                     self._failure = self._failure or LeaseLostError(
                         f"a shard was sent {MAX_ATTEMPTS} times and its lease was lost each time; look at the nodes "
-                        "(ray-gpu status)", node="", reason="too many attempts")
+                        "(ray-gpu status)",
+                        node="",
+                        reason="too many attempts",
+                    )
                 self._pending.append((index, attempt + 1))
 
-    def _send(self, lease: Lease, budget: Any, current: int, index: int, attempt: int) -> None:
-        view = lease.plain.payload(shards.shard_size(self._table, self._plan, index))
-        plaintext = lease.plain.padded(shards.write_shard_into(self._table, self._plan, index, view))
+    def _send(self, lease: Lease, spending: Spending, current: int, index: int, attempt: int) -> int:
+        """Send one shard and return its rows."""
+        size = shards.write_shard(self._table, self._plan, index, lease.plain.payload)
+        plaintext = lease.plain.padded(size)
         wire = HEADER_BYTES + sealed_size(len(plaintext))
-        budget.draw(0, wire)
+        spending.draw(0, wire)
         lease.link.send_padded(lease.link.slot(Kind.SHARD, call=current, shard=index, attempt=attempt), plaintext)
         with self._lock:
             self._sent_bytes += wire
-            self._sent_rows += self._plan.shard_rows(index)
+        return self._plan.shard_rows(index)
 
     def _take(self, lease: Lease, current: int, flying: deque[tuple[int, int]]) -> None:
         """Receive one result, which must be the oldest shard's on this lease."""

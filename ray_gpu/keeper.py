@@ -15,6 +15,7 @@ the lease, when the connection, the sandbox or the custodian is gone, at ``not_a
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import queue
@@ -28,8 +29,9 @@ from typing import Any
 import msgpack
 
 from ray_gpu.frames import SealedSocket
+from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SLOT_BYTES, SlotMap
-from ray_gpu.wire import PeerClosedError, recv_message, send_message
+from ray_gpu.wire import Inbox, PeerClosedError, recv_message, send_message
 from zones.envelope import MIN_PADDED_BYTES, Header, LeaseKey
 from zones.errors import EnvelopeError, ZoneError
 from zones.model import Direction, Kind
@@ -54,7 +56,9 @@ class Work:
 class Keeper:
     """State of one lease in this process."""
 
-    def __init__(self, start: dict[str, Any], custodian: socket.socket, sandbox: socket.socket, memory: SlotMap) -> None:
+    def __init__(
+        self, start: dict[str, Any], custodian: socket.socket, sandbox: socket.socket, memory: SlotMap
+    ) -> None:
         self._start = start
         self._custodian = custodian
         self._sandbox = sandbox
@@ -65,6 +69,8 @@ class Keeper:
         self._pending: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self._chosen = threading.Lock()
         self._sandbox_lock = threading.Lock()
+        #: Out slots that the sandbox does not know to be free yet: told with its next message, or once all are taken.
+        self._taken: list[int] = []
         self._link: SealedSocket | None = None
         self._candidates = threading.Semaphore(MAX_CANDIDATES)
         #: Signed receipts that the custodian sent; the main thread puts them here.
@@ -80,8 +86,13 @@ class Keeper:
         threading.Thread(target=self._knock, args=(sock,), daemon=True).start()
 
     def _knock(self, sock: socket.socket) -> None:
-        link = SealedSocket(sock, key=self._key(), grant_digest=self._start["grant_digest"],
-                            lease=self._start["lease"], outgoing=Direction.BACK)
+        link = SealedSocket(
+            sock,
+            key=self._key(),
+            grant_digest=self._start["grant_digest"],
+            lease=self._start["lease"],
+            outgoing=Direction.BACK,
+        )
         try:
             link.settimeout(KNOCK_TIMEOUT_S)
             header, _ = link.receive(most_bytes=MIN_PADDED_BYTES)
@@ -121,8 +132,7 @@ class Keeper:
             message, answer = self._message(link, header, slot, len(payload))
             self._memory.payload(slot, len(payload))[:] = payload
             self._pending.put(Work(slot=slot, answer=answer))
-            with self._sandbox_lock:
-                send_message(self._sandbox, message)
+            self._tell(message)
 
     def _message(
         self, link: SealedSocket, header: Header, slot: int, size: int
@@ -160,14 +170,19 @@ class Keeper:
         return False
 
     def _statistics(self, link: SealedSocket) -> dict[str, int]:
-        return {"calls": self.calls, "shards": self.shards, "received_bytes": link.received_bytes,
-                "sent_bytes": link.sent_bytes}
+        return {
+            "calls": self.calls,
+            "shards": self.shards,
+            "received_bytes": link.received_bytes,
+            "sent_bytes": link.sent_bytes,
+        }
 
     def _write_results(self, link: SealedSocket) -> None:
         """Copy each answer of the sandbox to private memory, seal and send it."""
+        inbox = Inbox(self._sandbox, max_bytes=4096)
         try:
             while True:
-                message, _ = recv_message(self._sandbox, max_bytes=4096)
+                message, _ = inbox.receive()
                 work = self._pending.get_nowait()
                 if work.answer is not None:
                     self._send_result(link, message, work.answer)
@@ -182,7 +197,16 @@ class Keeper:
         call, shard, attempt = answer
         link.send(link.slot(Kind.RESULT, call=call, shard=shard, attempt=attempt), self._memory.out_view(slot)[:size])
         with self._sandbox_lock:
-            send_message(self._sandbox, {"op": "free", "slot": slot})
+            self._taken.append(slot)
+            enough = len(self._taken) < OUT_SLOTS
+        if not enough:
+            self._tell({"op": "free"})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        """Send a message to the sandbox, with the out slots that it may use again."""
+        with self._sandbox_lock:
+            free, self._taken = self._taken, []
+            send_message(self._sandbox, {**message, "free": free} if free else message)
 
 
 def leave(reason: str, *, status: int = 1) -> None:
@@ -194,10 +218,8 @@ def leave(reason: str, *, status: int = 1) -> None:
 
 def main(argv: list[str]) -> None:
     """Serve one lease. ``argv``: descriptors of the custodian's socket, the sandbox's socket, the memory."""
-    from ray_gpu.sandbox.boundary import harden_keeper  # noqa: PLC0415 - keeps import order visible
-
     custodian_fd, sandbox_fd, memory_fd = (int(text) for text in argv)
-    harden_keeper(keep_fds=(custodian_fd, sandbox_fd, memory_fd))
+    missing = harden_self(kind="keeper", keep_fds=(custodian_fd, sandbox_fd, memory_fd))
     memory = SlotMap(mmap.mmap(memory_fd, 0))
     custodian, sandbox = socket.socket(fileno=custodian_fd), socket.socket(fileno=sandbox_fd)
     try:
@@ -206,8 +228,13 @@ def main(argv: list[str]) -> None:
     except (OSError, ZoneError):
         leave("sandbox or custodian did not start")
     start["device"] = str(ready.get("device"))[:80]
+    # What the sandbox says of itself only ever makes the level worse.
+    said = [str(name)[:40] for name in ready.get("missing") or ()]
+    stand_in = ["numpy-stand-in"] if start["device"].startswith("numpy") else []
+    start["degradations"] = sorted({*start["degradations"], *missing, *said, *stand_in})
+    gc.freeze()
     keeper = Keeper(start, custodian, sandbox, memory)
-    send_message(custodian, {"op": "ready", "device": start["device"]})
+    send_message(custodian, {"op": "ready", "device": start["device"], "degradations": start["degradations"]})
     threading.Thread(target=_watch_clock, args=(start["not_after"],), daemon=True).start()
     try:
         while True:

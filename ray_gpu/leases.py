@@ -14,8 +14,10 @@ import contextlib
 import ipaddress
 import secrets
 import socket
+import struct
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,8 @@ from zones.vault import Vault, lease_name
 HELLO_TIMEOUT_S = 10.0
 #: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
 HEARTBEAT_S = 3.0
+#: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
+STALL_LIMIT_S = 20
 #: Memory limit of keeper and sandbox together, bytes.
 DEFAULT_MEMORY_BYTES = 4 << 30
 
@@ -106,8 +110,12 @@ class Lease:
     def error(self, reason: str) -> LeaseLostError:
         """Return the error that says that this lease is gone."""
         why = self.lost or reason
-        return LeaseLostError(f"the lease on node {self.node} was lost ({why}); run the call again",
-                              node=self.node, reason=why)
+        return LeaseLostError(
+            f"the lease on node {self.node} was lost ({why}); run the call again. If that ends the same way, look in the "
+            f"function for an exit, a crash of native code, or more than {self.terms.memory_bytes >> 20} MiB of memory",
+            node=self.node,
+            reason=why,
+        )
 
 
 class LeaseOpener:
@@ -116,13 +124,19 @@ class LeaseOpener:
     Args:
         vault: Logged in as the gateway.
         node_ca: PEM certificate that node certificates are checked against.
+        degradations: What the zone's own side lacks; the zone must accept it as it must a node's.
     """
 
-    def __init__(self, zone: Zone, vault: Vault, relay: RelayLink, node_ca: str) -> None:
+    def __init__(
+        self, zone: Zone, vault: Vault, relay: RelayLink, node_ca: str, degradations: tuple[str, ...] = ()
+    ) -> None:
         self._zone = zone
         self._vault = vault
         self._relay = relay
         self._node_ca = node_ca
+        self._degradations = degradations
+        #: Node and lease of keys that Vault could not shred yet.
+        self._to_shred: list[tuple[str, str]] = []
 
     def open(self, terms: LeaseTerms, decision: Decision, *, timeout_s: float) -> Lease:
         """Place an actor, grant it a lease, and return the lease once its hello satisfied *decision*.
@@ -142,43 +156,81 @@ class LeaseOpener:
             return self._grant(lease, offer, terms, decision, not_after)
         except (OSError, EnvelopeError) as error:
             self._abandon(lease, node)
-            raise LeaseLostError(f"node {node or 'unknown'} went away while a lease was opened; run the call again",
-                                 node=node, reason=type(error).__name__) from None
+            raise LeaseLostError(
+                f"node {node or 'unknown'} went away while a lease was opened; run the call again",
+                node=node,
+                reason=type(error).__name__,
+            ) from None
         except BaseException:
             self._abandon(lease, node)
             raise
 
     def _place(self, lease: str, terms: LeaseTerms, timeout_s: float) -> Offer:
-        answer = self._relay.request({"op": "place", "lease": lease, "pool": terms.pool,
-                                      "gpus": terms.gpu_milli / 1000, "timeout_s": timeout_s, "labels": {}},
-                                     timeout_s=timeout_s + 30)
+        answer = self._relay.request(
+            {
+                "op": "place",
+                "lease": lease,
+                "pool": terms.pool,
+                "gpus": terms.gpu_milli / 1000,
+                "timeout_s": timeout_s,
+                "labels": {},
+            },
+            timeout_s=timeout_s + 30,
+        )
         offer = _parse_offer(answer.get("offer"))
-        verify_node_signature(str(answer.get("certificate")), self._node_ca, node=offer.node,
-                              message=canonical({"lease": lease, **offer.document()}),
-                              signature_hex=str(answer.get("signature")), now=int(time.time()))
+        verify_node_signature(
+            str(answer.get("certificate")),
+            self._node_ca,
+            node=offer.node,
+            message=canonical({"lease": lease, **offer.document()}),
+            signature_hex=str(answer.get("signature")),
+            now=int(time.time()),
+        )
         if offer.pool != terms.pool:
             raise GrantRefusedError(f"node {offer.node} is of pool {offer.pool}, not {terms.pool}; see cluster labels")
-        _check_level(offer.node, offer.degradations, terms)
+        _check_level(offer.node, (*self._degradations, *offer.degradations), terms)
         return offer
 
     def _grant(self, lease: str, offer: Offer, terms: LeaseTerms, decision: Decision, not_after: int) -> Lease:
         exchange = ExchangeKey()
-        grant = Grant(zone=self._zone.name, lease=lease, node=offer.node, pool=offer.pool,
-                      offer_digest=digest(offer.document()), exchange_key=exchange.public_hex,
-                      accepted_degradations=terms.accepted_degradations, gpu_milli=terms.gpu_milli,
-                      memory_bytes=terms.memory_bytes, policy_digest=decision.policy_digest, not_after=not_after)
+        grant = Grant(
+            zone=self._zone.name,
+            lease=lease,
+            node=offer.node,
+            pool=offer.pool,
+            offer_digest=digest(offer.document()),
+            exchange_key=exchange.public_hex,
+            accepted_degradations=terms.accepted_degradations,
+            gpu_milli=terms.gpu_milli,
+            memory_bytes=terms.memory_bytes,
+            policy_digest=decision.policy_digest,
+            not_after=not_after,
+        )
         self._vault.create_lease_key(self._zone.name, offer.node, lease)
         data_key, wrapped = self._vault.data_key(self._zone.name, offer.node, lease, grant.digest())
         key = derive_lease_key(data_key, exchange.shared(offer.exchange_key), grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
-        link = SealedSocket(self._connect(answer.get("endpoint")), key=key, grant_digest=grant.digest(), lease=lease,
-                            outgoing=Direction.OUT)
+        link = SealedSocket(
+            self._connect(answer.get("endpoint")),
+            key=key,
+            grant_digest=grant.digest(),
+            lease=lease,
+            outgoing=Direction.OUT,
+        )
         hello = self._hello(link)
         _check_level(offer.node, tuple(hello["degradations"]), terms)
         if hello["node"] != offer.node or hello["pool"] != offer.pool:
             raise GrantRefusedError("the keeper's hello names another node; end the session and attach again")
-        return Lease(id=lease, node=offer.node, device=str(hello["device"]), degradations=tuple(hello["degradations"]),
-                     terms=terms, not_after=not_after, link=link, idle_since=time.monotonic())
+        return Lease(
+            id=lease,
+            node=offer.node,
+            device=str(hello["device"]),
+            degradations=tuple(hello["degradations"]),
+            terms=terms,
+            not_after=not_after,
+            link=link,
+            idle_since=time.monotonic(),
+        )
 
     def _connect(self, endpoint: Any) -> socket.socket:
         """Connect to where the relay says the actor listens, if zone.yaml allows that address and port."""
@@ -188,7 +240,11 @@ class LeaseOpener:
             raise GrantRefusedError("the relay named no usable endpoint; see ray-gpu status") from None
         if not endpoint_allowed(self._zone.endpoints, str(host), port):
             raise GrantRefusedError(f"the relay named {host} port {port}, which zone.yaml's endpoints do not allow")
-        return socket.create_connection((str(host), port), timeout=HELLO_TIMEOUT_S)
+        sock = socket.create_connection((str(host), port), timeout=HELLO_TIMEOUT_S)
+        # A node that vanishes, or takes nothing more, must not hold a call for ever.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT_S * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALL_LIMIT_S, 0))
+        return sock
 
     def _hello(self, link: SealedSocket) -> dict[str, Any]:
         link.settimeout(HELLO_TIMEOUT_S)
@@ -223,8 +279,14 @@ class LeaseOpener:
                 break
         signed = msgpack.unpackb(payload)
         receipt = dict(signed["receipt"])
-        verify_node_signature(str(signed["certificate"]), self._node_ca, node=lease.node, message=canonical(receipt),
-                              signature_hex=str(signed["signature"]), now=int(time.time()))
+        verify_node_signature(
+            str(signed["certificate"]),
+            self._node_ca,
+            node=lease.node,
+            message=canonical(receipt),
+            signature_hex=str(signed["signature"]),
+            now=int(time.time()),
+        )
         if receipt["lease"] != lease.id or receipt["node"] != lease.node:
             raise EnvelopeError
         return {"receipt": receipt, "signature": str(signed["signature"]), "certificate": str(signed["certificate"])}
@@ -234,8 +296,31 @@ class LeaseOpener:
         with contextlib.suppress(ZoneError, OSError):
             self._relay.request({"op": "release", "lease": lease}, timeout_s=10)
         if node:
-            with contextlib.suppress(VaultError):
-                self._vault.shred(self._zone.name, node, lease)
+            self._shred(node, lease)
+
+    def _shred(self, node: str, lease: str) -> None:
+        try:
+            self._vault.shred(self._zone.name, node, lease)
+        except VaultError:
+            self.shred_later([(node, lease)])
+
+    def shred_later(self, leases: Iterable[tuple[str, str]]) -> None:
+        """Note keys that :meth:`sweep` shall shred, as node and lease."""
+        self._to_shred.extend(leases)
+
+    def sweep(self, now: int) -> None:
+        """Shred what could not be shredded when its lease ended, and every key that outlived its lease.
+
+        A Vault that does not answer is asked again by the next sweep.
+
+        Args:
+            now: UTC seconds since the epoch.
+        """
+        pending, self._to_shred = self._to_shred, []
+        for node, lease in dict.fromkeys(pending):
+            self._shred(node, lease)
+        with contextlib.suppress(VaultError):
+            self._vault.prune(self._zone.name, now)
 
 
 def _parse_offer(document: Any) -> Offer:
@@ -252,6 +337,10 @@ def _parse_offer(document: Any) -> Offer:
 def _check_level(node: str, degradations: tuple[str, ...], terms: LeaseTerms) -> None:
     missing = sorted(set(degradations) - set(terms.accepted_degradations))
     if missing:
-        raise SandboxLevelError(f"node {node} is degraded ({', '.join(missing)}) and the zone's policy does not accept "
-                                "that; nothing left the zone. Mend the node, or have the security officer add it to "
-                                "accepted_degradations in zone.yaml", node=node, reasons=missing)
+        raise SandboxLevelError(
+            f"node {node} is degraded ({', '.join(missing)}) and the zone's policy does not accept "
+            "that; nothing left the zone. Mend the node, or have the security officer add it to "
+            "accepted_degradations in zone.yaml",
+            node=node,
+            reasons=missing,
+        )

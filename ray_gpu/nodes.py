@@ -45,8 +45,8 @@ RELAY_SOCKET = "relay.sock"
 #: Paths inside a cage. The session is below its tmpfs, so that it can be private to the cage's uid.
 _CAGE_SESSION = Path("/s/ray")
 _CAGE_SOCKETS = Path("/run/ray-gpu")
-#: What Ray reads of a host where no namespace replaces it: it finds its processes and limits there.
-_PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"))
+#: What Ray reads of the host where no namespace replaces it: its processes, memory limits, file types.
+_PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"), Path("/etc/mime.types"))
 #: tmpfs of a cage and their sizes, bytes. Only what is used counts.
 _TMPFS_BYTES = {"/s": 256 << 20, "/tmp": 16 << 20, "/dev/shm": 2 * _OBJECT_STORE_BYTES}
 #: Each node's share of the port range, from ``base_port + 10`` on.
@@ -131,10 +131,10 @@ class Node:
 class Cluster:
     """The nodes of one embedded cluster, head first."""
 
-    def __init__(self, *, caged: bool) -> None:
+    def __init__(self) -> None:
         self.nodes: list[Node] = []
         #: Ids of missing controls.
-        self.degradations: tuple[str, ...] = () if caged else ("uncaged-ray",)
+        self.degradations = degradations()
 
     @classmethod
     def start(
@@ -159,7 +159,7 @@ class Cluster:
         Raises:
             ClusterError: A port is taken, or a node died or did not serve within ``START_TIMEOUT_S``.
         """
-        cluster = cls(caged=_can_cage())
+        cluster = cls()
         token = secrets.token_hex(32)
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
@@ -202,17 +202,36 @@ class Cluster:
 def free_base_port(first: int = 26000, *, last: int = 31000) -> int:
     """Return the first of *first*, *first* + 1000, ... from which a cluster of three nodes can be numbered.
 
+    It is this process's until it ends: Ray opens its ports late, and another cluster may start meanwhile.
+
     Raises:
         ClusterError: There is none.
     """
     for base in range(first, last + 1, 1000):
-        if not any(_taken(port) for index in range(3) for port in NodePorts.of(base, index).fixed()):
+        if _claim(base) and not any(_taken(port) for index in range(3) for port in NodePorts.of(base, index).fixed()):
             return base
     raise ClusterError(
         f"no port range between {first} and {last + 999} is free; stop another cluster (ray-gpu down)",
         node="",
         reason="ports taken",
     )
+
+
+#: Hold this process's claims.
+_claims: dict[int, socket.socket] = {}
+
+
+def _claim(base_port: int) -> bool:
+    """Claim a port range against every other process of this host: the kernel gives a name to one socket only."""
+    if base_port not in _claims:
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0ray-gpu-ports-{base_port}")
+        except OSError:
+            claim.close()
+            return False
+        _claims[base_port] = claim
+    return True
 
 
 def _taken(port: int) -> bool:
@@ -342,6 +361,11 @@ def _can_cage() -> bool:
     return boundary.survey().mode != "none"
 
 
+def degradations() -> tuple[str, ...]:
+    """Return the ids of the controls that nodes started here lack."""
+    return () if _can_cage() else ("uncaged-ray",)
+
+
 def _write_token(path: Path, token: str, uid: int) -> None:
     """Write the cluster's token so that only *uid* (we ourselves when not root) can read it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -354,7 +378,7 @@ def _write_token(path: Path, token: str, uid: int) -> None:
 
 def _start_node(plan: _Plan, log_dir: Path | None) -> Node:
     caged = _can_cage()
-    roots = {path.parent for path in profiles.package_paths()}
+    roots = {path.parent for path in profiles.package_paths() if not path.is_relative_to(sys.prefix)}
     writable = [(plan.spec.socket_dir, plan.sockets)] + ([] if caged else [(plan.session, plan.session)])
     profile = profiles.cage(
         plan.spec.name,

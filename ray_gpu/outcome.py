@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ray_gpu.sandbox.child import read_outcome
+from ray_gpu.sandbox.child import MAX_TEXT_BYTES, read_outcome
 from zones import values
 from zones.errors import RemoteFunctionError, RowCountError, ValueRefusedError, from_wire
 
@@ -41,16 +41,22 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
         RowCountError: A ``map`` result has another number of rows than its shard.
     """
     meta, encoded = read_outcome(payload)
-    printed = str(meta.get("printed", ""))
+    printed = _cut(meta.get("printed", ""))
     status = meta.get("status")
     if status == "error":
         raise RemoteFunctionError(
-            f"{meta.get('type')}: {meta.get('message')}", type_name=str(meta.get("type")),
-            builtin=meta.get("builtin") is True, text=str(meta.get("message")),
-            plain_args=list(meta.get("args") or []), traceback=str(meta.get("traceback")), printed=printed)
+            f"{_cut(meta.get('type'), 200)}: {_cut(meta.get('message'), 2000)}",
+            type_name=_cut(meta.get("type"), 200),
+            builtin=meta.get("builtin") is True,
+            text=_cut(meta.get("message")),
+            plain_args=_plain(meta.get("args")),
+            traceback=_cut(meta.get("traceback")),
+            printed=printed,
+        )
     if status == "refused":
-        error = from_wire({"error": meta.get("error"), "message": meta.get("message"), "fields": meta.get("fields")})
-        raise error if isinstance(error, ValueRefusedError) else ValueRefusedError(str(meta.get("message")))
+        text = _cut(meta.get("message"), 2000)
+        error = from_wire({"error": meta.get("error"), "message": text, "fields": meta.get("fields")})
+        raise error if isinstance(error, ValueRefusedError) else ValueRefusedError(text)
     if status != "ok":
         raise ValueRefusedError("the sandbox answered with something that is no result; run the call again")
     value = values.decode(encoded, zero_copy=True)
@@ -59,11 +65,28 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
     return Outcome(value=value, encoded=encoded, printed=printed)
 
 
+def _cut(text: Any, most: int = MAX_TEXT_BYTES + 100) -> str:
+    return str(text)[:most]
+
+
+def _plain(args: Any) -> list[Any]:
+    """Return the arguments of an exception as its sandbox sent them, if they are what a sandbox of ours sends."""
+    if not isinstance(args, list) or not all(isinstance(arg, (str, int, float, bool, type(None))) for arg in args):
+        return []
+    return args if sum(len(arg) for arg in args if isinstance(arg, str)) <= MAX_TEXT_BYTES else []
+
+
 def _check_rows(value: Any, rows: int) -> None:
     shape = getattr(value, "shape", None)
     if shape is None or len(shape) == 0:
-        raise ValueRefusedError(f"f.map needs one row per row, as a table or an array, and got a {type(value).__name__}; "
-                                "use f.map_reduce for one value per shard")
+        raise ValueRefusedError(
+            f"f.map needs one row per row, as a table or an array, and got a {type(value).__name__}; "
+            "use f.map_reduce for one value per shard"
+        )
     if shape[0] != rows:
-        raise RowCountError(f"f.map was given {rows} rows and its function returned {shape[0]}; return one row per row, "
-                            "or use f.map_reduce", expected=rows, got=int(shape[0]))
+        raise RowCountError(
+            f"f.map was given {rows} rows and its function returned {shape[0]}; return one row per row, "
+            "or use f.map_reduce",
+            expected=rows,
+            got=int(shape[0]),
+        )

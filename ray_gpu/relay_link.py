@@ -111,6 +111,9 @@ def _checked(answer: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         raise from_wire(error)
     text = str(error)[:1024]
     if request["op"] == "place":
-        raise PlacementError(f"no GPU node of pool {request['pool']} has room: {text}; "
-                             "wait, ask for fewer GPUs, or see ray-gpu status", pool=str(request["pool"]), reason=text)
+        raise PlacementError(
+            f"no GPU node of pool {request['pool']} has room: {text}; wait, ask for fewer GPUs, or see ray-gpu status",
+            pool=str(request["pool"]),
+            reason=text,
+        )
     raise ZoneError(f"the relay reports: {text}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from zones.errors import FunctionRefusedError
@@ -22,7 +22,13 @@ MAX_ARGUMENT_BYTES = 768 << 10
 MIN_SHARD_BYTES, DEFAULT_SHARD_BYTES, MAX_SHARD_BYTES = 64 << 10, 4 << 20, 32 << 20
 
 
-class Mode(str, Enum):
+#: GPU actors that one call may use at once.
+MAX_CONCURRENCY = 64
+#: Longest that a caller may ask to wait, seconds: a week.
+MAX_WAIT_S = 604_800
+
+
+class Mode(StrEnum):
     """What a call means."""
 
     #: Row-aligned: N rows in, N rows out.
@@ -65,11 +71,8 @@ class Request:
     #: A catalog handle's document, ``{"memory": true}`` for a memory file, or ``None`` without data.
     data: dict[str, Any] | None
     options: Options
-
-    @property
-    def function_digest(self) -> str:
-        """SHA-256 of the function's bytes, hexadecimal."""
-        return hashlib.sha256(self.function).hexdigest()
+    #: SHA-256 of the function's bytes, hexadecimal.
+    function_digest: str
 
 
 def parse(message: dict[str, Any]) -> Request:
@@ -84,29 +87,73 @@ def parse(message: dict[str, Any]) -> Request:
         raise ValueError("function and arguments must be bytes")
     if len(function) > MAX_FUNCTION_BYTES:
         raise FunctionRefusedError(
-            f"the function with everything it captures has {len(function)} bytes, over the cap of {MAX_FUNCTION_BYTES}; "
-            "pass large values as arguments or read them from a data set", variable=None)
+            f"the function with everything it captures has {len(function)} bytes, over the cap of "
+            f"{MAX_FUNCTION_BYTES}; pass large values as arguments or read them from a data set",
+            variable=None,
+        )
     if len(arguments) > MAX_ARGUMENT_BYTES:
         raise FunctionRefusedError(
             f"the arguments have {len(arguments)} bytes, over the cap of {MAX_ARGUMENT_BYTES}; "
-            "pass tables and large arrays as data", variable=None)
-    data = message.get("data")
-    if data is not None and not isinstance(data, dict):
-        raise ValueError("data must be a map")
-    mode = Mode(message.get("mode"))
+            "pass tables and large arrays as data",
+            variable=None,
+        )
+    data = None if message.get("data") is None else _map(message["data"])
+    try:
+        mode = Mode(str(message.get("mode")))
+    except ValueError:
+        raise ValueError("mode must be map, shards or call") from None
     if (data is None) != (mode is Mode.CALL):
         raise ValueError("map and shards need data; call takes none")
-    return Request(mode=mode, function=function, function_name=str(message.get("name", "function"))[:120],
-                   arguments=arguments, data=data, options=_options(dict(message.get("options") or {})))
+    return Request(
+        mode=mode,
+        function=function,
+        function_digest=hashlib.sha256(function).hexdigest(),
+        function_name=str(message.get("name", "function"))[:120],
+        arguments=arguments,
+        data=data,
+        options=_options(_map(message.get("options", {}))),
+    )
+
+
+def _map(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("data and options must be maps")
+    return dict(value)
 
 
 def _options(given: dict[str, Any]) -> Options:
-    columns = given.pop("columns", None)
-    options = Options(**given, columns=None if columns is None else tuple(str(name) for name in columns))
-    if not isinstance(options.pool, str) or type(options.gpu_milli) is not int or options.gpu_milli < 1:
-        raise ValueError("pool must be a name and num_gpus a positive number of thousandths")
-    if type(options.concurrency) is not int or not 1 <= options.concurrency <= 64:
-        raise ValueError("concurrency must be 1 to 64")
-    if type(options.shard_bytes) is not int or not MIN_SHARD_BYTES <= options.shard_bytes <= MAX_SHARD_BYTES:
-        raise ValueError(f"shard_bytes must be {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES}")
+    unknown = set(given) - set(Options.__dataclass_fields__)
+    if unknown:
+        raise ValueError(
+            f"the gateway knows no option {sorted(map(str, unknown))[0][:40]!r}; use one version of ray_gpu"
+        )
+    options = Options(**{**given, "columns": _columns(given.get("columns"))})
+    if not isinstance(options.pool, str) or type(options.whole) is not bool:
+        raise ValueError("pool must be a name, and whole a boolean")
+    if not _whole(options.gpu_milli, 1, 64_000):
+        raise ValueError("num_gpus must be from 0.001 to 64")
+    if not _whole(options.concurrency, 1, MAX_CONCURRENCY):
+        raise ValueError(f"concurrency must be from 1 to {MAX_CONCURRENCY}")
+    if not _whole(options.shard_bytes, MIN_SHARD_BYTES, MAX_SHARD_BYTES):
+        raise ValueError(f"shard_bytes must be from {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES}")
+    if not (options.timeout_s is None or _seconds(options.timeout_s)) or not _seconds(options.placement_timeout_s):
+        raise ValueError(f"timeouts must be seconds above 0 and at most {MAX_WAIT_S}")
     return options
+
+
+def _columns(given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise ValueError("columns must be a list of names")
+    if not given or len(set(given)) < len(given):
+        raise ValueError("columns must name at least one column, and each of them once")
+    return tuple(given)
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_WAIT_S

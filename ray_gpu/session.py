@@ -1,16 +1,18 @@
 """A person's session at the gateway: decisions, leases and budgets that its calls share. This module does I/O.
 
 A decision is made once per (function, columns, classes, data set, pool) and reused; leases are kept
-between calls, and an idle one is given back when another call of the session, or another session,
-needs the room. Caps on small bytes are counted here, over the whole session.
+between calls, and an idle one is given back when another call of the session needs the room, or when
+nobody used it for a minute. Caps on small bytes are counted here, over the whole session.
 """
 
 from __future__ import annotations
 
 import contextlib
 import secrets
+import select
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,17 @@ from typing import Any
 from ray_gpu.leases import HEARTBEAT_S, Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
 from ray_gpu.source import Source
-from zones.budget import Budget
-from zones.errors import BudgetSpentError, LeaseLostError, PlacementError, SessionClosedError, UnknownNameError, ZoneError
+from ray_gpu.spending import Spending
+from zones.errors import (
+    GrantRefusedError,
+    LeaseLostError,
+    LedgerError,
+    PlacementError,
+    SessionClosedError,
+    UnknownNameError,
+    VaultError,
+    ZoneError,
+)
 from zones.labels import ARGUMENTS, classify, labels
 from zones.ledger import Egress, Ledger
 from zones.model import Decision, EgressRequest, Zone
@@ -30,6 +41,12 @@ from zones.vault import Person
 RESERVED_CALLS, RESERVED_BYTES = 1000, 64 << 20
 #: A lease that no call used for so long is given back, seconds.
 IDLE_LIMIT_S = 60.0
+#: No call begins on a lease that ends so soon, seconds.
+LAPSE_MARGIN_S = 5.0
+#: How often a call that waits for a lease looks whether it was given up, seconds.
+WAKE_S = 0.25
+#: Ending a lease takes keeper, relay and Vault a moment each; each of them has its own limit below this, seconds.
+FINISH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +87,12 @@ class Session:
         self._leases: list[Lease] = []
         self._opening = 0
         self._allowed: dict[Any, Allowed] = {}
-        self._budgets: dict[tuple[str, int], Budget] = {}
+        self._standing: dict[tuple[str, int], Spending] = {}
         self._functions_seen: set[str] = set()
         self._small_bytes = 0
         self._closed = False
+        #: Threads that end leases.
+        self._finishing: list[threading.Thread] = []
         self.receipts: list[dict[str, Any]] = []
         services.ledger.append({"kind": "session-start", "person": person.name, "session": self.id, "purpose": purpose})
 
@@ -86,126 +105,150 @@ class Session:
             EgressDeniedError: Policy refuses.
             LedgerUnavailableError: The answer could not be written down.
         """
+        self.check_open()
         zone = self.services.zone
         pool = request.options.pool or (zone.pools[0] if zone.pools else "")
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
-        columns = frozenset(source.columns) if source else ARGUMENTS
-        dataset = source.dataset if source else ""
-        question = EgressRequest(
-            zone=zone.name, pool=pool, person=self.person.name, groups=self.person.groups, purpose=self.purpose,
-            dataset=dataset, columns=columns, classes=self._classes(request, source),
-            function_digest=request.function_digest)
-        key = (question, zone.policy_digest)
+        small = self._count_small_bytes(request)
+        what = (source.dataset, tuple(source.columns), source.filter_columns) if source else None
+        key = (request.function_digest, pool, small, what)
         found = self._allowed.get(key)
         if found is None:
-            found = self._allowed[key] = self._ask(question, source)
-        self._count_small_bytes(request)
+            found = self._allowed[key] = self._ask(request, source, pool, small)
         return found
 
-    def _ask(self, question: EgressRequest, source: Source | None) -> Allowed:
-        decision = self.services.policy.decide(question)
-        egress = Egress(request=question, session=self.id, policy_digest=decision.policy_digest,
-                        rows=source.rows if source else 0)
+    def _count_small_bytes(self, request: Request) -> frozenset[str]:
+        """Count the function, once, and the arguments towards the session's cap; return their class."""
+        with self._lock:
+            new = 0 if request.function_digest in self._functions_seen else len(request.function)
+            small = classify(
+                self.services.zone,
+                dataset="",
+                columns=None,
+                function_bytes=new,
+                argument_bytes=len(request.arguments),
+                session_bytes=self._small_bytes,
+            )
+            self._functions_seen.add(request.function_digest)
+            self._small_bytes += new + len(request.arguments)
+        return small
+
+    def _ask(self, request: Request, source: Source | None, pool: str, small: frozenset[str]) -> Allowed:
+        """Ask policy about every byte: what leaves, what was filtered on, the function and its arguments."""
+        zone, policy = self.services.zone, self.services.policy
+        columns = {*source.columns, *source.filter_columns} if source else set()
+        question = EgressRequest(
+            zone=zone.name,
+            pool=pool,
+            person=self.person.name,
+            groups=self.person.groups,
+            purpose=self.purpose,
+            dataset=source.dataset if source else "",
+            columns=frozenset(source.columns) if source else ARGUMENTS,
+            classes=small | set(labels(zone, source.dataset, columns).values()) if source else small,
+            function_digest=request.function_digest,
+        )
+        decision = policy.decide(question)
+        rows = source.rows if source else 0
+        egress = Egress(request=question, session=self.id, policy_digest=decision.policy_digest, rows=rows)
         entry = self.services.ledger.decided(egress, decision)
         if not decision.allowed:
-            classes = labels(self.services.zone, question.dataset, source.columns) if source else None
-            raise self.services.policy.refusal(question, decision, classes)
+            raise policy.refusal(question, decision, labels(zone, source.dataset, source.columns) if source else None)
         return Allowed(request=question, decision=decision, entry=entry)
-
-    def _classes(self, request: Request, source: Source | None) -> frozenset[str]:
-        """Classify every byte: what leaves, what was filtered on, the function and its arguments."""
-        new_function = 0 if request.function_digest in self._functions_seen else len(request.function)
-        columns = {*source.columns, *source.filter_columns} if source else None
-        with self._lock:
-            return classify(self.services.zone, dataset=source.dataset if source else "", columns=columns,
-                            function_bytes=new_function, argument_bytes=len(request.arguments),
-                            session_bytes=self._small_bytes)
-
-    def _count_small_bytes(self, request: Request) -> None:
-        with self._lock:
-            if request.function_digest not in self._functions_seen:
-                self._functions_seen.add(request.function_digest)
-                self._small_bytes += len(request.function)
-            self._small_bytes += len(request.arguments)
 
     # -- budgets --------------------------------------------------------------------------------
 
-    def egress(self, allowed: Allowed, lease: Lease, rows: int) -> Egress:
-        """Return the fields of an intent entry."""
-        return Egress(request=allowed.request, session=self.id, policy_digest=allowed.decision.policy_digest, rows=rows,
-                      node=lease.node, lease=lease.id, level=lease.level, degradations=lease.degradations)
+    def spending(self, allowed: Allowed, lease: Lease, *, rows: int, calls: int, bytes_: int) -> Spending:
+        """Return a budget for *lease*; its first intent is written with the first draw."""
+        egress = Egress(
+            request=allowed.request,
+            session=self.id,
+            policy_digest=allowed.decision.policy_digest,
+            rows=rows,
+            node=lease.node,
+            lease=lease.id,
+            level=lease.level,
+            degradations=tuple(sorted({*lease.degradations, *self.services.degradations})),
+        )
+        return Spending(self.services.ledger, egress, decision=allowed.entry, calls=calls, bytes_=bytes_)
 
-    def draw(self, allowed: Allowed, lease: Lease, bytes_: int) -> None:
-        """Draw one small call from this session's standing budget, writing a new intent when it is spent.
-
-        Raises:
-            LedgerUnavailableError: The intent could not be written; nothing may leave.
-        """
+    def standing(self, allowed: Allowed, lease: Lease) -> Spending:
+        """Return the budget that small calls under one decision share on *lease*."""
         key = (lease.id, allowed.entry)
-        budget = self._budgets.get(key)
-        if budget is not None:
-            try:
-                budget.draw(1, bytes_)
-                return
-            except BudgetSpentError:
-                budget.settle(outcome="done")
-        budget = self.services.ledger.intend(self.egress(allowed, lease, 0), decision=allowed.entry,
-                                             calls=RESERVED_CALLS, bytes_=max(RESERVED_BYTES, bytes_))
-        self._budgets[key] = budget
-        budget.draw(1, bytes_)
-
-    def intend(self, allowed: Allowed, lease: Lease, *, rows: int, bytes_: int) -> Budget:
-        """Write the intent of one call over shards; it is on disk when this returns.
-
-        Raises:
-            LedgerUnavailableError: It could not be written; nothing may leave.
-        """
-        return self.services.ledger.intend(self.egress(allowed, lease, rows), decision=allowed.entry, calls=1,
-                                           bytes_=bytes_)
+        found = self._standing.get(key)
+        if found is None:
+            found = self._standing[key] = self.spending(
+                allowed, lease, rows=0, calls=RESERVED_CALLS, bytes_=RESERVED_BYTES
+            )
+        return found
 
     # -- leases ---------------------------------------------------------------------------------
 
     def terms(self, allowed: Allowed, request: Request) -> LeaseTerms:
         """Return what leases a call needs."""
         obligations = allowed.decision.obligations
-        return LeaseTerms(pool=allowed.request.pool, gpu_milli=request.options.gpu_milli,
-                          accepted_degradations=tuple(sorted(obligations.accepted_degradations)),
-                          max_lease_s=obligations.max_lease_s)
+        return LeaseTerms(
+            pool=allowed.request.pool,
+            gpu_milli=request.options.gpu_milli,
+            accepted_degradations=tuple(sorted(obligations.accepted_degradations)),
+            max_lease_s=obligations.max_lease_s,
+        )
 
-    def try_lease(self, allowed: Allowed, request: Request, *, timeout_s: float) -> Lease | None:
-        """Return another lease for a call that has one already, or ``None`` when there is no room."""
+    def try_lease(
+        self, allowed: Allowed, request: Request, *, timeout_s: float, check: Callable[[], None]
+    ) -> Lease | None:
+        """Return another lease for a call that has one already, or ``None`` when none can be had in time."""
         try:
-            return self.take(allowed, request, timeout_s=timeout_s)
-        except (PlacementError, LeaseLostError):
+            return self.take(allowed, request, timeout_s=timeout_s, check=check)
+        except (PlacementError, LeaseLostError, GrantRefusedError, VaultError):
             return None
 
-    def take(self, allowed: Allowed, request: Request, *, timeout_s: float | None = None) -> Lease:
+    def take(
+        self, allowed: Allowed, request: Request, *, check: Callable[[], None], timeout_s: float | None = None
+    ) -> Lease:
         """Return a lease for one call: an idle one, a new one if there may be more, else the first that is free.
+
+        Args:
+            check: Raises when the call was given up meanwhile.
+            timeout_s: Most seconds to wait; by default until the session's other calls are over, and then for
+                room as long as the call says.
 
         Raises:
             PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
         """
         terms = self.terms(allowed, request)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._room:
-                self._check_open()
+                check()
+                self.check_open()
                 self._drop_lost()
                 same = [lease for lease in self._leases if lease.terms == terms]
                 for lease in same:
                     if lease.lock.acquire(blocking=False):
                         return lease
-                if len(same) + self._opening >= request.options.concurrency:
-                    self._room.wait(timeout=1.0)
-                    continue
-                self._opening += 1
-            return self._open(terms, allowed, request, timeout_s)
+                if len(same) + self._opening < request.options.concurrency:
+                    self._opening += 1
+                    break
+                if deadline is not None and time.monotonic() > deadline:
+                    raise PlacementError(
+                        "every lease of this session is in use; wait for its other calls, or give it "
+                        "more with .options(concurrency=...)",
+                        pool=terms.pool,
+                        reason="in use",
+                    )
+                self._room.wait(timeout=WAKE_S)
+        return self._open(terms, allowed, request, timeout_s)
 
     def _open(self, terms: LeaseTerms, allowed: Allowed, request: Request, timeout_s: float | None) -> Lease:
+        options = request.options
+        wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
-            wait = request.options.placement_timeout_s if timeout_s is None else timeout_s
-            lease = self.services.opener.open(terms, allowed.decision, timeout_s=wait)
+            lease = self.services.opener.open(
+                terms, allowed.decision, timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s)
+            )
             lease.lock.acquire()
             with self._lock:
                 closed = self._closed
@@ -216,7 +259,7 @@ class Session:
                 self._room.notify_all()
         if closed:
             self._end([lease], held=True)
-            self._check_open()
+            self.check_open()
         return lease
 
     def give(self, lease: Lease) -> None:
@@ -227,10 +270,16 @@ class Session:
             self._room.notify_all()
 
     def _drop_lost(self) -> None:
-        for lease in [lease for lease in self._leases if lease.lost]:
+        """Give back, in the background, leases that were lost, are about to end, or idled long. Holds the lock."""
+        for lease in list(self._leases):
             if lease.lock.acquire(blocking=False):
+                if _usable(lease):
+                    lease.lock.release()
+                    continue
                 self._leases.remove(lease)
-                threading.Thread(target=self._finish_lease, args=(lease,), daemon=True).start()
+                thread = threading.Thread(target=self._finish_lease, args=(lease,), daemon=True)
+                self._finishing = [item for item in self._finishing if item.is_alive()] + [thread]
+                thread.start()
 
     def _end(self, leases: list[Lease], *, held: bool = False) -> None:
         """End those of *leases* that no call uses."""
@@ -242,13 +291,25 @@ class Session:
                 self._finish_lease(lease)
 
     def _finish_lease(self, lease: Lease) -> None:
-        """Close a lease, take its receipt, and write down what its standing budgets were used for."""
+        """Close a lease and write down what its budgets were used for and what its custodian attests."""
         receipt = self.services.opener.close(lease)
         if receipt:
             self.receipts.append(receipt)
-        for key in [key for key in self._budgets if key[0] == lease.id]:
-            with contextlib.suppress(ZoneError):
-                self._budgets.pop(key).settle(outcome="done" if receipt else "lost", receipt=receipt)
+        outcome = "done" if receipt else "lost"
+        with contextlib.suppress(LedgerError):
+            for key in [key for key in self._standing if key[0] == lease.id]:
+                self._standing.pop(key).settle(outcome)
+            self.services.ledger.append(
+                {
+                    "kind": "lease-end",
+                    "person": self.person.name,
+                    "session": self.id,
+                    "lease": lease.id,
+                    "node": lease.node,
+                    "outcome": outcome,
+                    "receipt": receipt,
+                }
+            )
 
     def lose(self, lease_id: str, reason: str) -> None:
         """Mark a lease as lost: the relay says that its actor died. Wakes whoever waits on its connection."""
@@ -259,14 +320,25 @@ class Session:
 
     def heartbeat(self) -> None:
         """Keep idle leases alive, and give back those that nobody used for long. Called every few seconds."""
-        now = time.monotonic()
         for lease in list(self._leases):
-            with contextlib.suppress(OSError, ZoneError, ValueError):
-                if not lease.lost:
-                    lease.control({})
-        self._end([lease for lease in list(self._leases) if lease.idle_since and now - lease.idle_since > IDLE_LIMIT_S])
+            # While something is being sent, that says that we are here; and waiting for it could take long.
+            if lease.lost or lease.link.sending:
+                continue
+            try:
+                lease.control({})
+            except (OSError, ZoneError, ValueError):
+                lease.lost = lease.lost or "connection lost"
+                lease.link.shutdown()
+        with self._room:
+            if not self._closed:
+                self._drop_lost()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise if the session was closed.
+
+        Raises:
+            SessionClosedError: It was.
+        """
         if self._closed:
             raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
 
@@ -286,19 +358,46 @@ class Session:
         ending = [threading.Thread(target=self._finish_lease, args=(lease,)) for lease in leases]
         for thread in ending:
             thread.start()
-        for thread in ending:
-            thread.join()
+        for thread in [*ending, *self._finishing]:
+            thread.join(FINISH_TIMEOUT_S)
         with contextlib.suppress(ZoneError):
             self.services.ledger.append({"kind": "session-end", "person": self.person.name, "session": self.id})
 
     def status(self) -> dict[str, Any]:
         """Return what a session card shows."""
         return {
-            "session": self.id, "zone": self.services.zone.name, "person": self.person.name,
-            "groups": sorted(self.person.groups), "purpose": self.purpose, "small_bytes": self._small_bytes,
+            "session": self.id,
+            "zone": self.services.zone.name,
+            "person": self.person.name,
+            "groups": sorted(self.person.groups),
+            "purpose": self.purpose,
+            "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
-            "leases": [{"lease": lease.id, "node": lease.node, "device": lease.device, "level": lease.level,
-                        "degradations": list(lease.degradations), "gpu_milli": lease.terms.gpu_milli}
-                       for lease in list(self._leases)],
+            "leases": [
+                {
+                    "lease": lease.id,
+                    "node": lease.node,
+                    "device": lease.device,
+                    "level": lease.level,
+                    "degradations": list(lease.degradations),
+                    "gpu_milli": lease.terms.gpu_milli,
+                }
+                for lease in list(self._leases)
+            ],
             "receipts": list(self.receipts),
         }
+
+
+def _usable(lease: Lease) -> bool:
+    """Tell whether a lease that no call uses is good for another call."""
+    if lease.lost or time.time() > lease.not_after - LAPSE_MARGIN_S:
+        return False
+    if lease.idle_since and time.monotonic() - lease.idle_since > IDLE_LIMIT_S:
+        return False
+    # Nothing arrives unasked: whatever there is to read from an idle keeper is its end.
+    poller = select.poll()
+    poller.register(lease.link.fileno(), select.POLLIN | select.POLLRDHUP)
+    if poller.poll(0):
+        lease.lost = "its keeper or sandbox ended while idle"
+        return False
+    return True

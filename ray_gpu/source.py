@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ray_gpu.share import open_table
 from zones import filters
-from zones.errors import UnknownNameError
+from zones.errors import ConfigError, UnknownNameError
 from zones.model import Dataset, Zone
 from zones.plan import split_rows
 
@@ -45,35 +45,60 @@ class Source:
 
 
 def from_catalog(zone: Zone, data_dir: Path, handle: dict[str, Any], columns: tuple[str, ...] | None) -> Source:
-    """Resolve a handle's document: ``{"dataset", "columns", "filter", "split"}``.
+    """Resolve a handle's document: ``{"dataset", "columns", "filter", "split", "then"}``.
+
+    ``filter`` chooses rows of the whole, ``split`` a part of them, and ``then`` rows of that part.
 
     Raises:
         UnknownNameError: No such data set or column.
         ValueError: Filter or split is malformed.
-        OSError: The file cannot be read.
+        ConfigError: The data set's file is missing, or lacks a column of the catalog.
     """
     dataset = zone.datasets.get(str(handle.get("dataset")))
     if dataset is None:
         raise UnknownNameError.of("dataset", str(handle.get("dataset")), zone.datasets)
     wanted = _columns(dataset, handle.get("columns"), columns)
-    document = handle.get("filter")
-    used = filters.filter_columns(document, list(dataset.columns)) if document is not None else set()
-    path = data_dir / dataset.path
-    table = _read(path, path.stat().st_mtime_ns, tuple(dict.fromkeys([*wanted, *sorted(used)])))
-    if document is not None:
-        table = table.filter(filters.to_expression(document, table.schema))
+    conditions = [handle.get("filter"), handle.get("then")]
+    names = list(dataset.columns)
+    used = set().union(*(filters.filter_columns(item, names) for item in conditions if item is not None))
+    table = _open(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])))
+    table = filters.apply_filter(table, conditions[0])
     if handle.get("split") is not None:
-        table = _part(table, dict(handle["split"]))
-    return Source(dataset=dataset.name, table=table.select(wanted), filter_columns=frozenset(used))
+        table = _part(table, handle["split"])
+    table = filters.apply_filter(table, conditions[1], columns=wanted)
+    return Source(dataset=dataset.name, table=table, filter_columns=frozenset(used))
 
 
-def _part(table: pa.Table, split: dict[str, Any]) -> pa.Table:
+def _open(dataset: Dataset, data_dir: Path, columns: tuple[str, ...]) -> pa.Table:
+    path = data_dir / dataset.path
+    try:
+        return _read(path, path.stat().st_mtime_ns, columns)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or type(error).__name__})"
+    except (KeyError, pa.ArrowException) as error:
+        what = f"is not what catalog.yaml says ({type(error).__name__})"
+    raise ConfigError(
+        f"the file of data set {dataset.name} {what}; have the zone's operator look at {dataset.path} in "
+        "its data directory",
+        file=str(dataset.path),
+    )
+
+
+def _part(table: pa.Table, split: Any) -> pa.Table:
     """Return one part of a split: ``{"fractions": [...], "seed": int, "part": index}``."""
-    parts = split_rows(table.num_rows, [float(item) for item in split["fractions"]], str(split["seed"]).encode())
-    return table.take(parts[int(split["part"])])
+    try:
+        fractions, seed, part = [float(item) for item in split["fractions"]], str(split["seed"]), int(split["part"])
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise ValueError("a split has fractions, a seed and the number of a part; use handle.split(...)") from None
+    parts = split_rows(table.num_rows, fractions, seed.encode())
+    if not 0 <= part < len(parts):
+        raise ValueError(f"the split has parts 0 to {len(parts) - 1}, not {part}")
+    return table.take(parts[part])
 
 
 def _columns(dataset: Dataset, handle: Any, option: tuple[str, ...] | None) -> list[str]:
+    if handle is not None and not isinstance(handle, list):
+        raise ValueError("columns must be a list of names; use handle.select([...])")
     available = list(dataset.columns) if handle is None else [str(name) for name in handle]
     for name in [*available, *(option or ())]:
         _check_column(dataset, name)

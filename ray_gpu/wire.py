@@ -3,8 +3,8 @@
 Two formats, both length-checked before anything is allocated:
 
 * *Messages* (Unix sockets): 4-byte big-endian length, then one msgpack map. File
-  descriptors ride with the first byte (``SCM_RIGHTS``). Nothing is pickled, and no
-  extension types are decoded.
+  descriptors ride with the first byte (``SCM_RIGHTS``), and the map's ``fds`` says how
+  many. Nothing is pickled, and no extension types are decoded.
 * *Frames* (TCP, see docs/envelope.md): the 64-byte header of a sealed message, then its
   body in pieces of at most 1 MiB. This module moves bytes; ``zones.envelope`` opens them.
 """
@@ -25,6 +25,7 @@ from zones.errors import ZoneError, from_wire, to_wire
 #: Control messages are small; bulk rides in memfds or frames. 1 MiB leaves room for inline results.
 MAX_MESSAGE_BYTES = 1 << 20
 _LENGTH = struct.Struct("!I")
+_READ_BYTES = 64 << 10
 _FD_BYTES = array.array("i").itemsize
 
 
@@ -43,7 +44,7 @@ def send_message(sock: socket.socket, message: dict[str, Any], fds: Sequence[int
         ValueError: The packed message is longer than ``MAX_MESSAGE_BYTES``.
         OSError: The connection broke.
     """
-    packed = msgpack.packb(message, use_bin_type=True)
+    packed = msgpack.packb({**message, "fds": len(fds)} if fds else message, use_bin_type=True)
     if len(packed) > MAX_MESSAGE_BYTES:
         raise ValueError(f"message of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     data = memoryview(_LENGTH.pack(len(packed)) + packed)
@@ -71,22 +72,97 @@ def recv_message(
         (length,) = _LENGTH.unpack(head)
         if length > max_bytes:
             raise MalformedMessageError(f"peer announced {length} bytes, over the limit of {max_bytes}")
-        return _unpack(recv_exactly(sock, length)), fds
+        message = _unpack(recv_exactly(sock, length))
+        if message.pop("fds", 0) != len(fds):
+            raise MalformedMessageError("peer announced other descriptors than it sent")
+        return message, fds
     except BaseException:
         close_fds(fds)
         raise
 
 
-def _recv_with_fds(sock: socket.socket, count: int, fds: list[int], max_fds: int) -> bytes:
+class Inbox:
+    """Receives messages from one socket with one system call each where it can: whatever more came is kept.
+
+    For sockets that carry many small messages. Nothing else may read from the socket. Descriptors belong to
+    the message that announces them (``send_message`` does); they are close-on-exec and the caller closes them.
+
+    Args:
+        sock: Connected Unix socket.
+        max_bytes: Largest message.
+        max_fds: Most descriptors of one message.
+    """
+
+    def __init__(self, sock: socket.socket, *, max_bytes: int = MAX_MESSAGE_BYTES, max_fds: int = 0) -> None:
+        self._sock = sock
+        self._max_bytes = max_bytes
+        self._max_fds = max_fds
+        self._space = socket.CMSG_SPACE(max_fds * _FD_BYTES) if max_fds else 0
+        self._data = bytearray()
+        self._fds: list[int] = []
+
+    def receive(self) -> tuple[dict[str, Any], list[int]]:
+        """Return the next message and its descriptors. Raises as :func:`recv_message`."""
+        try:
+            while (size := self._size()) is None or len(self._data) < size:
+                self._read()
+            message = _unpack(self._data[_LENGTH.size : size])
+            del self._data[:size]
+            return message, self._take_fds(message)
+        except BaseException:
+            close_fds(self._fds)
+            self._fds = []
+            raise
+
+    def waiting(self) -> bool:
+        """Tell whether a part of a further message was read already."""
+        return bool(self._data)
+
+    def _size(self) -> int | None:
+        if len(self._data) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._data)
+        if length > self._max_bytes:
+            raise MalformedMessageError(f"peer announced {length} bytes, over the limit of {self._max_bytes}")
+        return _LENGTH.size + int(length)
+
+    def _read(self) -> None:
+        if self._space:
+            data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, self._space, socket.MSG_CMSG_CLOEXEC)
+            self._fds += _descriptors(ancillary)
+            if flags & socket.MSG_CTRUNC:
+                raise MalformedMessageError("peer sent more descriptors than allowed")
+        else:
+            data = self._sock.recv(_READ_BYTES)
+        if not data:
+            raise PeerClosedError("peer closed the connection")
+        self._data += data
+
+    def _take_fds(self, message: dict[str, Any]) -> list[int]:
+        count = message.pop("fds", 0)
+        if type(count) is not int or not 0 <= count <= min(self._max_fds, len(self._fds)):
+            raise MalformedMessageError("peer announced descriptors that it did not send")
+        taken, self._fds = self._fds[:count], self._fds[count:]
+        if not count and self._fds and not self._data:
+            raise MalformedMessageError("peer sent descriptors that it did not announce")
+        return taken
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds: list[int] = []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.extend(array.array("i", payload[: len(payload) - len(payload) % _FD_BYTES]))
+    return fds
+
+
+def _recv_with_fds(sock: socket.socket, count: int, fds: list[int], max_fds: int) -> bytes | bytearray:
     """Read *count* bytes; descriptors ride with the first, so only that read asks for them."""
     if not max_fds:
         return recv_exactly(sock, count)
     space = socket.CMSG_SPACE(max_fds * _FD_BYTES)
     first, ancillary, flags, _ = sock.recvmsg(count, space, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            usable = len(payload) - len(payload) % _FD_BYTES
-            fds.extend(array.array("i", payload[:usable]))
+    fds.extend(_descriptors(ancillary))
     if not first:
         raise PeerClosedError("peer closed the connection")
     if flags & socket.MSG_CTRUNC or len(fds) > max_fds:

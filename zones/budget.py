@@ -21,6 +21,7 @@ _EGRESS_FIELDS = frozenset({"person", "session", "purpose", "dataset", "columns"
 REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
     "session-start": frozenset({"person", "session"}),
     "session-end": frozenset({"person", "session"}),
+    "lease-end": frozenset({"person", "session", "lease", "node", "outcome", "receipt"}),
     "decision": _EGRESS_FIELDS | {"decision", "rules", "reasons", "policy_digest"},
 }
 _RESERVED = frozenset({"seq", "time"})

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import hmac
 import re
 import struct
 from types import TracebackType
@@ -23,8 +24,6 @@ from typing import Final, NoReturn, Self, final
 
 from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
 from cryptography.exceptions import AlreadyFinalized, InvalidTag
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from zones.errors import EnvelopeError
 from zones.header import (
@@ -119,7 +118,9 @@ class LeaseKey:
         Raises:
             ValueError: The key was wiped.
         """
-        derived = HKDFExpand(SHA256(), _KEY_BYTES, builtins.bytes(info)).derive(self._raw)
+        # 32 bytes are the first block of HKDF-Expand, T(1) = HMAC(key, info | 0x01). One call of the standard
+        # library costs a third of the general construction, and there are four for each small call.
+        derived = hmac.digest(self._raw, builtins.bytes(info) + b"\x01", "sha256")
         self._check_live()
         return derived
 

@@ -108,8 +108,12 @@ class UnknownNameError(ZoneError):
     def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """Return the error for *name*, with the nearest of the *known* names as a hint."""
         names = sorted(known)
-        return cls(f"no {kind} {name!r}{did_you_mean(name, names)}; known: {', '.join(names) or 'none'}",
-                   kind=kind, name=name, known=names)
+        return cls(
+            f"no {kind} {name!r}{did_you_mean(name, names)}; known: {', '.join(names) or 'none'}",
+            kind=kind,
+            name=name,
+            known=names,
+        )
 
 
 class EgressDeniedError(ZoneError):

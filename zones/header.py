@@ -6,6 +6,7 @@ document's. Pure: no key and no cryptography but a hash of the lease id.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from dataclasses import dataclass
@@ -208,5 +209,6 @@ def read_length(plaintext: Buffer) -> int:
     return int(_LENGTH.unpack_from(plaintext)[0])
 
 
+@functools.lru_cache(maxsize=256)
 def _lease_tag(lease: str) -> bytes:
     return hashlib.sha256(check_id(lease, what="lease").encode("ascii")).digest()[:_LEASE_TAG_BYTES]

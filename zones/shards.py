@@ -9,7 +9,7 @@ Nothing here reads a clock, randomness or files.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -121,6 +121,17 @@ def write_shard_into(table: pa.Table, plan: Plan, shard: int, out: memoryview) -
         cells = _cells(column.chunk(0))
         _gather(cells, np.frombuffer(out, cells.dtype, rows, start), runs, plan)
     return layout.size
+
+
+def write_shard(table: pa.Table, plan: Plan, shard: int, room: Callable[[int], memoryview]) -> int:
+    """Write the rows of *shard* as an Arrow IPC stream into the buffer that ``room(size)`` returns.
+
+    Gathers once, whatever the columns' types. Arguments as in :func:`write_shard_into`.
+    """
+    if _moves_directly(table, plan, shard):
+        return write_shard_into(table, plan, shard, room(shard_size(table, plan, shard)))
+    rows = shard_table(table, plan, shard)
+    return write_ipc_into(rows, room(ipc_size(rows)))
 
 
 def shard_table(table: pa.Table, plan: Plan, shard: int) -> pa.Table:

@@ -3,117 +3,168 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 from rich.console import Console
 
 from ray_gpu.state import Layout, default_state_dir
-from zones.errors import LedgerCorruptError, ZoneError
+from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-_STATE = click.option("--state", type=click.Path(path_type=Path, file_okay=False), default=default_state_dir,
-                      show_default="RAY_GPU_STATE, or this user's state directory", help="State directory of the cluster.")
+_STATE_HELP = "State directory of the cluster."
+_Command = Callable[..., Any]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.RichGroup):
+    """Turns an error of this project into one line, and Ctrl-C into the usual exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LedgerCorruptError as error:
+            errors.print(f"[red]broken[/]: {error.message}", soft_wrap=True)
+            ctx.exit(1)
+        except ZoneError as error:
+            errors.print(f"[red]{type(error).__name__}[/]: {error.message}", soft_wrap=True)
+            ctx.exit(2 if isinstance(error, LedgerUnavailableError) else 1)
+        except KeyboardInterrupt:
+            errors.print("interrupted; what was started is stopped")
+            ctx.exit(130)
+
+
+def _state(command: _Command) -> _Command:
+    shown = "RAY_GPU_STATE, or this user's state directory"
+    kind = click.Path(path_type=Path, file_okay=False)
+    return click.option("--state", type=kind, default=default_state_dir, show_default=shown, help=_STATE_HELP)(command)
+
+
+def _zone(command: _Command) -> _Command:
+    return click.option("--zone", default="clinic", show_default=True, help="Name of the zone.")(command)
+
+
+def _start(command: _Command) -> _Command:
+    policies = click.Path(path_type=Path, exists=True, file_okay=False)
+    command = click.option("--policies", type=policies, help="Policies directory; by default the one that is shipped.")(
+        command
+    )
+    ports = click.IntRange(1024, 32000)
+    return click.option("--base-port", type=ports, help="First of 1,000 ports for Ray; by default a free range.")(
+        command
+    )
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    """Run functions on shared GPUs without letting data out of its zone unsealed."""
+    """Run functions on shared GPUs without letting data out of its zone unsealed.
+
+    Start with `ray-gpu demo`. For notebooks, `ray-gpu up` starts a cluster that stays; then
+    `with ray_gpu.attach("clinic") as zone:` in Python.
+    """
+
+
+def _plan(state: Path, zone: str, policies: Path | None, base_port: int | None) -> Any:
+    from ray_gpu import embedded  # noqa: PLC0415 - imports what only these commands need
+
+    return embedded.Plan(
+        state=str(state), zone=zone, policies=str(policies or embedded.shipped_policies()), base_port=base_port or 0
+    )
 
 
 @cli.command()
-@_STATE
-@click.option("--zone", default="clinic", show_default=True, help="Zone whose gateway to start.")
-@click.option("--policies", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Policies directory.")
-def up(state: Path, zone: str, policies: Path | None) -> None:
+@_state
+@_zone
+@_start
+def up(state: Path, zone: str, policies: Path | None, base_port: int | None) -> None:
     """Start an embedded cluster on this machine and keep it running."""
     from ray_gpu import embedded  # noqa: PLC0415 - imports what only this command needs
+    from ray_gpu.cli import show  # noqa: PLC0415 - as above
 
-    plan = embedded.Plan(state=str(state), zone=zone, policies=str(policies or embedded.shipped_policies()))
-    document = embedded.up(plan, lambda text: console.print(f"[dim]·[/] {text}"))
-    console.print(f"[green]up[/]: zone {zone}; three raylets, Ray at {document['address']}")
-    console.print(f"degraded: {', '.join(document['degradations'])}")
+    document = embedded.up(_plan(state, zone, policies, base_port), lambda text: console.print(text, style="dim"))
+    ids = show.missing(document)
+    console.print(f"[green]up[/]: zone [bold]{zone}[/], Ray at {document['address']}, computes with: {show.device()}")
+    console.print(show.degraded_line(ids), soft_wrap=True)
+    console.print(show.meanings(ids))
     console.print(f"In Python: [bold]with ray_gpu.attach({zone!r}) as zone: ...[/]   Stop it: [bold]ray-gpu down[/]")
 
 
 @cli.command()
-@_STATE
+@_state
 def down(state: Path) -> None:
     """Stop the embedded cluster: sessions end, lease keys are shredded, every process is gone."""
     from ray_gpu import embedded  # noqa: PLC0415 - imports what only this command needs
 
-    console.print("down" if embedded.down(Layout(state)) else f"nothing runs in {state}")
+    stopped = embedded.down(Layout(state))
+    console.print(f"{'down' if stopped else 'nothing runs'}: {state}", soft_wrap=True)
 
 
 @cli.command()
-@_STATE
+@_state
 def status(state: Path) -> None:
-    """Show processes, nodes, GPUs and missing controls of the embedded cluster."""
+    """Show what is missing, the nodes and the processes; exit status 1 when nothing runs."""
     from ray_gpu.cli import show  # noqa: PLC0415 - imports what only this command needs
 
-    show.status(console, state)
+    if not show.status(console, state):
+        sys.exit(1)
 
 
 @cli.command()
-@_STATE
+@_state
+@_start
 @click.option("--keep", is_flag=True, help="Leave the cluster running afterwards.")
-@click.option("--rows", type=int, default=None, help="Rows of the volume job (default: all 1,250,000).")
-def demo(state: Path, keep: bool, rows: int | None) -> None:
+@click.option("--rows", type=click.IntRange(min=1000), help="Rows of the volume job, instead of all 1,250,000.")
+def demo(state: Path, policies: Path | None, base_port: int | None, keep: bool, rows: int | None) -> None:
     """Start a cluster, run the main job on real data, show what left the zone, stop everything."""
     from ray_gpu.cli import demo as shown  # noqa: PLC0415 - imports what only this command needs
 
-    shown.run(console, state, keep=keep, rows=rows)
+    shown.run(console, _plan(state, "clinic", policies, base_port), keep=keep, rows=rows)
 
 
 @cli.group()
 def audit() -> None:
-    """Check what left a zone."""
+    """Check and read the ledger: what was decided, what left a zone, what was refused."""
+
+
+def _ledger(command: _Command) -> _Command:
+    kind = click.Path(path_type=Path, dir_okay=False)
+    return click.argument("ledger", type=kind, required=False)(_state(_zone(command)))
 
 
 @audit.command()
-@click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False), required=False)
-@_STATE
-@click.option("--zone", default="clinic", show_default=True)
-@click.option("--head", "head_text", default=None, help="Head that was noted down earlier, as `verify` prints it.")
+@_ledger
+@click.option("--head", "head_text", help="Head that was noted down earlier, as `verify` prints it.")
 def verify(ledger: Path | None, state: Path, zone: str, head_text: str | None) -> None:
-    """Verify a ledger file (default: the embedded cluster's) and name the first entry that does not fit."""
+    """Verify a ledger file, by default the embedded cluster's, and name the first entry that does not fit.
+
+    Exit status 0: it verifies. 1: it was changed. 2: there is no such file, or it cannot be read.
+    """
     from zones.ledger import Head  # noqa: PLC0415 - imports what only this command needs
     from zones.ledger import verify as check  # noqa: PLC0415
 
-    path = ledger or Layout(state).ledger(zone)
     try:
-        report = check(path, expected_head=Head.parse(head_text) if head_text else None)
-    except LedgerCorruptError as error:
-        where = f"entry {error.entry}" if error.entry else "the file"
-        errors.print(f"[red]broken[/] at {where}: {error.message}")
-        sys.exit(1)
-    except (OSError, ValueError) as error:
-        errors.print(f"[red]cannot verify[/] {path}: {error}")
-        sys.exit(2)
-    console.print(f"[green]verifies[/]: zone {report.zone}, {report.entries} entries, head {report.head}", soft_wrap=True)
+        head = Head.parse(head_text) if head_text else None
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--head") from None
+    report = check(ledger or Layout(state).ledger(zone), expected_head=head)
+    console.print(
+        f"[green]verifies[/]: zone {report.zone}, {report.entries} entries, head {report.head}", soft_wrap=True
+    )
 
 
 @audit.command()
-@click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False), required=False)
-@_STATE
-@click.option("--zone", default="clinic", show_default=True)
-@click.option("--last", default=20, show_default=True, help="Entries to show.")
+@_ledger
+@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Entries to show.")
 def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
-    """Show a ledger's last entries."""
+    """Show a ledger's last entries, each verified before it is shown."""
     from ray_gpu.cli import show  # noqa: PLC0415 - imports what only this command needs
 
     show.ledger(console, ledger or Layout(state).ledger(zone), last)
 
 
 def main() -> None:
-    """Run the command line; an error of this project becomes one line and exit status 1."""
-    try:
-        cli()
-    except ZoneError as error:
-        errors.print(f"[red]{type(error).__name__}[/]: {error.message}", soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+    """Run the command line."""
+    cli(prog_name="ray-gpu")

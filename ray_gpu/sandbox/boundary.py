@@ -49,7 +49,10 @@ _GONE_TIMEOUT_S = 10.0
 #: Enters the groups whose files stand before ``--`` and becomes what stands behind it.
 _ENTER = 'while [ "$1" != -- ]; do echo $$ >"$1" || exit 125; shift; done; shift; exec "$@"'
 #: Of the host's /proc, what may be read where it cannot be replaced by one without other processes.
-_OWN_PROC = ("self", "cpuinfo", "meminfo", "stat", "filesystems", "version", "devices", "driver/nvidia", "sys/vm")
+_OWN_PROC = (
+    "self", "cpuinfo", "meminfo", "stat", "filesystems", "version", "devices", "driver/nvidia", "driver/nvidia-uvm",
+    "sys/vm",
+)  # fmt: skip
 
 
 class Confined(subprocess.Popen[bytes]):
@@ -141,7 +144,7 @@ def _start(
     found = survey()
     around = _surroundings(profile, found.mode)
     command = [sys.executable, "-P", "-m", "ray_gpu.sandbox.harden"] if profile.kind == "cage" else []
-    command = [*(drop(profile) if found.root else []), *command, *map(str, argv)]
+    command = [*(drop(profile, found.capability) if found.root else []), *command, *map(str, argv)]
     fds, env = profile.keep_fds, {**profile.env, VARIABLE: around}
     stdin, stdout, stderr = streams
     with contextlib.ExitStack() as closing:
@@ -166,7 +169,11 @@ def _surroundings(profile: Profile, mode: Mode) -> str:
     shown += [Path("/proc") / name for name in _OWN_PROC] if plain else [Path("/proc"), Path("/dev")]
     write = [*profile.devices, *(outside if plain else inside for outside, inside in profile.bind_rw)]
     write += [] if plain else [Path(place) for place in profile.tmpfs]
-    program = seccomp.compile_filter(profile.kind) or b""
+    # CUDA names its threads, and gives up when it cannot. Of a process that is not dumpable only the names are open.
+    write += [Path("/proc/self/task")] if profile.devices else []
+    # Ray's processes do leave their group; :mod:`ray_gpu.cage` ends them otherwise.
+    grouped = plain and profile.kind != "cage"
+    program = seccomp.compile_filter(profile.kind, gpu=bool(profile.devices), grouped=grouped) or b""
     return Surroundings(
         read=tuple(map(str, shown)),
         write=tuple(map(str, write)),
@@ -255,8 +262,9 @@ def peer_uid(sock: socket.socket) -> int:
 
 
 def gpu_devices() -> tuple[Path, ...]:
-    """Return the device nodes of every NVIDIA GPU of this host."""
-    return tuple(sorted(path for path in Path("/dev").glob("nvidia*") if path.is_char_device()))
+    """Return the device nodes of every NVIDIA GPU of this host, and of its parts (MIG)."""
+    nodes = [*Path("/dev").glob("nvidia*"), *Path("/dev/nvidia-caps").glob("*")]
+    return tuple(sorted(path for path in nodes if path.is_char_device()))
 
 
 def device_hint() -> str:

@@ -13,13 +13,17 @@ keeper to sandbox                                  sandbox to keeper
 ``arguments``: slot, bytes, id, function           ``done``
 ``run``: slot, bytes, arguments                    ``result``: out slot, bytes
 ``call``: slot, bytes, function                    ``result``: out slot, bytes
-``free``: out slot                                 (nothing)
+``free``                                           (nothing)
 =================================================  =============================================
+
+Any message to the sandbox may also carry ``free``: out slots whose results the keeper has taken.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
+import gc
 import io
 import mmap
 import os
@@ -33,12 +37,15 @@ from typing import Any
 
 import msgpack
 
-from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SlotMap
-from ray_gpu.wire import PeerClosedError, recv_message, send_message
+from ray_gpu.sandbox.harden import harden_self
+from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
+from ray_gpu.wire import Inbox, PeerClosedError, send_message
 from zones.errors import ResultTooLargeError, ValueRefusedError, ZoneError
 
 #: A traceback or print longer than this is cut, with a line that says so. Bytes.
 MAX_TEXT_BYTES = 64 << 10
+#: A type's name longer than this is cut, characters.
+MAX_NAME_CHARS = 200
 _META = struct.Struct("!I")
 
 
@@ -47,6 +54,7 @@ class Sandbox:
 
     def __init__(self, sock: socket.socket, memory: SlotMap, output_fd: int) -> None:
         self._sock = sock
+        self._inbox = Inbox(sock)
         self._memory = memory
         self._output_fd = output_fd
         self._functions: dict[int, Callable[..., Any]] = {}
@@ -61,11 +69,12 @@ class Sandbox:
             message = self._waiting.popleft() if self._waiting else self._receive()
             if message is None:
                 return
+            self._free_out.extend(message.pop("free", ()))
             getattr(self, f"_on_{message['op']}")(message)
 
     def _receive(self) -> dict[str, Any] | None:
         try:
-            message, _ = recv_message(self._sock)
+            message, _ = self._inbox.receive()
         except (PeerClosedError, OSError):
             return None
         return message
@@ -74,14 +83,14 @@ class Sandbox:
         return self._memory.payload(message["slot"], message["bytes"])
 
     def _on_free(self, message: dict[str, Any]) -> None:
-        self._free_out.append(message["slot"])
+        """Do nothing: the slots that any message frees are taken from it first."""
 
     def _on_function(self, message: dict[str, Any]) -> None:
         import cloudpickle  # noqa: PLC0415 - only the sandbox ever unpickles
 
         try:
             self._functions[message["id"]] = cloudpickle.loads(bytes(self._payload(message)))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - user code; raised again by the call
             self._load_errors[message["id"]] = error
         send_message(self._sock, {"op": "done"})
 
@@ -90,7 +99,7 @@ class Sandbox:
         try:
             args, kwargs = self._decode_arguments(message, copy=True)
             self._arguments[identifier] = (self._function(message["function"]), args, kwargs)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the call
             self._load_errors[-identifier] = error
         for old in [key for key in self._arguments if key < identifier - 8]:
             del self._arguments[old]
@@ -134,7 +143,7 @@ class Sandbox:
         try:
             value = to_host(work())
             outcome: dict[str, Any] = {"status": "ok"}
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
             value, outcome = None, _describe(error)
         outcome["printed"] = self._take_printed()
         slot = self._out_slot()
@@ -145,25 +154,35 @@ class Sandbox:
         try:
             return write_outcome(view, outcome, value)
         except (ValueRefusedError, ResultTooLargeError) as error:
-            refused = {"status": "refused", "error": type(error).__name__, "message": error.message,
-                       "fields": error.fields, "printed": outcome["printed"]}
+            refused = {
+                "status": "refused",
+                "error": type(error).__name__,
+                "message": error.message,
+                "fields": error.fields,
+                "printed": outcome["printed"],
+            }
             return write_outcome(view, refused, None)
+        except Exception as error:  # noqa: BLE001 - objects of the user's own may raise anything while they are read
+            return write_outcome(view, _describe(error) | {"printed": outcome["printed"]}, None)
 
     def _out_slot(self) -> int:
         while not self._free_out:
             message = self._receive()
             if message is None:
                 raise SystemExit(0)
-            if message["op"] == "free":
-                self._on_free(message)
-            else:
+            self._free_out.extend(message.pop("free", ()))
+            if message["op"] != "free":
                 self._waiting.append(message)
         return self._free_out.popleft()
 
     def _take_printed(self) -> str:
         """Return what the function wrote to standard output and error, and forget it."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        if getattr(sys.stdout, "closed", True) or getattr(sys.stderr, "closed", True):
+            # The function closed or replaced them; the next one may print all the same.
+            _open_streams()
         size = os.fstat(self._output_fd).st_size
         if not size:
             return ""
@@ -208,20 +227,42 @@ def read_outcome(payload: memoryview) -> tuple[dict[str, Any], memoryview]:
 def _describe(error: BaseException) -> dict[str, Any]:
     """Describe an exception of the user's function by type, message and traceback text."""
     kind = type(error)
-    own = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in own if frame.filename != __file__]
-    text = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
-    if isinstance(error, ZoneError):
-        text = error.message
     builtin = getattr(builtins, kind.__name__, None) is kind
+    message = _text(lambda: str(error))[:MAX_TEXT_BYTES]
     return {
         "status": "error",
-        "type": kind.__name__ if builtin else f"{kind.__module__}.{kind.__qualname__}",
+        "type": kind.__name__ if builtin else _text(lambda: f"{kind.__module__}.{kind.__qualname__}")[:MAX_NAME_CHARS],
         "builtin": builtin,
-        "message": str(error)[:MAX_TEXT_BYTES],
-        "args": [arg for arg in error.args if isinstance(arg, (str, int, float, bool)) or arg is None][:8],
-        "traceback": text[-MAX_TEXT_BYTES:],
+        "message": message,
+        "args": _plain_args(error),
+        "traceback": _text(lambda: _traceback(error))[-MAX_TEXT_BYTES:],
     }
+
+
+def _traceback(error: BaseException) -> str:
+    if isinstance(error, ZoneError):
+        return error.message
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    return "".join([*traceback.format_list(frames), *traceback.format_exception_only(error)])
+
+
+def _plain_args(error: BaseException) -> list[Any]:
+    """Return an exception's arguments, for the caller to build it again, if all are small plain values; else none."""
+    try:
+        args = list(error.args)
+        if all(type(arg) in (str, int, float, bool, type(None)) for arg in args):
+            return args if len(msgpack.packb(args)) <= MAX_TEXT_BYTES else []
+    except Exception:  # noqa: BLE001 - a lone surrogate, an integer over 64 bits, or args that are a property
+        return []
+    return []
+
+
+def _text(make: Callable[[], str]) -> str:
+    """Return the text that *make* makes of the user's object, as valid Unicode, or what kept it from doing so."""
+    try:
+        return make().encode("utf-8", "backslashreplace").decode("utf-8")
+    except Exception as error:  # noqa: BLE001 - a __str__ of the user's own may raise anything
+        return f"<its text cannot be shown: {type(error).__name__}>"
 
 
 def _capture_output() -> int:
@@ -229,9 +270,13 @@ def _capture_output() -> int:
     fd = os.memfd_create("printed", os.MFD_CLOEXEC)
     for standard in (1, 2):
         os.dup2(fd, standard)
+    _open_streams()
+    return fd
+
+
+def _open_streams() -> None:
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True, errors="backslashreplace")
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True, errors="backslashreplace")
-    return fd
 
 
 def main(argv: list[str]) -> None:
@@ -239,9 +284,7 @@ def main(argv: list[str]) -> None:
     sock_fd, memory_fd = int(argv[0]), int(argv[1])
     memory = SlotMap(mmap.mmap(memory_fd, 0))
     os.close(memory_fd)
-    from ray_gpu.sandbox.boundary import harden_sandbox  # noqa: PLC0415 - keeps import order visible
-
-    harden_sandbox(keep_fds=(sock_fd,))
+    missing = harden_self(kind="sandbox", keep_fds=(sock_fd,))
     output_fd = _capture_output()
     import cloudpickle  # noqa: F401, PLC0415 - warm before the first call
     import numpy  # noqa: F401, ICN001, PLC0415 - warm before the first call
@@ -249,9 +292,14 @@ def main(argv: list[str]) -> None:
 
     from ray_gpu import arrays  # noqa: PLC0415 - warm before the first call
 
+    gc.freeze()
     sock = socket.socket(fileno=sock_fd)
-    send_message(sock, {"op": "ready", "device": arrays.device(), "inputs": IN_SLOTS})
-    Sandbox(sock, memory, output_fd).serve()
+    send_message(sock, {"op": "ready", "device": arrays.device(), "missing": list(missing)})
+    try:
+        Sandbox(sock, memory, output_fd).serve()
+    finally:
+        # Threads that the function left behind would keep this process, and with it the call, for ever.
+        os._exit(1)
 
 
 if __name__ == "__main__":

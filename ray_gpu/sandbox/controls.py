@@ -31,6 +31,12 @@ _ALL = (
         fix="Install bubblewrap 0.8 or later and allow user namespaces, or run as root with CAP_SYS_ADMIN.",
     ),
     Control(
+        id="file-capability",
+        meaning="Confined processes keep a capability that passes file permissions, since Python or this project lies "
+        "in a private directory; Landlock alone holds them.",
+        fix="Move Python and the project to where every uid can read them, or let bubblewrap work.",
+    ),
+    Control(
         id="no-seccomp",
         meaning="System calls are not filtered, so more of the kernel is within reach of user code.",
         fix="Install libseccomp (libseccomp2) on a kernel built with CONFIG_SECCOMP_FILTER.",

@@ -18,6 +18,14 @@ from ray_gpu.sandbox.seccomp import Kind
 MAX_PROCESSES = 1024
 #: Room in a sandbox's /tmp, bytes. Counted in the lease's memory as it is used.
 TMP_BYTES = 256 << 20
+#: Room in the /dev/shm of a sandbox with a GPU, where CUDA keeps a small file. Bytes, counted as above.
+SHM_BYTES = 64 << 20
+#: What CUDA reads of the host: which kernel modules, GPUs, processors and memory there are. It does not start without.
+CUDA_FILES = ("bus/pci", "devices/pci*", "devices/system/cpu", "devices/system/memory", "devices/system/node",
+              "module/nvidia*")  # fmt: skip
+#: Where containers put the driver's libraries, outside the loader's own list.
+CUDA_LIBRARIES = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib")
+CUDA_TOOLKIT = Path("/usr/local/cuda")
 #: What every program needs of the distribution. Passwords, host names and keys are not among it.
 SYSTEM = tuple(map(Path, ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin")))
 SYSTEM_FILES = (Path("/etc/ld.so.cache"), Path("/etc/alternatives"))
@@ -60,10 +68,12 @@ class Profile:
 
 def sandbox(name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...],
             devices: tuple[Path, ...] = ()) -> Profile:
-    """Return the profile for user code: no network, nothing writable but its own /tmp."""
+    """Return the profile for user code: no network, nothing writable but its own /tmp, and with a GPU /dev/shm."""
+    gpu = bool(devices)
     return Profile(
         name=name, kind="sandbox", uid=uid, memory_bytes=memory_bytes, processes=MAX_PROCESSES, keep_fds=keep_fds,
-        tmpfs={"/tmp": TMP_BYTES}, devices=devices, env=python_env(),
+        bind_ro=cuda_files() if gpu else (), tmpfs={"/tmp": TMP_BYTES, **({"/dev/shm": SHM_BYTES} if gpu else {})},
+        devices=devices, env={**python_env(), **(cuda_env() if gpu else {})},
     )  # fmt: skip
 
 
@@ -118,6 +128,18 @@ def runtime_paths() -> tuple[Path, ...]:
     return tuple(p for p in outside if not any(p != other and p.is_relative_to(other) for other in outside))
 
 
+def cuda_files() -> tuple[Path, ...]:
+    """Return what CUDA reads of this host's /sys. Not all of it: the rest names other leases and the network."""
+    return tuple(path for pattern in CUDA_FILES for path in sorted(Path("/sys").glob(pattern)))
+
+
+def cuda_env() -> dict[str, str]:
+    """Return what the environment adds for CUDA: where the driver's and the toolkit's libraries are."""
+    places = [place for place in CUDA_LIBRARIES if Path(place, "libcuda.so.1").exists()]
+    found = {"LD_LIBRARY_PATH": ":".join(places)} if places else {}
+    return {**found, "CUDA_PATH": str(CUDA_TOOLKIT)} if CUDA_TOOLKIT.is_dir() else found
+
+
 def python_env() -> dict[str, str]:
     """Return the environment of a confined Python."""
     roots = [p.parent for p in package_paths() if not p.is_relative_to(sys.prefix)]
@@ -128,6 +150,9 @@ def python_env() -> dict[str, str]:
         "PYTHONPATH": ":".join(map(str, dict.fromkeys(roots))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
+        # Leases share a node's cores; a library that takes them all for one spins against the others.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         # Compiled kernels stay in memory: they can tell what was computed.
         "CUPY_CACHE_IN_MEMORY": "1",
         "CUDA_CACHE_DISABLE": "1",

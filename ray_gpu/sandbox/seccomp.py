@@ -35,6 +35,7 @@ _REFUSED = """
 #: Ray's own process uses System V calls nowhere, but libraries that its users bring do.
 _CAGE_NEEDS = frozenset("shmget shmat shmctl shmdt semget semop semctl semtimedop".split())  # noqa: SIM905 - reads as a table
 _KEEPER_ALSO = ("execve", "execveat")
+_LEAVES_GROUP = ("setsid", "setpgid")
 #: Numbers for calls that an older libseccomp cannot name; from 424 on they are equal on every architecture.
 _NUMBERS = {
     "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
@@ -48,11 +49,19 @@ _CAGE_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NET
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _FILTER_MODE = 4, 22, 2
 _LOW_32_BITS = 0xFFFFFFFF
+#: The bits of a socket's type that are no flags.
+_SOCKET_TYPES = 0xF
 
 
 @functools.cache
-def compile_filter(kind: Kind) -> bytes | None:
-    """Return the classic BPF program for *kind*, or ``None`` when libseccomp is missing."""
+def compile_filter(kind: Kind, *, gpu: bool = False, grouped: bool = False) -> bytes | None:
+    """Return the classic BPF program for *kind*, or ``None`` when libseccomp is missing.
+
+    Args:
+        kind: Whom the filter is for.
+        gpu: Whether a sandbox must be able to start CUDA.
+        grouped: Whether it must stay in its process group, which is how it is ended where no namespace does it.
+    """
     try:
         import pyseccomp  # noqa: PLC0415 - raises without libseccomp
     except (ImportError, RuntimeError, OSError):
@@ -60,7 +69,7 @@ def compile_filter(kind: Kind) -> bytes | None:
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     refused = [name for name in _REFUSED if kind != "cage" or name not in _CAGE_NEEDS]
-    for name in [*refused, *(_KEEPER_ALSO if kind == "keeper" else ())]:
+    for name in [*refused, *(_KEEPER_ALSO if kind == "keeper" else ()), *(_LEAVES_GROUP if grouped else ())]:
         _refuse(rules, name)
     # glibc falls back to clone, whose flags a filter can see.
     _refuse(rules, "clone3", code=errno.ENOSYS)
@@ -71,21 +80,33 @@ def compile_filter(kind: Kind) -> bytes | None:
     if kind == "cage":
         _refuse_families(rules)
     else:
-        _refuse_sockets(rules)
+        _refuse_sockets(rules, gpu=gpu)
     with os.fdopen(os.memfd_create("filter", os.MFD_CLOEXEC), "r+b", 0) as file:
         rules.export_bpf(file)
         file.seek(0)
         return file.read()
 
 
-def _refuse_sockets(rules: object) -> None:
-    """Refuse every new socket but a connected stream pair, and becoming dumpable again."""
+def _refuse_sockets(rules: object, *, gpu: bool) -> None:
+    """Refuse every new socket but a connected stream pair, and becoming dumpable again.
+
+    CUDA does not start unless it can listen on an abstract Unix socket of type seqpacket, by which it
+    would hand memory to other processes. It may, and nobody is ever accepted or connected to.
+    """
     import pyseccomp  # noqa: PLC0415 - raises without libseccomp
 
-    _refuse(rules, "socket")
+    if gpu:
+        _refuse(rules, "socket", pyseccomp.Arg(0, pyseccomp.NE, int(socket.AF_UNIX)))
+        for kind in range(_SOCKET_TYPES + 1):
+            if kind != socket.SOCK_SEQPACKET:
+                _refuse(rules, "socket", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _SOCKET_TYPES, kind))
+        for name in ("connect", "accept", "accept4"):
+            _refuse(rules, name)
+    else:
+        _refuse(rules, "socket")
     # A datagram socket of a pair can still send to any path; a stream one cannot.
     for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
-        _refuse(rules, "socketpair", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, 0xF, kind))
+        _refuse(rules, "socketpair", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _SOCKET_TYPES, kind))
     # A core dump piped to the host's handler ignores RLIMIT_CORE; only this flag stops it.
     dumpable = pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _LOW_32_BITS, _PR_SET_DUMPABLE)
     _refuse(rules, "prctl", dumpable, pyseccomp.Arg(1, pyseccomp.NE, 0))

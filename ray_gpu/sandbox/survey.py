@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 from ray_gpu.sandbox import bubblewrap, cgroup, landlock, seccomp
-from ray_gpu.sandbox.profile import Profile
+from ray_gpu.sandbox.profile import Profile, runtime_paths
 
 #: How namespaces come about: made by root, inside a user namespace, or not at all.
 Mode = Literal["root", "userns", "none"]
 
 _PROBE = Profile(name="probe", kind="sandbox", uid=61000, tmpfs={"/tmp": 1 << 20})
 _PROBE_TIMEOUT_S = 20.0
+#: The second is what container engines leave to root.
+_FILE_CAPABILITIES = ("dac_read_search", "dac_override")
+_TRUNCATION_ABI = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +33,10 @@ class Survey:
     mode: Mode
     #: Why *mode* is ``"none"``, in bubblewrap's words; otherwise empty.
     reason: str
-    #: Whether Python starts under another uid; always true without root.
+    #: Whether Python and this project can be read under another uid; always true without root.
     python_readable: bool
+    #: The capability that it takes, if one: they lie in a private directory, and there are no namespaces.
+    capability: str | None
     seccomp: bool
     #: Landlock ABI version, 0 for none.
     landlock_abi: int
@@ -45,12 +50,14 @@ def survey() -> Survey:
     root = os.geteuid() == 0
     bwrap = bubblewrap.find()
     mode, reason = _try_bubblewrap(bwrap, root=root)
+    readable, capability = (True, None) if mode != "none" or not root else _reach_python()
     return Survey(
         root=root,
         bwrap=bwrap,
         mode=mode,
         reason=reason,
-        python_readable=mode != "none" or not root or _python_readable(),
+        python_readable=readable,
+        capability=capability,
         seccomp=Path("/proc/sys/kernel/seccomp").exists() and seccomp.compile_filter("sandbox") is not None,
         landlock_abi=landlock.abi(),
         cgroup=cgroup.hierarchy(),
@@ -67,6 +74,7 @@ def degradations(kind: seccomp.Kind = "sandbox") -> tuple[str, ...]:
     missing = {
         "shared-uid": not found.root,
         "no-namespaces": found.mode == "none",
+        "file-capability": found.capability is not None,
         "no-seccomp": not found.seccomp,
         "no-landlock": found.landlock_abi == 0,
         "no-cgroup": found.cgroup is None and kind != "cage",
@@ -75,8 +83,8 @@ def degradations(kind: seccomp.Kind = "sandbox") -> tuple[str, ...]:
     return tuple(name for name, lacks in missing.items() if lacks)
 
 
-def drop(profile: Profile) -> list[str]:
-    """Return the words that, before a command, change from root to the profile's uid with no capability left.
+def drop(profile: Profile, capability: str | None = None) -> list[str]:
+    """Return the words that, before a command, change from root to the profile's uid with no capability left but one.
 
     Raises:
         FileNotFoundError: ``setpriv`` is missing.
@@ -86,7 +94,9 @@ def drop(profile: Profile) -> list[str]:
         raise FileNotFoundError("setpriv is missing; install util-linux")
     gid = profile.uid if profile.gid is None else profile.gid
     ids = [f"--reuid={profile.uid}", f"--regid={gid}", "--clear-groups"]
-    return [program, *ids, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"]
+    kept = f",+{capability}" if capability else ""
+    sets = [f"--bounding-set=-all{kept}", f"--inh-caps=-all{kept}", *([f"--ambient-caps=-all{kept}"] if kept else [])]
+    return [program, *ids, *sets, "--no-new-privs", "--"]
 
 
 def _try_bubblewrap(bwrap: Path | None, *, root: bool) -> tuple[Mode, str]:
@@ -97,10 +107,17 @@ def _try_bubblewrap(bwrap: Path | None, *, root: bool) -> tuple[Mode, str]:
     return ("none", reason) if reason else ("root" if root else "userns", "")
 
 
-def _python_readable() -> bool:
-    # A Python whose library is out of reach may quietly take another Python's, so look at the place.
-    check = f"import os, sys; sys.exit(os.__file__ != {os.__file__!r})"
-    return _succeeds([*drop(_PROBE), sys.executable, "-c", check]) == ""
+def _reach_python() -> tuple[bool, str | None]:
+    """Return whether another uid can read Python and this project, and the capability that it takes, if one."""
+    # A Python whose library is out of reach may quietly take another Python's, so look at the places.
+    places = [os.path.dirname(os.__file__), *map(str, runtime_paths())]
+    check = f"import os, sys; sys.exit(os.__file__ != {os.__file__!r} or any(not os.listdir(p) for p in {places!r}))"
+    # Past file permissions Landlock is all that is left, from the version on that knows truncation.
+    capabilities = _FILE_CAPABILITIES if landlock.abi() >= _TRUNCATION_ABI else ()
+    for capability in (None, *capabilities):
+        if _succeeds([*drop(_PROBE, capability), sys.executable, "-c", check]) == "":
+            return True, capability
+    return False, None
 
 
 def _succeeds(command: list[str]) -> str:

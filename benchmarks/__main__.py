@@ -1,0 +1,237 @@
+"""``make bench``: this product and plain Ray, side by side, interleaved; writes docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import machine, processes, report, sealed, stages
+from benchmarks.arithmetic import DATASET, probabilities
+from benchmarks.measured import ArgumentCall, AttachTimes, GatewayMemory, Job, Measured, Scale
+from benchmarks.plain_ray import FORMS, PlainRay
+from ray_gpu import demo_data, nodes
+from zones.model import Obligations, Shuffle
+
+MIB = 1 << 20
+SHARD_MIB = (1, 4, 16)
+CALL_BYTES = 1024
+FULL = Scale(rows=demo_data.RESAMPLED_ROWS, attaches=5, call_rounds=7, calls=300, job_rounds=5, stage_shards=24)
+QUICK = Scale(rows=40_000, attaches=1, call_rounds=2, calls=20, job_rounds=1, stage_shards=2)
+REPORT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+
+
+def main() -> int:
+    """Measure, print the report and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="a small table and few repeats: whether it runs, not how fast"
+    )
+    parser.add_argument(
+        "--report", type=Path, help="where the report goes; docs/benchmarks.md, or nowhere with --quick"
+    )
+    parser.add_argument("--base-port", type=int, default=0, help="first of 2,000 ports; free ones by default")
+    options = parser.parse_args()
+    os.environ["RAY_GPU_PROGRESS"] = "0"
+    target = options.report or (None if options.quick else REPORT)
+    measured = run(QUICK if options.quick else FULL, base_port=options.base_port)
+    text = report.markdown(measured)
+    sys.stdout.write(text)
+    if target is not None:
+        target.write_text(text, encoding="utf-8")
+        say(f"written to {target}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Tell where the run is."""
+    sys.stderr.write(f"{text}\n")
+
+
+def run(scale: Scale, *, base_port: int) -> Measured:
+    """Start both clusters, measure, and stop them, however it ends."""
+    host = machine.describe()
+    with state_directory() as root, contextlib.ExitStack() as stack:
+        own_port = base_port or nodes.free_base_port()
+        ours = sealed.Sealed(root / "s", base_port=own_port, rows=scale.rows)
+        say("starting this product: Vault, three raylets, two custodians, gateway, relay")
+        stack.callback(ours.stop)
+        ours.start()
+        plain = PlainRay(
+            root / "r",
+            base_port=base_port + 1000 if base_port else nodes.free_base_port(own_port + 1000, last=own_port + 20_000),
+            table=ours.table,
+        )
+        say("starting plain Ray: three raylets, a driver, two actors")
+        stack.callback(plain.stop)
+        plain.start()
+        bench = Bench(scale, ours, plain)
+        attach = bench.attach()
+        with ours.attach() as bench.session:
+            calls = bench.calls()
+            jobs = bench.jobs()
+            memory = bench.memory()
+            costs = bench.costs()
+        return Measured(
+            machine=host,
+            scale=scale,
+            attach=attach,
+            call=calls,
+            jobs=jobs,
+            memory=memory,
+            call_stages=bench.call_stages(root),
+            job_stages=bench.job_stages(root),
+            job_costs=costs,
+            degradations=ours.degradations(),
+        )
+
+
+@contextlib.contextmanager
+def state_directory() -> Iterator[Path]:
+    """Make a directory with a short path that the product's other uids can pass through."""
+    path = Path(tempfile.mkdtemp(prefix="rgb"))
+    path.chmod(0o711)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Bench:
+    """The measurements, each interleaved between this product and plain Ray."""
+
+    session: Any
+
+    def __init__(self, scale: Scale, ours: sealed.Sealed, plain: PlainRay) -> None:
+        self._scale = scale
+        self._ours = ours
+        self._plain = plain
+        rng = np.random.default_rng(1)
+        # Any coefficients would do: what is measured does not depend on them.
+        self._coefficients = [rng.normal(size=30), 0.5, rng.normal(size=30), rng.uniform(1, 2, size=30)]
+        with pa.memory_map(str(ours.table)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        self._table = table.select([name for name in table.column_names if name != "target"])
+        matrix = np.column_stack([column.to_numpy() for column in self._table.columns])
+        self._expected = probabilities(matrix, *self._coefficients)
+
+    def attach(self) -> AttachTimes:
+        """From attach to the first result of a session for which nothing is warm."""
+        say("attach to first result")
+        return AttachTimes(seconds=[sealed.first_result(self._ours) for _ in range(self._scale.attaches)])
+
+    def calls(self) -> ArgumentCall:
+        """Small calls, in rounds that take turns."""
+        say(f"calls of {CALL_BYTES} bytes")
+        value = os.urandom(CALL_BYTES)
+        sealed.calls(self.session, value, 50)
+        self._plain.calls(50, CALL_BYTES)
+        found = ArgumentCall(size=CALL_BYTES)
+        for _ in range(self._scale.call_rounds):
+            found.ours.append(sealed.calls(self.session, value, self._scale.calls))
+            found.ray.append(self._plain.calls(self._scale.calls, CALL_BYTES))
+        return found
+
+    def jobs(self) -> list[Job]:
+        """The volume job for each size of shard: plain Ray in every form, and this product with every shuffle."""
+        found = [Job(shard_mib=size, bytes=self._table.nbytes) for size in SHARD_MIB]
+        for turn in range(self._scale.job_rounds):
+            for job in found:
+                say(f"volume job, round {turn + 1} of {self._scale.job_rounds}, shards of {job.shard_mib} MiB")
+                for form in FORMS:
+                    job.ray.setdefault(form, []).append(self._score_plain(job.shard_mib * MIB, form))
+                for shuffle in sealed.SHUFFLES:
+                    job.ours.setdefault(shuffle, []).append(self._score(shuffle, job.shard_mib * MIB))
+        return found
+
+    def _score_plain(self, shard_bytes: int, form: str) -> float:
+        plain = [item.tolist() if isinstance(item, np.ndarray) else item for item in self._coefficients]
+        seconds, total = self._plain.score(shard_bytes, form, plain)
+        assert np.isclose(total, self._expected.sum()), "plain Ray's result is wrong"
+        return seconds
+
+    def _score(self, shuffle: str, shard_bytes: int) -> float:
+        seconds, result = sealed.score(self.session, shuffle, shard_bytes, self._coefficients)
+        assert np.allclose(result, self._expected, rtol=0, atol=1e-12), "a result is wrong"
+        return seconds
+
+    def memory(self) -> list[GatewayMemory]:
+        """The gateway's memory around a volume job of each shuffle."""
+        say("memory of the gateway")
+        found = []
+        for shuffle in sealed.SHUFFLES:
+            with processes.watch_memory(self._ours.gateway_pid()) as seen:
+                self._score(shuffle, 4 * MIB)
+            found.append(GatewayMemory(shuffle=shuffle, seen=seen))
+        return found
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Processor seconds of one volume job by process: this product's, and plain Ray's."""
+        say("processor time by process")
+        forms = {f"plain Ray, {form}": lambda form=form: self._score_plain(4 * MIB, form) for form in FORMS}
+        ours = {
+            f"this product, {shuffle}": lambda shuffle=shuffle: self._score(shuffle, 4 * MIB)
+            for shuffle in sealed.SHUFFLES
+        }
+        return {
+            **{name: _cost(work, self._plain.roles(), self._scale.job_rounds) for name, work in forms.items()},
+            **{name: _cost(work, self._ours.roles(), self._scale.job_rounds) for name, work in ours.items()},
+        }
+
+    def call_stages(self, root: Path) -> list[stages.Stage]:
+        """What a small call consists of."""
+        say("stages of a call")
+        with contextlib.closing(self._gate(root / "c")) as gate:
+            return stages.of_call(gate, os.urandom(CALL_BYTES))
+
+    def job_stages(self, root: Path) -> dict[str, list[stages.Stage]]:
+        """What the volume job consists of, for each shuffle, in shards of 4 MiB."""
+        say("stages of the volume job")
+        obligations = {
+            "none": Obligations(shuffle=Shuffle.NONE),
+            "rows": Obligations(shuffle=Shuffle.ROWS),
+            "blocks(16)": Obligations(shuffle=Shuffle.BLOCKS, block_rows=16),
+        }
+        with contextlib.closing(self._gate(root / "j")) as gate:
+            return {
+                shuffle: stages.of_job(
+                    gate,
+                    DATASET,
+                    self._table,
+                    self._coefficients,
+                    obligations=obligations[shuffle],
+                    shard_bytes=4 * MIB,
+                    sample=self._scale.stage_shards,
+                )
+                for shuffle in sealed.SHUFFLES
+            }
+
+    def _gate(self, directory: Path) -> stages.Gate:
+        return stages.Gate(self._ours.policies, sealed.ZONE, directory)
+
+
+def _cost(work: Any, roles: dict[str, list[int]], repeats: int) -> dict[str, float]:
+    """Return the processor seconds of one *work* by role, averaged over *repeats*, and its median ``wall`` seconds."""
+    before = processes.cpu_seconds(roles)
+    walls = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        walls.append(time.perf_counter() - start)
+    after = processes.cpu_seconds(roles)
+    return {"wall": statistics.median(walls), **{role: (after[role] - before[role]) / repeats for role in roles}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a run found. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from benchmarks.processes import Memory
+from benchmarks.stages import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much a run measures."""
+
+    #: Rows of the volume data set.
+    rows: int
+    attaches: int
+    call_rounds: int
+    #: Calls of each round.
+    calls: int
+    job_rounds: int
+    #: Shards that are taken through the stages one by one.
+    stage_shards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachTimes:
+    """Seconds from attach to the first result."""
+
+    seconds: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArgumentCall:
+    """Calls on arguments alone: the seconds of each, by round."""
+
+    size: int
+    ours: list[list[float]] = field(default_factory=list)
+    ray: list[list[float]] = field(default_factory=list)
+
+    def ratio(self) -> float:
+        """Median over the rounds of this product's median by plain Ray's of the same round."""
+        pairs = zip(self.ours, self.ray, strict=True)
+        return statistics.median(statistics.median(ours) / statistics.median(ray) for ours, ray in pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The volume job with one size of shard: seconds by round, for each shuffle and each form of plain Ray."""
+
+    shard_mib: int
+    bytes: int
+    ours: dict[str, list[float]] = field(default_factory=dict)
+    ray: dict[str, list[float]] = field(default_factory=dict)
+
+    def best_form(self) -> str:
+        """Return the form in which plain Ray was fastest."""
+        return min(self.ray, key=lambda form: statistics.median(self.ray[form]))
+
+    def ratio(self, shuffle: str) -> float:
+        """Median over the rounds of plain Ray's best seconds by this product's: above 1, this product is faster."""
+        best = self.ray[self.best_form()]
+        return statistics.median(ray / ours for ray, ours in zip(best, self.ours[shuffle], strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayMemory:
+    """The gateway's memory around one volume job."""
+
+    shuffle: str
+    seen: Memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Everything that a run found."""
+
+    #: Name to value, in the order to show.
+    machine: dict[str, str]
+    scale: Scale
+    attach: AttachTimes
+    call: ArgumentCall
+    jobs: list[Job]
+    memory: list[GatewayMemory]
+    call_stages: list[Stage]
+    job_stages: dict[str, list[Stage]]
+    #: Processor seconds of one job: run to role to seconds; ``wall`` is its median time.
+    job_costs: dict[str, dict[str, float]]
+    #: Controls that the clusters' sandboxes lacked.
+    degradations: list[str]

@@ -1,0 +1,280 @@
+"""A call that is on its way to a GPU node, as a notebook holds it. This module does I/O.
+
+Nothing that comes back is unpickled: values are rebuilt from plain data, and errors from a built-in's name and text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.dataset as pad
+
+from ray_gpu.handle import Handle, column_names
+from ray_gpu.progress import Progress
+from ray_gpu.remote_error import rebuild
+from ray_gpu.share import open_sealed, share_table
+from ray_gpu.wire import MalformedMessageError, close_fds, raise_for_error, recv_message, send_message
+from zones import values
+from zones.errors import (
+    CallCancelledError,
+    GatewayUnavailableError,
+    RemoteFunctionError,
+    ValueRefusedError,
+)
+
+if TYPE_CHECKING:
+    from ray_gpu.client import Session
+
+R = TypeVar("R")
+
+
+class Call(Generic[R]):
+    """One call on its way, as :meth:`RemoteFunction.remote` returns it; :meth:`result` waits for the answer.
+
+    A call that nobody holds any more is stopped: it could leave nothing behind that somebody might find.
+
+    Args:
+        request: The message for the gateway.
+        data: A handle, a table for a memory file, or ``None``.
+        show: Where progress goes.
+    """
+
+    def __init__(self, session: Session, request: dict[str, Any], data: Any, *, show: Progress | None) -> None:
+        self._session = session
+        self._show = show
+        self._lock = threading.RLock()
+        self._done = self._cancelled = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        #: Once done: shards by node, rows, bytes sent.
+        self.report: dict[str, Any] = {}
+        self._one = bool(request["options"]["whole"])
+        message, fds = _with_data(request, data)
+        try:
+            self._sock = session.begin(self)
+            try:
+                send_message(self._sock, message, fds)
+            except ValueError:
+                self._close(reusable=True)
+                raise ValueRefusedError(
+                    "the call's arguments do not fit one message; pass large values as data"
+                ) from None
+            except OSError:
+                self._close(reusable=False)
+                raise gone() from None
+        finally:
+            close_fds(fds)
+
+    def done(self) -> bool:
+        """Tell whether :meth:`result` would return, or raise, at once."""
+        if not self._lock.acquire(blocking=False):
+            return self._done  # another thread waits for the result
+        try:
+            return self._advance(0)
+        finally:
+            self._lock.release()
+
+    def result(self, timeout: float | None = None) -> R:
+        """Wait for the call and return its value.
+
+        Args:
+            timeout: Seconds to wait; the call goes on when they are over.
+
+        Raises:
+            TimeoutError: Not done within *timeout*.
+            Exception: What the function raised, as its own built-in type where there is one, with the
+                remote traceback as its cause.
+            ZoneError: What kept the call from being made.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            raise _not_yet(timeout)
+        try:
+            if not self._advance(deadline):
+                raise _not_yet(timeout)
+        except KeyboardInterrupt:
+            self._interrupted()
+            raise
+        finally:
+            self._lock.release()
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[no-any-return]  # plain data; the function's annotation says which
+
+    def cancel(self) -> None:
+        """Stop the call; its sandbox is killed. Waiting for its result raises :class:`CallCancelledError`."""
+        if not self._done:
+            self._cancelled = True
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+
+    def _advance(self, deadline: float | None) -> bool:
+        """Take what the gateway said, up to *deadline* (``None``: however long it takes); tell whether that is all."""
+        while not self._done and (deadline is None or _readable(self._sock, deadline)):
+            try:
+                reply, fds = recv_message(self._sock, max_fds=1)
+            except (OSError, MalformedMessageError):
+                self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
+                break
+            if "event" in reply:
+                self._event(reply)
+            else:
+                self._take(reply, fds)
+        return self._done
+
+    def _take(self, reply: dict[str, Any], fds: list[int]) -> None:
+        """Take the final reply."""
+        error: BaseException | None = None
+        try:
+            raise_for_error(reply)
+            self.report = dict(reply.get("report") or {})
+            self._value = _value(reply, fds, one=self._one)
+        except RemoteFunctionError as remote:
+            reply = remote.fields
+            error = rebuild(remote)
+        except Exception as other:  # noqa: BLE001 - whatever it is, it is this call's result
+            error = other
+        self._end(error, reusable=not self._cancelled)
+        _show_printed(reply.get("printed"))
+
+    def _end(self, error: BaseException | None, *, reusable: bool) -> None:
+        self._error = error
+        self._done = True
+        if self._show:
+            self._show.end()
+        self._close(reusable=reusable)
+
+    def _close(self, *, reusable: bool) -> None:
+        self._done = True
+        self._session.end(self, self._sock, reusable=reusable)
+
+    def _interrupted(self) -> None:
+        """Ctrl-C: closing the connection ends the call, its sandbox is killed."""
+        if not self._done:
+            self._end(_ended_by_us(), reusable=False)
+
+    def _event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "printed":
+            if self._show:
+                self._show.clear()
+            _show_printed(event.get("text"))
+        elif self._show:
+            self._show.update(event)
+
+    def __del__(self) -> None:
+        sock = getattr(self, "_sock", None)
+        if sock is not None and not self._done:
+            sock.close()
+
+    def __repr__(self) -> str:
+        return f"<Call {'done' if self._done else 'running'}>"
+
+
+def _not_yet(timeout: float | None) -> TimeoutError:
+    return TimeoutError(f"the call is not done after {timeout} s; wait longer, or stop it with .cancel()")
+
+
+def _ended_by_us() -> CallCancelledError:
+    return CallCancelledError("the call was stopped and its sandbox with it; run it again if you need its result")
+
+
+def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
+    if "inline" in reply:
+        return values.decode(reply["inline"])
+    view = open_sealed(fds[0])
+    places = reply.get("places")
+    if places is None:
+        return values.decode(view)
+    if one and len(places) != 1:
+        raise ValueRefusedError(
+            "the data is too large for one batch; use .map, or .map_reduce, which take it in shards"
+        )
+    found = [values.decode(view[start:stop]) for start, stop in places]
+    return found[0] if one else found
+
+
+def _with_data(request: dict[str, Any], data: Any) -> tuple[dict[str, Any], list[int]]:
+    if data is None:
+        return request, []
+    if isinstance(data, Handle):
+        return {**request, "data": data.document()}, []
+    return {**request, "data": {"memory": True}}, [share_table(data)]
+
+
+def as_table(data: Any, columns: tuple[str, ...] | None = None) -> Handle | pa.Table:
+    """Return data of a call as a :class:`Handle` or an Arrow table, zero-copy where its format allows.
+
+    Args:
+        data: What the caller passed.
+        columns: Columns that the call wants; ``None`` for all.
+
+    Raises:
+        TypeError: *data* is none of the kinds that a call takes.
+        UnknownNameError: It has no such column.
+    """
+    if isinstance(data, Handle):
+        return data if columns is None else data.select(columns)
+    if isinstance(data, pad.Dataset):
+        return data.to_table(columns=None if columns is None else list(column_names(columns, data.schema.names)))
+    table = data if isinstance(data, pa.Table) else _stream(data)
+    return table if columns is None else table.select(list(column_names(columns, table.column_names)))
+
+
+def is_data(value: Any) -> bool:
+    """Tell whether *value* is a table that a call takes as its data."""
+    return isinstance(value, (Handle, pa.Table, pad.Dataset)) or hasattr(value, "__arrow_c_stream__")
+
+
+def _stream(data: Any) -> pa.Table:
+    try:
+        if hasattr(data, "__arrow_c_stream__"):
+            return pa.table(data)
+    except (TypeError, ValueError, pa.ArrowException):
+        raise TypeError(
+            f"data must have named columns, which this {type(data).__name__} has not; "
+            'make it a table, as in pyarrow.table({"x": data})'
+        ) from None
+    raise TypeError(
+        f"data must be a zone.read(...) handle, a pyarrow Dataset, or have __arrow_c_stream__ (pyarrow, pandas "
+        f"and polars tables do), not {type(data).__name__}"
+    )
+
+
+def _show_printed(text: Any) -> None:
+    if text:
+        sys.stdout.write(str(text))
+        sys.stdout.flush()
+
+
+def _readable(sock: socket.socket, deadline: float | None) -> bool:
+    """Wait until there is something to read, or until *deadline* on the monotonic clock; say which."""
+    # Not select(), which knows no descriptor above 1023.
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+    return bool(poller.poll(left))
+
+
+def advance_any(calls: list[tuple[Call[Any], socket.socket]]) -> None:
+    """Wait a moment until the gateway said something to one of *calls*, and take it."""
+    poller = select.poll()
+    by_fd = {}
+    for call, sock in calls:
+        if sock.fileno() >= 0:
+            by_fd[sock.fileno()] = call
+            poller.register(sock, select.POLLIN)
+    # Not for ever: a call may end in another thread meanwhile.
+    for fd, _ in poller.poll(100):
+        by_fd[fd].done()
+
+
+def gone() -> GatewayUnavailableError:
+    """Return the error for a connection that the gateway ended."""
+    return GatewayUnavailableError("the gateway ended the connection; see `ray-gpu status` and attach again")

@@ -1,0 +1,138 @@
+"""Rows of a catalog data set, as a notebook names them. Nothing is read until a call needs it.
+
+A handle is a description: the gateway resolves it against the reviewed catalog, by name, so that a forged one can
+name nothing else and the columns' classes are the catalog's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ray_gpu.share import open_table
+from zones import filters
+from zones.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from ray_gpu.client import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handle:
+    """Rows of a catalog data set that the gateway reads. Nothing is read until a call needs it.
+
+    Labels follow ``select``, ``filter`` and ``split``: the gateway resolves them again, by name.
+    """
+
+    session: Session
+    dataset: str
+    columns: tuple[str, ...]
+    #: A filter on the rows, as ``zones.filters`` describes it.
+    condition: Any = None
+    #: Fractions, seed and index of the part, when this is a part of a split.
+    part: tuple[tuple[float, ...], int, int] | None = None
+    #: A filter on the rows of the part.
+    then: Any = None
+
+    def select(self, columns: Iterable[str]) -> Handle:
+        """Return a handle on some of the columns, in the order given.
+
+        Raises:
+            UnknownNameError: The handle has no such column.
+            TypeError, ValueError: *columns* is no list of names, or names one twice.
+        """
+        return replace(self, columns=column_names(columns, self.columns))
+
+    def filter(self, condition: Any) -> Handle:
+        """Return a handle on the rows that meet *condition*, for example ``["age", ">", 60]``.
+
+        It may name columns that the handle does not select: they do not leave, but which rows leave shows them, so
+        their classes count too.
+
+        Raises:
+            UnknownNameError: The data set has no such column.
+            ValueError: *condition* is no filter.
+        """
+        filters.filter_columns(condition, list(self.session.datasets[self.dataset]))
+        if self.part is None:
+            return replace(self, condition=_both(self.condition, condition))
+        return replace(self, then=_both(self.then, condition))
+
+    def split(self, *fractions: float, seed: int = 0) -> tuple[Handle, ...]:
+        """Return handles on disjoint random parts: ``split(0.8)`` gives two, ``split(0.6, 0.2)`` three.
+
+        The same seed gives the same parts.
+
+        Raises:
+            ValueError: Fractions are not above 0 or sum to more than 1, or the handle is a part already.
+        """
+        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+            raise ValueError("split takes fractions above 0 that sum to at most 1, as in split(0.8)")
+        if self.part is not None:
+            raise ValueError("this handle is one part of a split; split the whole into more parts instead")
+        parts = len(fractions) + (sum(fractions) < 1 - 1e-9)
+        return tuple(replace(self, part=(fractions, seed, index)) for index in range(parts))
+
+    def document(self) -> dict[str, Any]:
+        """Return what the gateway resolves."""
+        return {
+            "dataset": self.dataset,
+            "columns": list(self.columns),
+            "filter": self.condition,
+            "split": self._split(),
+            "then": self.then,
+        }
+
+    def _split(self) -> dict[str, Any] | None:
+        if self.part is None:
+            return None
+        fractions, seed, part = self.part
+        return {"fractions": list(fractions), "seed": seed, "part": part}
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a zone.read(...) handle does not leave the zone; pass it as the call's data")
+
+    def to_arrow(self) -> pa.Table:
+        """Return the rows, inside the zone."""
+        _, fds = self.session.ask({"op": "read", "data": self.document()}, max_fds=1)
+        return open_table(fds[0], trusted=True)
+
+    def __len__(self) -> int:
+        reply, _ = self.session.ask({"op": "read", "data": self.document(), "rows": False})
+        return int(reply["rows"])
+
+    def __repr__(self) -> str:
+        where = "".join(
+            f", {name}={value!r}"
+            for name, value in (("filter", self.condition), ("split", self.part), ("then", self.then))
+            if value is not None
+        )
+        return f"Handle({self.dataset!r}, columns={list(self.columns)}{where})"
+
+
+def _both(first: Any, second: Any) -> Any:
+    return second if first is None else ["and", first, second]
+
+
+def column_names(columns: Any, known: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Return *columns* as names.
+
+    Raises:
+        TypeError: It is no list of names.
+        ValueError: It is empty, or names one twice.
+        UnknownNameError: A name is not among the *known*.
+    """
+    if isinstance(columns, str):
+        raise TypeError(f"columns is a list of names; write [{columns!r}]")
+    names = tuple(columns)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"columns is a list of names, and {name!r} is none")
+        if known is not None and name not in known:
+            raise UnknownNameError.of("column", name, known)
+    if not names or len(set(names)) < len(names):
+        raise ValueError("columns names at least one column, and each of them once")
+    return names

@@ -1,0 +1,110 @@
+"""Options of a remote function, checked where they are written. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ray_gpu.handle import column_names
+from ray_gpu.request import DEFAULT_SHARD_BYTES, MAX_CONCURRENCY, MAX_SHARD_BYTES, MAX_WAIT_S, MIN_SHARD_BYTES
+
+if TYPE_CHECKING:
+    from ray_gpu.client import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionOptions:
+    """Options of a remote function.
+
+    Raises:
+        TypeError: A value has another type than its option.
+        ValueError: A value is outside of what its option can be.
+    """
+
+    #: Fraction or number of GPUs for each actor.
+    num_gpus: float = 1.0
+    #: Pool of GPU nodes; the zone's first one by default.
+    pool: str = ""
+    #: GPU actors that work at once.
+    concurrency: int = 2
+    #: Columns that leave; by default all that the data has.
+    columns: tuple[str, ...] | None = None
+    #: Size of a shard before padding, bytes.
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    #: Seconds until the call is stopped; ``None`` means never.
+    timeout_s: float | None = None
+    #: Seconds to wait for a GPU node with room.
+    placement_timeout_s: float = 30.0
+    #: Session to use; by default the data's, or else the one attached last.
+    session: Session | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pool, str):
+            raise TypeError(f'pool is a name, as in pool="shared", not {self.pool!r}')
+        _check_gpus(self.num_gpus)
+        _check_whole("concurrency", self.concurrency, 1, MAX_CONCURRENCY)
+        _check_whole("shard_bytes", self.shard_bytes, MIN_SHARD_BYTES, MAX_SHARD_BYTES)
+        if self.timeout_s is not None:
+            _check_seconds("timeout_s", self.timeout_s)
+        _check_seconds("placement_timeout_s", self.placement_timeout_s)
+        if self.session is not None and not hasattr(self.session, "take_connection"):
+            raise TypeError("session is what ray_gpu.attach(...) returned")
+
+    def document(self) -> dict[str, Any]:
+        """Return what the gateway gets."""
+        return {
+            "pool": self.pool,
+            "gpu_milli": round(self.num_gpus * 1000),
+            "concurrency": self.concurrency,
+            "columns": None if self.columns is None else list(self.columns),
+            "shard_bytes": self.shard_bytes,
+            "timeout_s": self.timeout_s,
+            "placement_timeout_s": self.placement_timeout_s,
+        }
+
+
+def with_options(base: FunctionOptions, changes: dict[str, Any]) -> FunctionOptions:
+    """Return *base* with *changes*.
+
+    Raises:
+        TypeError: No such option, whose nearest valid name is in the message, or a value of another type.
+        ValueError: A value that the option cannot have.
+    """
+    known = FunctionOptions.__dataclass_fields__
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
+            raise TypeError(f"gpu_remote has no option {name!r}; {hint}")
+    if changes.get("columns") is not None:
+        changes = {**changes, "columns": column_names(changes["columns"])}
+    return replace(base, **changes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_gpus(value: Any) -> None:
+    if not _is_number(value):
+        raise TypeError(f"num_gpus is a number, for example 0.5 or 1, not {value!r}")
+    if not 0.001 <= value <= 64:
+        raise ValueError(f"num_gpus is from 0.001 to 64, for example 0.5 or 1, not {value!r}")
+    if value > 1 and value != int(value):
+        raise ValueError(f"num_gpus above 1 is a whole number, for example {math.ceil(value)}, not {value!r}")
+
+
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is a whole number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is from {least} to {most}, not {value}")
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if not _is_number(value):
+        raise TypeError(f"{name} is a number of seconds, not {value!r}")
+    if not 0 < value <= MAX_WAIT_S:
+        raise ValueError(f"{name} is a number of seconds above 0 and at most {MAX_WAIT_S}, not {value!r}")

@@ -1,0 +1,110 @@
+"""The cluster under attack, as an attacker with root on its one machine sees it: processes, logins, ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray_gpu
+from ray_gpu.state import Layout
+from zones.ledger import read
+from zones.vault import Vault
+
+#: Columns of the data set ``visits`` with their classes; one more has a canary for a name.
+COLUMNS = {"note": "confidential", "kind": "confidential", "cost": "internal", "patient": "direct-identifier"}
+#: The one purpose for which tables that come from no data set may leave.
+NOTEBOOK_TABLES = "tables of a notebook"
+#: What functions and arguments of one session may sum up to before they count as the highest class, bytes.
+SMALL_BYTES = 262_144
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attacked:
+    """A running cluster."""
+
+    state: Path
+    document: dict[str, Any]
+    #: Random; every canary starts with it.
+    mark: str
+    zone: str = "clinic"
+
+    @property
+    def layout(self) -> Layout:
+        """Where its files are."""
+        return Layout(self.state)
+
+    def attach(self, purpose: str = "proof") -> ray_gpu.Session:
+        """Open a session as the shipped person."""
+        return ray_gpu.attach(self.zone, purpose=purpose, state_dir=self.state)
+
+    def entries(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        """Return the ledger's entries of one kind with these values, oldest first."""
+        found = [entry for entry in read(self.layout.ledger(self.zone)) if entry["kind"] == kind]
+        return [entry for entry in found if all(entry.get(name) == value for name, value in fields.items())]
+
+    # -- processes ------------------------------------------------------------------------------
+
+    def caged(self) -> dict[str, list[int]]:
+        """Return the processes of each Ray node: all that share the PID namespace of its first one inside."""
+        spaces = {name: _space(_below(pid)[0]) for name, pid in self.document["nodes"].items()}
+        everything = [(pid, _space(pid)) for pid in _all()]
+        return {name: [pid for pid, space in everything if space == wanted] for name, wanted in spaces.items()}
+
+    def custodian(self, node: str) -> int:
+        """Return a node's custodian."""
+        return int(self.document["processes"][f"custodian-{node}"])
+
+    def leases(self, node: str, program: str = "") -> list[int]:
+        """Return what runs below a node's custodian, such as its leases' ``"ray_gpu.keeper"``, innermost last."""
+        return [pid for pid in _below(self.custodian(node)) if not program or program in command(pid)]
+
+    # -- logins ---------------------------------------------------------------------------------
+
+    def settings(self, who: str) -> dict[str, Any]:
+        """Return what the gateway (``"gateway"``) or a node's custodian was started with."""
+        directory = self.layout.zone(self.zone) if who == "gateway" else self.layout.node(who)
+        document: dict[str, Any] = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
+        return document
+
+    @contextlib.contextmanager
+    def vault(self, who: str) -> Iterator[Vault]:
+        """Log in to Vault as the gateway, or as a node's custodian."""
+        settings = self.settings(who)
+        client = Vault(settings["vault"], ca_file=settings["vault_ca"])
+        try:
+            yield client.login_approle(settings["role_id"], settings["secret_id"])
+        finally:
+            client.close()
+
+
+def command(pid: int) -> list[str]:
+    """Return a process's command line; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").strip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def _all() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _space(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    return ""
+
+
+def _below(pid: int) -> list[int]:
+    """Return every process below *pid*, parents first; what ends meanwhile is left out."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text(encoding="ascii").split():
+                found += [int(child), *_below(int(child))]
+    return found
