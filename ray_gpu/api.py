@@ -85,6 +85,9 @@ def current_session() -> Session:
 class RemoteFunction(Generic[P, R]):
     """A function that can run on shared GPUs, or here. Calling it runs it here, like any function."""
 
+    __name__: str
+    __wrapped__: Callable[P, R]
+
     def __init__(self, function: Callable[P, R], options: FunctionOptions) -> None:
         functions.check_function(function)
         self._function = function
@@ -214,7 +217,7 @@ def _encode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
 
 
 @overload
-def gpu_remote(function: Callable[P, R]) -> RemoteFunction[P, R]: ...
+def gpu_remote(function: Callable[P, R], **options: Any) -> RemoteFunction[P, R]: ...
 @overload
 def gpu_remote(**options: Any) -> Callable[[Callable[P, R]], RemoteFunction[P, R]]: ...
 def gpu_remote(function: Callable[P, R] | None = None, **options: Any) -> Any:

@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,38 @@ from ray_gpu.sandbox import boundary
 
 #: How long Ray may take to end by itself without a cage, and the kernel to end a cage, seconds.
 _STOP_TIMEOUT_S = 10.0
+#: How much of a starting node's output is kept.
+_LAST_WORDS_BYTES = 4096
+
+
+class LastWords:
+    """The end of what a node's processes say while it starts. Later nothing is kept: it is read and forgotten."""
+
+    def __init__(self) -> None:
+        self._read_fd, self.write_fd = os.pipe()
+        self._text: bytes | None = b""
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+
+    def listen(self) -> None:
+        """Begin, once the node has its end of the pipe."""
+        os.close(self.write_fd)
+        self._thread.start()
+
+    def _drain(self) -> None:
+        with os.fdopen(self._read_fd, "rb", 0) as pipe:
+            while said := pipe.read(1 << 16):
+                if self._text is not None:
+                    self._text = (self._text + said)[-_LAST_WORDS_BYTES:]
+
+    def forget(self) -> None:
+        """Keep nothing from now on: Ray's workers write there as well."""
+        self._text = None
+
+    def last_line(self) -> str:
+        """Return the last line of a node that has ended."""
+        self._thread.join(_STOP_TIMEOUT_S)
+        lines = (self._text or b"").decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].strip()[:300] if lines else "it said nothing"
 
 
 def first_processes(process: boundary.Confined) -> list[int]:

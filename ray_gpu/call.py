@@ -224,7 +224,9 @@ def as_table(data: Any, columns: tuple[str, ...] | None = None) -> Handle | pa.T
     if isinstance(data, pad.Dataset):
         return data.to_table(columns=None if columns is None else list(column_names(columns, data.schema.names)))
     table = data if isinstance(data, pa.Table) else _stream(data)
-    return table if columns is None else table.select(list(column_names(columns, table.column_names)))
+    chosen = table if columns is None else table.select(list(column_names(columns, table.column_names)))
+    # Metadata, such as pandas', describes columns that may not leave; the gateway would refuse it.
+    return chosen.replace_schema_metadata(None)
 
 
 def is_data(value: Any) -> bool:

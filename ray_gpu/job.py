@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,16 +17,19 @@ from typing import Any
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.request import Mode, Request
+from ray_gpu.sandbox.memory import SLOT_BYTES
 from ray_gpu.session import Allowed, Session
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
 from zones import plan, shards
 from zones.envelope import HEADER_BYTES, Header, padded_size, sealed_size
-from zones.errors import EnvelopeError, LeaseLostError, ZoneError
+from zones.errors import EnvelopeError, LeaseLostError, ValueRefusedError, ZoneError
 from zones.model import Kind
 
 #: Shards that are on the way in one lease at once.
 IN_FLIGHT = 2
+#: A caller is told of progress this often, seconds.
+PROGRESS_INTERVAL_S = 0.05
 #: Times a shard is sent before the call gives up.
 MAX_ATTEMPTS = 4
 #: Most bytes that travel as one shard when a call wants all rows at once.
@@ -210,6 +214,7 @@ class ShardRun:
         self._encoded: dict[int, memoryview] = {}
         self._nodes: dict[str, int] = {}
         self._sent_bytes = self._done_rows = 0
+        self._told = 0.0
         #: Leases that work on this call now.
         self._serving = 0
         self._failure: BaseException | None = None
@@ -369,6 +374,11 @@ class ShardRun:
     def _send(self, lease: Lease, spending: Spending, current: int, index: int, attempt: int) -> int:
         """Send one shard and return its rows."""
         size = shards.write_shard(self._table, self._plan, index, lease.plain.payload)
+        if size > SLOT_BYTES:
+            raise ValueRefusedError(
+                f"a shard has {size} bytes, over the limit of {SLOT_BYTES}, because its rows are that large; "
+                "select fewer columns, or split the values over more rows"
+            )
         plaintext = lease.plain.padded(size)
         wire = HEADER_BYTES + sealed_size(len(plaintext))
         spending.draw(0, wire)
@@ -401,7 +411,10 @@ class ShardRun:
                 self._encoded[index] = outcome.encoded
             self._nodes[lease.node] = self._nodes.get(lease.node, 0) + 1
             self._done_rows += rows
-            done, sent = self._done_rows, self._sent_bytes
+            done, sent, now = self._done_rows, self._sent_bytes, time.monotonic()
+            tell = done == self._plan.rows or now - self._told > PROGRESS_INTERVAL_S
+            self._told = now if tell else self._told
         if outcome.printed:
             self._events({"event": "printed", "text": outcome.printed})
-        self._events({"event": "progress", "rows": done, "of": self._plan.rows, "bytes": sent})
+        if tell:
+            self._events({"event": "progress", "rows": done, "of": self._plan.rows, "bytes": sent})

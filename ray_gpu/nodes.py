@@ -7,7 +7,7 @@ Ray is made to run there finds nothing worth having. A zone's node runs the rela
 same cage, since a Ray driver must share PID namespace and uid with its raylet.
 
 Ray is kept from writing what passes it: no usage statistics, metrics, task events, log
-monitor or dashboard, no spilling, output to /dev/null, no core dumps.
+monitor or dashboard, no spilling, output read and forgotten, no core dumps.
 
 Run ``Cluster.start`` on the main thread: a cage dies with the thread that started it.
 """
@@ -122,6 +122,8 @@ class Node:
     leftover: Path | None
     #: Refer to the first process inside the cage; known once the node serves.
     inside: Sequence[int] = ()
+    #: What it says while it starts.
+    words: cage.LastWords
 
     def alive(self) -> bool:
         """Whether the node's processes run."""
@@ -144,7 +146,6 @@ class Cluster:
         *,
         uid_base: int = 61001,
         base_port: int = 26000,
-        log_dir: Path | None = None,
     ) -> Cluster:
         """Start every node and return when all of them serve.
 
@@ -153,8 +154,6 @@ class Cluster:
             specs: The nodes; the first is Ray's head.
             uid_base: Uid of the first node's cage when root; the others count up.
             base_port: First port; see :func:`free_base_port`.
-            log_dir: Where Ray's output goes, to find out why a node does not start. Ray's workers
-                write there what they like, so leave it ``None`` in use: output goes to /dev/null.
 
         Raises:
             ClusterError: A port is taken, or a node died or did not serve within ``START_TIMEOUT_S``.
@@ -169,13 +168,14 @@ class Cluster:
                 _check_free(ports, spec, first=index == 0)
                 plan = _plan(spec, head=specs[0], ports=ports, uid=uid_base + index, state=state_dir / spec.name)
                 _write_token(plan.token, token, plan.uid)
-                cluster.nodes.append(_start_node(plan, log_dir))
+                cluster.nodes.append(_start_node(plan))
                 if index == 0:
                     # The others need nothing of the head but its GCS, which answers first.
                     _await_port(cluster.nodes[0], base_port, deadline)
             for node in cluster.nodes:
                 _await_port(node, node.ports.last_to_open, deadline)
                 node.inside = cage.first_processes(node.process)
+                node.words.forget()
         except BaseException:
             cluster.stop()
             raise
@@ -199,7 +199,7 @@ class Cluster:
                 shutil.rmtree(node.leftover, ignore_errors=True)
 
 
-def free_base_port(first: int = 26000, *, last: int = 31000) -> int:
+def free_base_port(first: int = 22000, *, last: int = 31000) -> int:
     """Return the first of *first*, *first* + 1000, ... from which a cluster of three nodes can be numbered.
 
     It is this process's until it ends: Ray opens its ports late, and another cluster may start meanwhile.
@@ -268,8 +268,8 @@ def _await_port(node: Node, port: int, deadline: float) -> None:
     while not _answers(node.spec.address, port):
         if not node.alive():
             raise ClusterError(
-                f"node {node.spec.name} ended while starting (exit status {node.process.returncode}); "
-                "start the cluster with a log directory to see why",
+                f"node {node.spec.name} ended while starting (exit status {node.process.returncode}), and said: "
+                f"{node.words.last_line()}. Start again; other processes may have had its ports or the machine",
                 node=node.spec.name,
                 reason=f"exit status {node.process.returncode}",
             )
@@ -307,7 +307,7 @@ class _Plan:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
             "RAY_task_events_report_interval_ms": "0",
-            # Workers would otherwise write prints to files; ours go to the raylet's /dev/null.
+            # Workers would otherwise write prints to files; ours go where the raylet's output is forgotten.
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),
@@ -376,7 +376,7 @@ def _write_token(path: Path, token: str, uid: int) -> None:
         os.chown(path, uid, uid)
 
 
-def _start_node(plan: _Plan, log_dir: Path | None) -> Node:
+def _start_node(plan: _Plan) -> Node:
     caged = _can_cage()
     roots = {path.parent for path in profiles.package_paths() if not path.is_relative_to(sys.prefix)}
     writable = [(plan.spec.socket_dir, plan.sockets)] + ([] if caged else [(plan.session, plan.session)])
@@ -391,7 +391,10 @@ def _start_node(plan: _Plan, log_dir: Path | None) -> Node:
     )
     extra = (plan.token,) if caged else (*roots, *_PLAIN_PATHS)
     profile = dataclasses.replace(profile, bind_ro=(*profile.bind_ro, *extra))
-    log = os.devnull if log_dir is None else log_dir / f"{plan.spec.name}.log"
-    with open(log, "ab") as output:
-        process = boundary.launch(plan.init_command(), profile, stdout=output, stderr=output)
-    return Node(spec=plan.spec, ports=plan.ports, process=process, leftover=None if caged else plan.session)
+    words = cage.LastWords()
+    try:
+        process = boundary.launch(plan.init_command(), profile, stdout=words.write_fd, stderr=words.write_fd)
+    finally:
+        words.listen()
+    leftover = None if caged else plan.session
+    return Node(spec=plan.spec, ports=plan.ports, process=process, leftover=leftover, words=words)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ray_gpu.sandbox.child import MAX_TEXT_BYTES, read_outcome
+from ray_gpu.answers import MAX_TEXT_BYTES, read_outcome
 from zones import values
 from zones.errors import RemoteFunctionError, RowCountError, ValueRefusedError, from_wire
 

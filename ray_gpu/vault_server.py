@@ -33,8 +33,8 @@ from zones.errors import ConfigError, VaultError, VaultUnreachableError
 from zones.keys import loopback_tls
 from zones.vault import Vault
 
-#: Below 32768, where Linux starts to hand out ports to outgoing connections.
-_PORTS = range(20000, 32768)
+#: Below 32768, where Linux starts to hand out ports to outgoing connections, and below those of Ray nodes.
+_PORTS = range(20000, 22000)
 _READY_S = 30.0
 _POLL_S = 0.02
 _STOP_S = 10.0

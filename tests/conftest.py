@@ -21,8 +21,6 @@ import pytest
 
 #: Rows of the volume data set in tests: 30 columns, about 10 MB, some ten shards of 1 MiB.
 RESAMPLED_ROWS = 40_000
-#: First port of clusters; 0 chooses free ranges. Several test runs on one machine can be kept apart with it.
-BASE_PORT = int(os.environ.get("RAY_GPU_TEST_PORT", "0"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +114,6 @@ def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextMa
                 state=str(layout.root),
                 zone=zone,
                 data=data and zone != "clinic",
-                base_port=BASE_PORT,
                 policies=str(policies or embedded.shipped_policies()),
             )
             document = embedded.up(plan)

@@ -64,7 +64,7 @@ def cluster(console: Console, plan: embedded.Plan, *, stop: bool) -> Iterator[di
     document = embedded.running(layout)
     if document is not None and document["zone"] != plan.zone:
         raise ClusterError(
-            f"the cluster in {layout.root} is zone {document['zone']}'s; stop it (ray-gpu down) or name another --state",
+            f"zone {document['zone']}'s cluster runs in {layout.root}; stop it (ray-gpu down), or name another --state",
             node="",
             reason="another zone",
         )

@@ -28,7 +28,6 @@ import io
 import mmap
 import os
 import socket
-import struct
 import sys
 import traceback
 from collections import deque
@@ -37,16 +36,14 @@ from typing import Any
 
 import msgpack
 
+from ray_gpu.answers import MAX_TEXT_BYTES, write_outcome
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
 from ray_gpu.wire import Inbox, PeerClosedError, send_message
 from zones.errors import ResultTooLargeError, ValueRefusedError, ZoneError
 
-#: A traceback or print longer than this is cut, with a line that says so. Bytes.
-MAX_TEXT_BYTES = 64 << 10
 #: A type's name longer than this is cut, characters.
 MAX_NAME_CHARS = 200
-_META = struct.Struct("!I")
 
 
 class Sandbox:
@@ -190,38 +187,6 @@ class Sandbox:
         os.ftruncate(self._output_fd, 0)
         os.lseek(self._output_fd, 0, os.SEEK_SET)
         return text if size <= MAX_TEXT_BYTES else f"{text}\n[cut: {size} bytes printed, {MAX_TEXT_BYTES} kept]\n"
-
-
-def write_outcome(view: memoryview, outcome: dict[str, Any], value: Any) -> int:
-    """Write ``u32 length | msgpack outcome | padding to 64 | encoded value`` and return its length in bytes."""
-    from zones import values  # noqa: PLC0415 - imported after hardening
-
-    meta = msgpack.packb(outcome, use_bin_type=True)
-    start = value_offset(len(meta))
-    view[: _META.size] = _META.pack(len(meta))
-    view[_META.size : _META.size + len(meta)] = meta
-    return start + values.encode_into(value, view[start:])
-
-
-def value_offset(meta_bytes: int) -> int:
-    """Return where the encoded value starts: the next multiple of 64 after the outcome map."""
-    return -(-(_META.size + meta_bytes) // 64) * 64
-
-
-def read_outcome(payload: memoryview) -> tuple[dict[str, Any], memoryview]:
-    """Split what :func:`write_outcome` wrote. Input is untrusted; the value is not decoded here.
-
-    Raises:
-        ValueRefusedError: It is no outcome.
-    """
-    try:
-        (length,) = _META.unpack_from(payload)
-        outcome = msgpack.unpackb(payload[_META.size : _META.size + length], raw=False)
-        if not isinstance(outcome, dict):
-            raise TypeError("not a map")
-    except (struct.error, ValueError, TypeError, msgpack.UnpackException, RecursionError):
-        raise ValueRefusedError("the sandbox answered with something that is no result; run the call again") from None
-    return outcome, payload[value_offset(length) :]
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import pytest
 
 from ray_gpu import gpu_remote
 from ray_gpu.frames import SealedSocket
-from ray_gpu.sandbox import boundary, memory, profile
+from ray_gpu.sandbox import boundary, memory, profile, seccomp
 from ray_gpu.state import Layout
 from ray_gpu.wire import recv_message, send_message
 from zones.envelope import LeaseKey
@@ -104,8 +104,8 @@ def _demo(scenario: dict[str, Any], root: Path, tables: dict[str, Any], argument
     layout = Layout(home / "s")
     layout.data("clinic").mkdir(mode=0o700, parents=True)
     for table_name, table in tables.items():
-        path = str(layout.data("clinic") / f"{table_name}.arrow")
-        with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        target = str(layout.data("clinic") / f"{table_name}.arrow")
+        with pa.OSFile(target, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
     uid = scenario["uid"]
     if uid is None:
@@ -280,7 +280,7 @@ def count(batch: Any) -> int:
 
 @pytest.fixture(scope="module")
 def strict_cluster(start_cluster: Any, copy_policies: Callable[..., Path]) -> Iterator[Any]:
-    """A cluster whose zone accepts nothing missing, but for one data set all that it lacks, and for another all but one."""
+    """A cluster whose zone accepts nothing missing, but for one data set everything, and for another all but one."""
     everything = _all_missing()
     rules = "".join(
         f"  - datasets: [{name}]\n    accepted_degradations: [{', '.join(accepted)}]\n"
@@ -303,7 +303,7 @@ def _all_missing() -> list[str]:
     ids=["everything", "one"],
 )
 def test_refused_before_the_first_byte(strict_cluster: Any, dataset: str, refused: list[str]) -> None:
-    """What policy does not accept refuses the lease with each reason; policy allowed, and nothing was intended to leave."""
+    """What policy does not accept refuses the lease with each reason; columns were allowed, and nothing left."""
     with strict_cluster.attach(f"refused {dataset}") as zone:
         session = zone.status()["session"]
         with pytest.raises(SandboxLevelError) as caught:
@@ -338,7 +338,7 @@ def test_hello_names_what_a_child_could_not_do(missing: bool, monkeypatch: pytes
     if "no-seccomp" in boundary.degradations():
         pytest.skip("libseccomp is missing here, so the custodian knows it before")
     if missing:
-        monkeypatch.setattr(boundary.seccomp, "compile_filter", lambda *_, **__: None)  # what the children are given
+        monkeypatch.setattr(seccomp, "compile_filter", lambda *_, **__: None)  # what the children are given
     with _Lease() as lease:
         hello = lease.hello()
 

@@ -1,0 +1,51 @@
+"""The bytes that a sandbox answers with: an outcome, then an encoded value. Pure.
+
+::
+
+    u32 length, big endian | msgpack map | zeros up to a multiple of 64 | value (``zones.values``)
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgpack
+
+from zones.errors import ValueRefusedError
+
+#: A traceback or print longer than this is cut, with a line that says so. Bytes.
+MAX_TEXT_BYTES = 64 << 10
+_META = struct.Struct("!I")
+
+
+def write_outcome(view: memoryview, outcome: dict[str, Any], value: Any) -> int:
+    """Write ``u32 length | msgpack outcome | padding to 64 | encoded value`` and return its length in bytes."""
+    from zones import values  # noqa: PLC0415 - the sandbox hardens itself before NumPy and Arrow start threads
+
+    meta = msgpack.packb(outcome, use_bin_type=True)
+    start = value_offset(len(meta))
+    view[: _META.size] = _META.pack(len(meta))
+    view[_META.size : _META.size + len(meta)] = meta
+    return start + values.encode_into(value, view[start:])
+
+
+def value_offset(meta_bytes: int) -> int:
+    """Return where the encoded value starts: the next multiple of 64 after the outcome map."""
+    return -(-(_META.size + meta_bytes) // 64) * 64
+
+
+def read_outcome(payload: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """Split what :func:`write_outcome` wrote. Input is untrusted; the value is not decoded here.
+
+    Raises:
+        ValueRefusedError: It is no outcome.
+    """
+    try:
+        (length,) = _META.unpack_from(payload)
+        outcome = msgpack.unpackb(payload[_META.size : _META.size + length], raw=False)
+        if not isinstance(outcome, dict):
+            raise TypeError("not a map")
+    except (struct.error, ValueError, TypeError, msgpack.UnpackException, RecursionError):
+        raise ValueRefusedError("the sandbox answered with something that is no result; run the call again") from None
+    return outcome, payload[value_offset(length) :]
