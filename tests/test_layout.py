@@ -94,7 +94,7 @@ def test_everything_declared_is_locked() -> None:
     """Every dependency that a set-up installs is in a lock."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["client"] + extras["demo"] + extras["dev"] + extras["gpu"]
+    declared = project["dependencies"] + extras["demo"] + extras["dev"] + extras["gpu"]
     names = {re.split(r"[\[><=!~ ]", requirement, maxsplit=1)[0].lower().replace("_", "-") for requirement in declared}
     locked = {pin for lock in LOCKS for pin in re.findall(r"^([a-z0-9-]+)==", (ROOT / lock).read_text(), re.MULTILINE)}
 

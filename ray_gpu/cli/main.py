@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
+from zones.model import check_id
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -44,7 +45,17 @@ def _state(command: _Command) -> _Command:
 
 
 def _zone(command: _Command) -> _Command:
-    return click.option("--zone", default="clinic", show_default=True, help="Name of the zone.")(command)
+    return click.option("--zone", default="clinic", show_default=True, callback=_checked, help="Name of the zone.")(
+        command
+    )
+
+
+def _checked(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Return a name that may become part of a path."""
+    try:
+        return check_id(value, what="zone")
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def _start(command: _Command) -> _Command:

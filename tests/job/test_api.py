@@ -7,7 +7,6 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -126,10 +125,14 @@ def test_decorator_with_options(zone: Any, visits: Any) -> None:
         time.sleep(0.2)
         return len(batch)
 
-    assert work.map_reduce(visits, sum) == 20_190
-    leases = zone.status()["leases"]
-    assert {lease["gpu_milli"] for lease in leases} == {500}
-    assert len(leases) == 3
+    def three() -> bool:
+        assert work.map_reduce(visits, sum) == 20_190
+        leases = zone.status()["leases"]
+        assert {lease["gpu_milli"] for lease in leases} == {500}
+        return len(leases) == 3
+
+    # A call does not wait long for further actors; on a busy machine the next one gets them.
+    _wait_for(three, "room for three", timeout_s=60)
 
 
 def test_options_make_another_function() -> None:
@@ -575,7 +578,7 @@ def test_labels_follow_the_handle(zone: Any, how: str) -> None:
     """A direct identifier is refused however it is used, also when it only chooses the rows."""
     data = zone.read("randhie")
     named = ["record_number", ">", 1_000_100]
-    cases: dict[str, tuple[Any, Any]] = {
+    cases: dict[str, Any] = {
         "option": (count.options(columns=["mdvis", "record_number"]), data),
         "select": (count, data.select(["mdvis", "record_number"])),
         "filter": (count, data.select(["mdvis"]).filter(named)),
@@ -633,132 +636,14 @@ def test_handle_brings_its_session(cluster: Any, zone: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pyarrow", "pandas", "dataset"])
-def test_own_table_has_the_highest_class(zone: Any, kind: str, tmp_path: Path) -> None:
+def test_own_table_has_the_highest_class(zone: Any, kind: str) -> None:
     """What comes from no catalog handle has the zone's highest class, which the shipped policy keeps in."""
     table = pa.table({"mdvis": [1.0, 2.0]})
-    data = {"pyarrow": lambda: table, "pandas": table.to_pandas, "dataset": lambda: pad.dataset(table)}[kind]()
+    tables: dict[str, Any] = {"pyarrow": table, "pandas": table.to_pandas(), "dataset": pad.dataset(table)}
 
     with pytest.raises(EgressDeniedError) as refused:
-        double.map(data)
+        double.map(tables[kind])
     assert refused.value.rules == ["no-direct-identifiers"]
-
-
-@pytest.fixture(scope="module")
-def open_cluster(
-    start_cluster: Callable[..., AbstractContextManager[Any]], copy_policies: Callable[..., Path]
-) -> Iterator[Any]:
-    """A cluster whose zone lets tables of one's own leave, and data sets as before."""
-    policies = copy_policies(
-        {
-            "clinic/egress.cedar": (
-                'when { context.classes.contains("direct-identifier") };',
-                'when { context.dataset != "" && context.classes.contains("direct-identifier") };\n\n'
-                '@id("own-tables")\n@reason("tables of one\'s own may leave")\n'
-                'permit (principal in Group::"research", action == Action::"egress", resource == Pool::"shared")\n'
-                'when { context.dataset == "" };',
-            ),
-        }
-    )
-    with start_cluster(data=False, policies=policies) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def open_zone(open_cluster: Any) -> Iterator[Any]:
-    """A session in it."""
-    with open_cluster.attach("own tables") as session:
-        yield session
-
-
-def _polars(table: pa.Table) -> Any:
-    return pytest.importorskip("polars", reason="polars is not installed").from_arrow(table)
-
-
-_NUMBERS: dict[str, Any] = {"mdvis": np.arange(5000.0), "idp": np.arange(5000) % 2}
-TABLE = pa.table({**_NUMBERS, "name": [f"n{i}" for i in range(5000)]})
-SOURCES: dict[str, Callable[[pa.Table, Path], Any]] = {
-    "table": lambda table, _: table,
-    "chunked": lambda table, _: pa.concat_tables([table.slice(0, 1000), table.slice(1000)]),
-    "reader": lambda table, _: table.to_reader(),
-    "pandas": lambda table, _: table.to_pandas(),
-    "polars": lambda table, _: _polars(table),
-    "dataset": lambda table, _: pad.dataset(table),
-    "files": lambda table, path: _files(table, path),
-}
-
-
-def _files(table: pa.Table, path: Path) -> Any:
-    pad.write_dataset(table, path, format="parquet")
-    return pad.dataset(path)
-
-
-@pytest.mark.parametrize("kind", SOURCES)
-def test_own_table_where_policy_allows_it(open_zone: Any, kind: str, tmp_path: Path) -> None:
-    """Anything with ``__arrow_c_stream__``, and a data set of files, is mapped like a handle."""
-    data = SOURCES[kind](TABLE, tmp_path)
-
-    found = double.options(session=open_zone).map(data)
-
-    np.testing.assert_array_equal(found, TABLE["mdvis"].to_numpy() * 2)
-
-
-@pytest.mark.parametrize("kind", ["table", "dataset"])
-def test_local_on_an_own_table(kind: str, tmp_path: Path) -> None:
-    """``f.local`` takes the same kinds of data, and needs no session."""
-    np.testing.assert_array_equal(double.local(SOURCES[kind](TABLE, tmp_path)), TABLE["mdvis"].to_numpy() * 2)
-
-
-def test_text_columns_arrive(open_zone: Any) -> None:
-    """Text has no array form but arrives in the table, and comes back."""
-
-    @gpu_remote(columns=["name"], session=open_zone)
-    def shout(batch: Batch) -> pa.Table:
-        import pyarrow.compute as pc
-
-        return pa.table({"loud": pc.utf8_upper(batch.to_arrow()["name"])})
-
-    assert shout.map(TABLE)["loud"].to_pylist() == [f"N{i}" for i in range(5000)]
-
-
-@pytest.mark.parametrize("rows", [0, 1])
-def test_own_table_of_few_rows(open_zone: Any, rows: int) -> None:
-    """Also a table without rows, or with one."""
-    found = double.options(session=open_zone).map(TABLE.slice(0, rows))
-
-    np.testing.assert_array_equal(found, TABLE["mdvis"].to_numpy()[:rows] * 2)
-
-
-def test_only_the_columns_asked_for_are_read(open_zone: Any, open_cluster: Any) -> None:
-    """The ledger names the columns of an own table that left, and its classes."""
-    double.options(session=open_zone).map(TABLE)
-    entry = open_cluster.entries("intent")[-1]
-
-    assert (entry["dataset"], entry["columns"], entry["classes"]) == ("", ["mdvis"], ["direct-identifier", "internal"])
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        ([1, 2], "not list"),
-        ({"a": [1]}, "not dict"),
-        (np.arange(3), "not ndarray"),
-        (None, "not NoneType"),
-        (pa.chunked_array([[1]]), "must have named columns"),
-    ],
-    ids=["list", "dict", "array", "none", "column"],
-)
-def test_data_of_another_kind(data: Any, says: str) -> None:
-    """What is no table is refused with what is one."""
-    with pytest.raises(TypeError, match=says):
-        double.options(columns=None).map(data)
-    with pytest.raises(TypeError, match=says):
-        double.options(columns=None).local(data)
-
-
-def test_unknown_column_of_an_own_table(open_zone: Any) -> None:
-    """A column that the table lacks is answered with the nearest."""
-    with pytest.raises(UnknownNameError, match=r"no column 'mdvi' \(did you mean 'mdvis'\?\)"):
-        double.options(columns=["mdvi"], session=open_zone).map(TABLE)
 
 
 # -- every byte is classified -----------------------------------------------------------------------

@@ -122,9 +122,9 @@ def test_many_small_arguments_have_the_highest_class(cluster: Any) -> None:
 
     with cluster.attach("many small calls") as zone:
         work = size.options(session=zone)
-        fit = (4 << 20) // 61_000
+        fit = (4 << 20) // 60_200
         assert sum(work.remote(bytes(60_000)).result() for _ in range(fit)) == fit * 60_000
         with pytest.raises(EgressDeniedError):
-            work.remote(bytes(61_000 * 2)[:65_000]).result()
+            work.remote(bytes(60_000)).result()
         with pytest.raises(EgressDeniedError):
             work.remote(bytes(60_000)).result()

@@ -1,0 +1,146 @@
+"""Tables that come from no catalog: in a zone whose policy lets them leave, they are data like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pad
+import pytest
+
+from ray_gpu import Batch, gpu_remote
+from zones.errors import UnknownNameError
+
+_COLUMNS: dict[str, Any] = {
+    "mdvis": np.arange(5000.0),
+    "idp": np.arange(5000) % 2,
+    "name": [f"n{i}" for i in range(5000)],
+}
+TABLE = pa.table(_COLUMNS)
+
+
+@gpu_remote(columns=["mdvis"])
+def double(batch: Batch) -> Any:
+    """Return one number per row."""
+    return batch["mdvis"] * 2
+
+
+@pytest.fixture(scope="module")
+def open_cluster(
+    start_cluster: Callable[..., AbstractContextManager[Any]], copy_policies: Callable[..., Path]
+) -> Iterator[Any]:
+    """A cluster whose zone lets tables of one's own leave, and data sets as before."""
+    policies = copy_policies(
+        {
+            "clinic/egress.cedar": (
+                'when { context.classes.contains("direct-identifier") };',
+                'when { context.dataset != "" && context.classes.contains("direct-identifier") };\n\n'
+                '@id("own-tables")\n@reason("tables of one\'s own may leave")\n'
+                'permit (principal in Group::"research", action == Action::"egress", resource == Pool::"shared")\n'
+                'when { context.dataset == "" };',
+            ),
+        }
+    )
+    with start_cluster(data=False, policies=policies) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def open_zone(open_cluster: Any) -> Iterator[Any]:
+    """A session in it."""
+    with open_cluster.attach("own tables") as session:
+        yield session
+
+
+def _polars(table: pa.Table) -> Any:
+    return pytest.importorskip("polars", reason="polars is not installed").from_arrow(table)
+
+
+SOURCES: dict[str, Callable[[pa.Table, Path], Any]] = {
+    "table": lambda table, _: table,
+    "chunked": lambda table, _: pa.concat_tables([table.slice(0, 1000), table.slice(1000)]),
+    "reader": lambda table, _: table.to_reader(),
+    "pandas": lambda table, _: table.to_pandas(),
+    "polars": lambda table, _: _polars(table),
+    "dataset": lambda table, _: pad.dataset(table),
+    "files": lambda table, path: _files(table, path),
+}
+
+
+def _files(table: pa.Table, path: Path) -> Any:
+    pad.write_dataset(table, path, format="parquet")
+    return pad.dataset(path)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_own_table_where_policy_allows_it(open_zone: Any, kind: str, tmp_path: Path) -> None:
+    """Anything with ``__arrow_c_stream__``, and a data set of files, is mapped like a handle."""
+    data = SOURCES[kind](TABLE, tmp_path)
+
+    found = double.options(session=open_zone).map(data)
+
+    np.testing.assert_array_equal(found, TABLE["mdvis"].to_numpy() * 2)
+
+
+@pytest.mark.parametrize("kind", ["table", "dataset"])
+def test_local_on_an_own_table(kind: str, tmp_path: Path) -> None:
+    """``f.local`` takes the same kinds of data, and needs no session."""
+    np.testing.assert_array_equal(double.local(SOURCES[kind](TABLE, tmp_path)), TABLE["mdvis"].to_numpy() * 2)
+
+
+def test_text_columns_arrive(open_zone: Any) -> None:
+    """Text has no array form but arrives in the table, and comes back."""
+
+    @gpu_remote(columns=["name"], session=open_zone)
+    def shout(batch: Batch) -> pa.Table:
+        import pyarrow.compute as pc
+
+        loud: Any = pc.utf8_upper(batch.to_arrow()["name"])
+        return pa.table({"loud": loud})
+
+    assert shout.map(TABLE)["loud"].to_pylist() == [f"N{i}" for i in range(5000)]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_own_table_of_few_rows(open_zone: Any, rows: int) -> None:
+    """Also a table without rows, or with one."""
+    found = double.options(session=open_zone).map(TABLE.slice(0, rows))
+
+    np.testing.assert_array_equal(found, TABLE["mdvis"].to_numpy()[:rows] * 2)
+
+
+def test_only_the_columns_asked_for_are_read(open_zone: Any, open_cluster: Any) -> None:
+    """The ledger names the columns of an own table that left, and its classes."""
+    double.options(session=open_zone).map(TABLE)
+    entry = open_cluster.entries("intent")[-1]
+
+    assert (entry["dataset"], entry["columns"], entry["classes"]) == ("", ["mdvis"], ["direct-identifier", "internal"])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([1, 2], "not list"),
+        ({"a": [1]}, "not dict"),
+        (np.arange(3), "not ndarray"),
+        (None, "not NoneType"),
+        (pa.chunked_array([[1]]), "must have named columns"),
+    ],
+    ids=["list", "dict", "array", "none", "column"],
+)
+def test_data_of_another_kind(data: Any, says: str) -> None:
+    """What is no table is refused with what is one."""
+    with pytest.raises(TypeError, match=says):
+        double.options(columns=None).map(data)
+    with pytest.raises(TypeError, match=says):
+        double.options(columns=None).local(data)
+
+
+def test_unknown_column_of_an_own_table(open_zone: Any) -> None:
+    """A column that the table lacks is answered with the nearest."""
+    with pytest.raises(UnknownNameError, match=r"no column 'mdvi' \(did you mean 'mdvis'\?\)"):
+        double.options(columns=["mdvi"], session=open_zone).map(TABLE)

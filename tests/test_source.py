@@ -1,0 +1,221 @@
+"""Handles resolved inside the zone: a notebook's document can name what the catalog has, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_gpu import share, source
+from zones.errors import ConfigError, UnknownNameError, ValueRefusedError
+from zones.model import Dataset, Zone
+
+CLASSES = {"age": "confidential", "name": "direct-identifier", "visits": "internal"}
+
+
+def _table(rows: int = 100) -> pa.Table:
+    columns: dict[str, Any] = {
+        "age": list(range(rows)),
+        "name": [f"n{i}" for i in range(rows)],
+        "visits": [i % 7 for i in range(rows)],
+    }
+    return pa.table(columns)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A zone's data directory with one data set in two formats."""
+    with pa.OSFile(str(tmp_path / "people.arrow"), "wb") as file, pa.ipc.new_file(file, _table().schema) as writer:
+        writer.write_table(_table())
+    pq.write_table(_table(), tmp_path / "people.parquet")
+    (tmp_path / "secret.arrow").write_bytes((tmp_path / "people.arrow").read_bytes())
+    (tmp_path / "broken.arrow").write_bytes(b"ARROW1 and then nothing")
+    return tmp_path
+
+
+@pytest.fixture
+def zone() -> Zone:
+    """A zone whose catalog has the data set in both formats, one that is missing and one that is broken."""
+    names = {
+        "people": "people.arrow",
+        "parquet": "people.parquet",
+        "missing": "no-such.arrow",
+        "broken": "broken.arrow",
+    }
+    datasets = {name: Dataset(name=name, path=path, columns=CLASSES) for name, path in names.items()}
+    more = Dataset(name="more", path="people.arrow", columns={**CLASSES, "income": "confidential"})
+    return Zone(
+        name="clinic",
+        classes=("internal", "confidential", "direct-identifier"),
+        default_class="direct-identifier",
+        datasets={**datasets, "more": more},
+        pools=("shared",),
+        policy_digest="0" * 64,
+        endpoints=(),
+        small_bytes=None,
+    )
+
+
+@pytest.mark.parametrize("name", ["people", "parquet"])
+def test_whole_data_set(zone: Zone, directory: Path, name: str) -> None:
+    """Without more, a handle is all rows and columns of the file."""
+    found = source.from_catalog(zone, directory, {"dataset": name}, None)
+
+    assert found.table.equals(_table())
+    assert (found.dataset, found.rows, found.columns, found.filter_columns) == (name, 100, list(CLASSES), frozenset())
+
+
+def test_columns_filter_and_split(zone: Zone, directory: Path) -> None:
+    """Filter, split and the filter after it choose rows in this order; columns of either are reported."""
+    handle = {
+        "dataset": "people",
+        "columns": ["age"],
+        "filter": ["visits", "==", 1],
+        "split": {"fractions": [0.5], "seed": 1, "part": 0},
+        "then": ["name", "!=", "n8"],
+    }
+    found = source.from_catalog(zone, directory, handle, None)
+    without = source.from_catalog(zone, directory, {**handle, "then": None}, None)
+
+    assert found.columns == ["age"]
+    assert found.filter_columns == {"visits", "name"}
+    assert without.rows == 8
+    assert found.table["age"].to_pylist() == [age for age in without.table["age"].to_pylist() if age != 8]
+    assert {int(age or 0) % 7 for age in found.table["age"].to_pylist()} == {1}
+
+
+def test_option_chooses_among_the_handles_columns(zone: Zone, directory: Path) -> None:
+    """The function's columns are a choice among those of the handle, never more."""
+    handle = {"dataset": "people", "columns": ["age", "visits"]}
+
+    assert source.from_catalog(zone, directory, handle, ("visits",)).columns == ["visits"]
+    with pytest.raises(UnknownNameError, match="no column 'name'"):
+        source.from_catalog(zone, directory, handle, ("name",))
+
+
+@pytest.mark.parametrize(
+    ("handle", "error"),
+    [
+        ({}, UnknownNameError),
+        ({"dataset": "secret"}, UnknownNameError),
+        ({"dataset": "secret.arrow"}, UnknownNameError),
+        ({"dataset": "../secret"}, UnknownNameError),
+        ({"dataset": ["people"]}, UnknownNameError),
+        ({"dataset": "people", "columns": ["income"]}, UnknownNameError),
+        ({"dataset": "people", "columns": "age"}, ValueError),
+        ({"dataset": "people", "columns": {"age": 1}}, ValueError),
+        ({"dataset": "people", "filter": ["income", ">", 1]}, UnknownNameError),
+        ({"dataset": "people", "filter": "age > 1"}, ValueError),
+        ({"dataset": "people", "filter": ["age", ">", "old"]}, ValueError),
+        ({"dataset": "people", "then": ["age", "~", 1]}, ValueError),
+        ({"dataset": "people", "split": 3}, ValueError),
+        ({"dataset": "people", "split": {}}, ValueError),
+        ({"dataset": "people", "split": {"fractions": [0.5], "seed": 1, "part": 2}}, ValueError),
+        ({"dataset": "people", "split": {"fractions": [0.5], "seed": 1, "part": -1}}, ValueError),
+        ({"dataset": "people", "split": {"fractions": [2], "seed": 1, "part": 0}}, ValueError),
+        ({"dataset": "people", "split": {"fractions": [float("nan")], "seed": 1, "part": 0}}, ValueError),
+        ({"dataset": "people", "split": {"fractions": [0.5], "seed": 1, "part": float("inf")}}, ValueError),
+    ],
+    ids=str,
+)
+def test_forged_handle(zone: Zone, directory: Path, handle: dict[str, Any], error: type[Exception]) -> None:
+    """A document that a client would not write is refused as a mistake, whatever it tries."""
+    with pytest.raises(error):
+        source.from_catalog(zone, directory, handle, None)
+
+
+@pytest.mark.parametrize("name", ["missing", "broken", "more"])
+def test_file_that_is_not_as_the_catalog_says(zone: Zone, directory: Path, name: str) -> None:
+    """A missing or broken file, or one without a column, is the operator's to mend; the message names the file."""
+    with pytest.raises(ConfigError, match=f"data set {name} .* operator") as error:
+        source.from_catalog(zone, directory, {"dataset": name}, None)
+
+    assert error.value.file is not None
+    assert str(directory) not in error.value.message
+
+
+def test_changed_file_is_read_again(zone: Zone, directory: Path) -> None:
+    """What is kept in memory is the file as it is now."""
+    assert source.from_catalog(zone, directory, {"dataset": "parquet"}, None).rows == 100
+    pq.write_table(_table(50), directory / "people.parquet")
+
+    assert source.from_catalog(zone, directory, {"dataset": "parquet"}, None).rows == 50
+
+
+# -- memory files -----------------------------------------------------------------------------------
+
+
+def test_memory_file() -> None:
+    """A table in a sealed memory file is read without a copy, and has no data set."""
+    found = source.from_memory(share.share_table(_table()), ("age",))
+
+    assert found.dataset == ""
+    assert found.table.equals(_table().select(["age"]))
+
+
+def test_unknown_column_of_a_memory_file() -> None:
+    """A column that it lacks is named."""
+    with pytest.raises(UnknownNameError, match="no column 'income'"):
+        source.from_memory(share.share_table(_table()), ("income",))
+
+
+def test_unsealed_memory_file_is_refused() -> None:
+    """A file that its sender could still change is refused: it would leave other bytes than were decided on."""
+    sealed = share.share_table(_table())
+    content = os.pread(sealed, os.fstat(sealed).st_size, 0)
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+
+    with pytest.raises(ValueRefusedError, match="not sealed"):
+        source.from_memory(fd, None)
+    assert source.from_memory(sealed, None).rows == 100, "the same bytes, sealed"
+
+
+def test_sealed_memory_file_cannot_be_changed() -> None:
+    """Once shared, not even its maker can write, grow, shrink or unseal it."""
+    fd = share.share_table(_table())
+    try:
+        for change in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 1), lambda: os.ftruncate(fd, 1 << 20)):
+            with pytest.raises(PermissionError):
+                change()
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 100, b"ARROW1", os.urandom(500)], ids=["empty", "zeros", "magic", "noise"]
+)
+def test_memory_file_without_a_table(content: bytes) -> None:
+    """A sealed file that holds no table is refused."""
+
+    def fill(view: memoryview) -> int:
+        view[: len(content)] = content
+        return len(content)
+
+    with pytest.raises(ValueRefusedError):
+        source.from_memory(share.sealed_file(max(1, len(content)), fill), None)
+
+
+def test_file_that_is_no_memory_file(tmp_path: Path) -> None:
+    """A descriptor of an ordinary file is refused: it cannot be sealed."""
+    path = tmp_path / "data"
+    path.write_bytes(b"x" * 100)
+
+    with pytest.raises(ValueRefusedError, match="not sealed"):
+        source.from_memory(os.open(path, os.O_RDONLY), None)
+
+
+def test_values_side_by_side() -> None:
+    """Several encoded values share one file, each at its place."""
+    from zones import values
+
+    parts = [memoryview(values.encode(item)) for item in ({"a": 1}, [2, 3], "four")]
+    fd, places = share.share_encoded(parts)
+    view = share.open_sealed(fd)
+
+    assert [values.decode(view[start:stop]) for start, stop in places] == [{"a": 1}, [2, 3], "four"]
+    assert all(start % 64 == 0 for start, _ in places)
