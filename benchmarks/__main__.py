@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             calls = bench.calls()
             jobs = bench.jobs()
             memory = bench.memory()
-            costs = bench.costs()
+            call_costs, job_costs = bench.call_costs(), bench.job_costs()
         return Measured(
             machine=host,
             scale=scale,
@@ -92,7 +91,8 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             memory=memory,
             call_stages=bench.call_stages(root),
             job_stages=bench.job_stages(root),
-            job_costs=costs,
+            call_costs=call_costs,
+            job_costs=job_costs,
             degradations=ours.degradations(),
         )
 
@@ -119,7 +119,7 @@ class Bench:
         self._plain = plain
         rng = np.random.default_rng(1)
         # Any coefficients would do: what is measured does not depend on them.
-        self._coefficients = [rng.normal(size=30), 0.5, rng.normal(size=30), rng.uniform(1, 2, size=30)]
+        self._coefficients: list[Any] = [rng.normal(size=30), 0.5, rng.normal(size=30), rng.uniform(1, 2, size=30)]
         with pa.memory_map(str(ours.table)) as file:
             table = pa.ipc.open_file(file).read_all()
         self._table = table.select([name for name in table.column_names if name != "target"])
@@ -180,18 +180,25 @@ class Bench:
             found.append(GatewayMemory(shuffle=shuffle, seen=seen))
         return found
 
-    def costs(self) -> dict[str, dict[str, float]]:
-        """Processor seconds of one volume job by process: this product's, and plain Ray's."""
-        say("processor time by process")
-        forms = {f"plain Ray, {form}": lambda form=form: self._score_plain(4 * MIB, form) for form in FORMS}
-        ours = {
-            f"this product, {shuffle}": lambda shuffle=shuffle: self._score(shuffle, 4 * MIB)
-            for shuffle in sealed.SHUFFLES
-        }
-        return {
-            **{name: _cost(work, self._plain.roles(), self._scale.job_rounds) for name, work in forms.items()},
-            **{name: _cost(work, self._ours.roles(), self._scale.job_rounds) for name, work in ours.items()},
-        }
+    def job_costs(self) -> dict[str, processes.Cost]:
+        """Processor seconds of one volume job by process, this product's and plain Ray's."""
+        say("processor time of the volume job")
+        repeats, found = self._scale.job_rounds, {}
+        for form in FORMS:
+            work = functools.partial(self._score_plain, stages.SHARD_BYTES, form)
+            found[f"plain Ray, {form}"] = processes.cost(work, self._plain.roles(), repeats)
+        for shuffle in sealed.SHUFFLES:
+            work = functools.partial(self._score, shuffle, stages.SHARD_BYTES)
+            found[shuffle] = processes.cost(work, self._ours.roles(), repeats)
+        return found
+
+    def call_costs(self) -> dict[str, processes.Cost]:
+        """Processor seconds of one small call by process."""
+        say("processor time of a call")
+        value, count, rounds = os.urandom(CALL_BYTES), self._scale.calls, self._scale.call_rounds
+        ray = processes.cost(lambda: self._plain.calls(count, CALL_BYTES), self._plain.roles(), rounds)
+        ours = processes.cost(lambda: sealed.calls(self.session, value, count), self._ours.roles(), rounds)
+        return {"plain Ray": ray.per(count), "this product": ours.per(count)}
 
     def call_stages(self, root: Path) -> list[stages.Stage]:
         """What a small call consists of."""
@@ -210,31 +217,13 @@ class Bench:
         with contextlib.closing(self._gate(root / "j")) as gate:
             return {
                 shuffle: stages.of_job(
-                    gate,
-                    DATASET,
-                    self._table,
-                    self._coefficients,
-                    obligations=obligations[shuffle],
-                    shard_bytes=4 * MIB,
-                    sample=self._scale.stage_shards,
+                    gate, DATASET, self._table, self._coefficients, obligations[shuffle], self._scale.stage_shards
                 )
                 for shuffle in sealed.SHUFFLES
             }
 
     def _gate(self, directory: Path) -> stages.Gate:
         return stages.Gate(self._ours.policies, sealed.ZONE, directory)
-
-
-def _cost(work: Any, roles: dict[str, list[int]], repeats: int) -> dict[str, float]:
-    """Return the processor seconds of one *work* by role, averaged over *repeats*, and its median ``wall`` seconds."""
-    before = processes.cpu_seconds(roles)
-    walls = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        walls.append(time.perf_counter() - start)
-    after = processes.cpu_seconds(roles)
-    return {"wall": statistics.median(walls), **{role: (after[role] - before[role]) / repeats for role in roles}}
 
 
 if __name__ == "__main__":

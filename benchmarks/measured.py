@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-from benchmarks.processes import Memory
+from benchmarks.processes import Cost, Memory
 from benchmarks.stages import Stage
 
 
@@ -85,7 +85,8 @@ class Measured:
     memory: list[GatewayMemory]
     call_stages: list[Stage]
     job_stages: dict[str, list[Stage]]
-    #: Processor seconds of one job: run to role to seconds; ``wall`` is its median time.
-    job_costs: dict[str, dict[str, float]]
+    #: Of one call: side to cost. Of one job in shards of 4 MiB: shuffle, or plain Ray's form, to cost.
+    call_costs: dict[str, Cost]
+    job_costs: dict[str, Cost]
     #: Controls that the clusters' sandboxes lacked.
     degradations: list[str]

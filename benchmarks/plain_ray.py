@@ -128,10 +128,13 @@ class PlainRay:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have the driver do something and return what it measured."""
-        assert self._driver is not None and self._driver.stdin is not None and self._driver.stdout is not None
-        self._driver.stdin.write(json.dumps(request) + "\n")
-        self._driver.stdin.flush()
-        line = self._driver.stdout.readline()
+        assert self._driver is not None
+        questions, answers = self._driver.stdin, self._driver.stdout
+        assert questions is not None
+        assert answers is not None
+        questions.write(json.dumps(request) + "\n")
+        questions.flush()
+        line = answers.readline()
         if not line:
             raise RuntimeError(f"plain Ray's driver ended; see {self._state}/driver.log")
         answer: dict[str, Any] = json.loads(line)

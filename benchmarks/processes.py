@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +54,34 @@ def _cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What some work costs: time, and processor seconds by role."""
+
+    seconds: float
+    cpu: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Processor seconds of all roles."""
+        return sum(self.cpu.values())
+
+    def per(self, count: int) -> Cost:
+        """Return the cost of one of *count* equal parts."""
+        return Cost(seconds=self.seconds / count, cpu={role: value / count for role, value in self.cpu.items()})
+
+
+def cost(work: Callable[[], object], roles: Mapping[str, list[int]], repeats: int) -> Cost:
+    """Return the median time of *work* and the average processor seconds that each role's processes used for it."""
+    walls, before = [], cpu_seconds(roles)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        walls.append(time.perf_counter() - start)
+    after = cpu_seconds(roles)
+    return Cost(seconds=statistics.median(walls), cpu={role: (after[role] - before[role]) / repeats for role in roles})
 
 
 @dataclass(slots=True, kw_only=True)

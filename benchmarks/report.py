@@ -3,50 +3,96 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from benchmarks.measured import ArgumentCall, GatewayMemory, Job, Measured
-from benchmarks.stages import Stage
+from benchmarks.processes import own_bytes
 
 _INTRODUCTION = """\
 # Benchmarks
 
-Written by `make bench`. Both sides ran at the same time of day on the same machine and took turns; numbers are medians, and
-ratios are medians of the rounds' ratios. This product was called through its public API, with policy, the durable ledger,
-padding and sandboxes on; nothing in it exists for this benchmark. Plain Ray ran as `ray start` makes it, three raylets with
-the driver on one and an actor on each of the others, without token, TLS, dashboard and log monitor, which makes it faster.
-Both compute the same NumPy function on the same table. All processes share the machine's cores.
+Written by `make bench`; every number comes from one run of it on the machine below. Both sides ran there at the same
+time and took turns. Times are medians, and ratios are medians of the rounds' ratios.
+
+This product is called through its public API, with policy, the durable ledger, padding and sandboxes on; nothing in
+it exists for this benchmark. Plain Ray runs as `ray start` makes it: three raylets, the driver on one, an actor on
+each of the others, without token, TLS, dashboard and log monitor, which only makes it faster. Both compute the same
+NumPy function on the same table. All processes share the machine's cores.
+"""
+_CALL = """\
+## A call of {size:,} bytes
+
+`f.remote(value).result()` against `ray.get(actor.f.remote(value))`. The value goes there and comes back; {rounds}
+rounds of {calls} calls on each side.
+"""
+_CALL_STAGES = """\
+### Where the time of a call goes
+
+Each stage alone, with the product's own functions, warm, in one process.
+"""
+_CALL_COSTS = """\
+### Processor time of a call, by process
+"""
+_JOB = """\
+## The volume job: {size:,.0f} MB
+
+`f.map(table)` on two actors, from the memory-mapped table to the probabilities of all rows in order; {rounds} rounds.
+Plain Ray gets all shards at once and gives all results at once, which was its fastest way, as matrices that the
+driver builds or as Arrow tables. Ratios are against the faster of the two.
+"""
+_JOB_COSTS = """\
+### Processor time of the volume job, by process
+
+Shards of 4 MiB. The processor time of all processes, divided by the number of cores, is the least time that a job
+takes.
+"""
+_JOB_STAGES = """\
+### Where the processor time of the volume job goes
+
+Each stage alone, in one process, on the same shards of 4 MiB, in processor seconds for all shards together. In the
+product, stages of different shards overlap on all cores.
+"""
+_MEMORY = """\
+## Memory of the gateway
+
+Anonymous and shared memory (`RssAnon` and `RssShmem` of `/proc/<pid>/status`), looked at every 5 ms during a volume
+job in shards of 4 MiB. Pages of the memory-mapped data set (`RssFile`) are the data; they stand in a column of their
+own.
+"""
+_ATTACH = """\
+## Attach to first result
+
+A session for which nothing is warm: Vault login, policy, an actor placed by Ray, grant, keys, keeper and sandbox
+started, one call. Seconds of each session: {seconds}.
 """
 
 
 def markdown(found: Measured) -> str:
     """Return the whole report."""
+    call, job = found.call, found.jobs[0]
+    seconds = ", ".join(f"{second:.2f}" for second in found.attach.seconds)
     parts = [
         _INTRODUCTION,
-        _table(("machine", ""), found.machine.items()),
-        f"Sandbox: {_sandbox(found.degradations)}. {_scale(found)}\n",
+        _table(("machine", ""), [*found.machine.items(), ("sandboxes", _sandbox(found.degradations))]),
         "## Targets\n",
         _table(("measured", "target", "found", "met"), _targets(found)),
-        f"## A call of {found.call.size:,} bytes\n",
-        f"`f.remote(value).result()` against `ray.get(actor.f.remote(value))`; the value goes there and comes back. "
-        f"{len(found.call.ours)} rounds of {len(found.call.ours[0])} calls each.\n",
-        _table(("", "p50 ms", "p95 ms"), _calls(found.call)),
-        _stages_of_call(found),
-        f"## The volume job: {found.jobs[0].bytes / 1e6:,.0f} MB\n",
-        "`f.map(table)` on two actors, from the memory-mapped table to the probabilities of all rows in order. Plain Ray gets "
-        "every shard at once, as a matrix that the driver builds or as an Arrow table; ratios are against the faster one.\n",
-        _table(("shards", "run", "seconds", "MB/s", "ratio"), _jobs(found.jobs)),
-        _costs(found),
-        _stages_of_job(found),
-        "## Memory of the gateway\n",
-        "Anonymous and shared memory (`RssAnon` and `RssShmem` of `/proc/<pid>/status`), looked at every 5 ms during a volume "
-        "job in shards of 4 MiB; pages of the memory-mapped data set are the data, and stand in a column of their own.\n",
-        _table(("shuffle", "before MB", "peak MB", "after MB", "grown MB", "data pages MB"), _memory(found.memory)),
-        "## Attach to first result\n",
-        "A session for which nothing is warm: Vault login, policy, a GPU actor placed by Ray, grant, keys, keeper and sandbox "
-        "started, one call. Seconds of each: " + ", ".join(f"{second:.2f}" for second in found.attach.seconds) + ".\n",
+        _CALL.format(size=call.size, rounds=len(call.ours), calls=len(call.ours[0])),
+        _table(("", "p50 ms", "p95 ms"), _calls(call)),
+        _CALL_STAGES,
+        _table(("stage", "where", "µs"), _call_stages(found)),
+        _CALL_COSTS,
+        _table(("", "processor µs", "of which"), _call_costs(found)),
+        _JOB.format(size=job.bytes / 1e6, rounds=found.scale.job_rounds),
+        _table(("shards", "", "seconds", "MB/s", "ratio"), _jobs(found.jobs)),
+        _JOB_COSTS,
+        _table(("", "seconds", "processor seconds", "of which"), _job_costs(found)),
+        _JOB_STAGES,
+        _table(("stage", "where", *(f"`{shuffle}`" for shuffle in found.job_stages)), _job_stages(found)),
+        _MEMORY,
+        _table(("shuffle", "before MB", "peak MB", "grown MB", "after MB", "data MB"), _memory(found.memory)),
+        _ATTACH.format(seconds=seconds),
     ]
     return "\n".join(parts)
 
@@ -55,51 +101,68 @@ def _sandbox(degradations: Sequence[str]) -> str:
     return f"degraded: {', '.join(degradations)}" if degradations else "strict"
 
 
-def _scale(found: Measured) -> str:
-    scale = found.scale
-    return f"{scale.rows:,} rows, {scale.job_rounds} rounds of the volume job."
-
-
-def _table(head: Sequence[str], rows: object) -> str:
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]  # type: ignore[attr-defined]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _targets(found: Measured) -> list[tuple[str, str, str, str]]:
-    attach, grown = statistics.median(found.attach.seconds), max(item.seen.grown for item in found.memory) / 1e6
+    attach = statistics.median(found.attach.seconds)
+    grown = max(item.seen.grown for item in found.memory) / 1e6
+    ratio = found.call.ratio()
     rows = [
-        (
-            f"call of {found.call.size:,} bytes, p50 by plain Ray's",
-            "at most 0.80",
-            f"{found.call.ratio():.2f}",
-            _met(found.call.ratio() <= 0.8),
-        )
+        (f"call of {found.call.size:,} bytes, p50 / plain Ray's", "at most 0.80", f"{ratio:.2f}", _met(ratio <= 0.8))
     ]
-    for shuffle, least in (("none", 1.5), ("blocks(16)", 1.0), ("rows", 0.0)):
+    for shuffle, least in (("none", 1.5), ("blocks(16)", 1.0), ("rows", None)):
         for job in found.jobs:
+            what = f"`{shuffle}`, shards of {job.shard_mib} MiB: bytes/s / plain Ray's"
             ratio = job.ratio(shuffle)
-            rows.append(
-                (
-                    f"bytes/s by plain Ray's, `{shuffle}`, shards of {job.shard_mib} MiB",
-                    f"at least {least:.1f}" if least else "reported",
-                    f"{ratio:.2f}",
-                    _met(ratio >= least) if least else "",
-                )
-            )
+            if least is None:
+                rows.append((what, "reported", f"{ratio:.2f}", ""))
+            else:
+                rows.append((what, f"at least {least:.1f}", f"{ratio:.2f}", _met(ratio >= least)))
     rows.append(("attach to first result", "at most 5 s", f"{attach:.2f} s", _met(attach <= 5)))
-    rows.append(("gateway's memory above the data", "at most 200 MB", f"{grown:.0f} MB", _met(grown <= 200)))
+    rows.append(("memory of the gateway above the data", "at most 200 MB", f"{grown:.0f} MB", _met(grown <= 200)))
     return rows
 
 
 def _met(met: bool) -> str:
-    return "yes" if met else "no"
+    return "yes" if met else "**no**"
 
 
 def _calls(call: ArgumentCall) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, rounds in (("this product", call.ours), ("plain Ray", call.ray)):
+        p50, p95 = np.percentile(np.concatenate(rounds), (50, 95)) * 1e3
+        rows.append((name, f"{p50:.3f}", f"{p95:.3f}"))
+    return rows
+
+
+def _call_stages(found: Measured) -> list[tuple[str, str, str]]:
+    total = float(np.percentile(np.concatenate(found.call.ours), 50))
+    stages = sum(seconds for _, _, seconds in found.call_stages)
     return [
-        (name, *(f"{np.percentile(np.concatenate(rounds), percent) * 1e3:.3f}" for percent in (50, 95)))
-        for name, rounds in (("this product", call.ours), ("plain Ray", call.ray))
-    ]  # type: ignore[misc]
+        *((name, where, _micros(seconds)) for name, where, seconds in found.call_stages),
+        ("**sum**", "", _micros(stages)),
+        (
+            "remainder: cold caches, system calls, waiting for a core, Python between stages",
+            "",
+            _micros(total - stages),
+        ),
+        ("**measured, p50**", "", _micros(total)),
+    ]
+
+
+def _call_costs(found: Measured) -> list[tuple[str, str, str]]:
+    rows = []
+    for side, cost in found.call_costs.items():
+        parts = ", ".join(f"{role} {_micros(seconds)}" for role, seconds in cost.cpu.items())
+        rows.append((side, _micros(cost.total), parts))
+    return rows
+
+
+def _micros(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f}"
 
 
 def _jobs(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
@@ -117,72 +180,35 @@ def _job(job: Job, name: str, seconds: Sequence[float], ratio: str) -> tuple[str
     return f"{job.shard_mib} MiB", name, f"{median:.2f}", f"{job.bytes / median / 1e6:,.0f}", ratio
 
 
-def _memory(memory: Sequence[GatewayMemory]) -> list[tuple[str, ...]]:
-    rows = []
-    for item in memory:
-        seen = item.seen
-        before, after = (status["RssAnon"] + status["RssShmem"] for status in (seen.before, seen.after))
-        rows.append(
-            (
-                f"`{item.shuffle}`",
-                *(f"{size / 1e6:.0f}" for size in (before, seen.peak, after, seen.grown, seen.peak_file)),
-            )
-        )
+def _job_costs(found: Measured) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, cost in found.job_costs.items():
+        parts = ", ".join(f"{role} {seconds:.2f}" for role, seconds in cost.cpu.items())
+        shown = name if name.startswith("plain") else f"this product, `{name}`"
+        rows.append((shown, f"{cost.seconds:.2f}", f"{cost.total:.2f}", parts))
     return rows
 
 
-def _stages_of_call(found: Measured) -> str:
-    total = statistics.median(statistics.median(calls) for calls in found.call.ours)
-    head = "### Where the time of a call goes\n\nEach stage alone, with the product's own functions, warm, in one process.\n"
-    rows = [(name, where, f"{seconds * 1e6:,.0f}") for name, where, seconds in found.call_stages]
-    stages = sum(seconds for _, _, seconds in found.call_stages)
-    rows.append(("**sum**", "", f"{stages * 1e6:,.0f}"))
-    rows.append(
-        ("remainder: cold caches, thread switches and Python between the stages", "", f"{(total - stages) * 1e6:,.0f}")
-    )
-    rows.append(("**measured, p50**", "", f"{total * 1e6:,.0f}"))
-    return head + "\n" + _table(("stage", "where", "µs"), rows)
-
-
-def _costs(found: Measured) -> str:
-    head = (
-        "### Processor seconds of one job, by process\n\nShards of 4 MiB. What all processes use together, divided by the "
-        "cores, is the least that a job can take.\n"
-    )
-    rows = []
-    for run, costs in found.job_costs.items():
-        parts = ", ".join(f"{role} {seconds:.2f}" for role, seconds in costs.items() if role != "wall")
-        total = sum(seconds for role, seconds in costs.items() if role != "wall")
-        rows.append((run, f"{costs['wall']:.2f}", f"{total:.2f}", parts))
-    return head + "\n" + _table(("run", "seconds", "processor seconds", "of which"), rows)
-
-
-def _stages_of_job(found: Measured) -> str:
-    head = (
-        "### Where the processor time of the volume job goes\n\nEach stage alone on the same shards of 4 MiB, one process, "
-        "summed over all shards; seconds. Stages of different shards overlap in the product, on all cores.\n"
-    )
+def _job_stages(found: Measured) -> list[tuple[str, ...]]:
     shuffles = list(found.job_stages)
-    names = [(name, where) for name, where, _ in found.job_stages[shuffles[0]]]
-    columns = {shuffle: _seconds(found.job_stages[shuffle]) for shuffle in shuffles}
-    rows = [(name, where, *(f"{columns[shuffle][name]:.3f}" for shuffle in shuffles)) for name, where in names]
-    sums = {shuffle: sum(columns[shuffle].values()) for shuffle in shuffles}
-    used = {shuffle: _used(found, shuffle) for shuffle in shuffles}
+    by_name = {shuffle: {name: seconds for name, _, seconds in found.job_stages[shuffle]} for shuffle in shuffles}
+    sums = {shuffle: sum(by_name[shuffle].values()) for shuffle in shuffles}
+    used = {shuffle: found.job_costs[shuffle].total for shuffle in shuffles}
+    rows: list[tuple[str, ...]] = [
+        (name, where, *(f"{by_name[shuffle][name]:.3f}" for shuffle in shuffles))
+        for name, where, _ in found.job_stages[shuffles[0]]
+    ]
+    rest = "remainder: system calls, page faults, Python between stages"
     rows.append(("**sum**", "", *(f"{sums[shuffle]:.3f}" for shuffle in shuffles)))
-    rows.append(
-        (
-            "remainder: page faults, waking processes, Python between the stages",
-            "",
-            *(f"{used[shuffle] - sums[shuffle]:.3f}" for shuffle in shuffles),
-        )
-    )
-    rows.append(("**measured processor seconds**", "", *(f"{used[shuffle]:.3f}" for shuffle in shuffles)))
-    return head + "\n" + _table(("stage", "where", *(f"`{shuffle}`" for shuffle in shuffles)), rows)
+    rows.append((rest, "", *(f"{used[shuffle] - sums[shuffle]:.3f}" for shuffle in shuffles)))
+    rows.append(("**measured**", "", *(f"{used[shuffle]:.3f}" for shuffle in shuffles)))
+    return rows
 
 
-def _used(found: Measured, shuffle: str) -> float:
-    return sum(seconds for role, seconds in found.job_costs[f"this product, {shuffle}"].items() if role != "wall")
-
-
-def _seconds(stages: Sequence[Stage]) -> dict[str, float]:
-    return {name: seconds for name, _, seconds in stages}
+def _memory(memory: Sequence[GatewayMemory]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for item in memory:
+        seen = item.seen
+        sizes = (own_bytes(seen.before), seen.peak, seen.grown, own_bytes(seen.after), seen.peak_file)
+        rows.append((f"`{item.shuffle}`", *(f"{size / 1e6:.0f}" for size in sizes)))
+    return rows

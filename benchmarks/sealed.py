@@ -1,7 +1,7 @@
 """This product, through its public API alone, on an embedded cluster of its own. This module does I/O.
 
-Policies are the shipped ones with three changes, written to a directory of the benchmark's own: the volume data set has a
-name for each kind of shuffle, a session may send many small calls, and the strict sandbox stays as it is.
+Policies are the shipped ones, copied to a directory of the benchmark's own, with two changes: the volume data set has
+a name for each kind of shuffle, and a session may send many small calls.
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from benchmarks.arithmetic import echo, score_batch
 from ray_gpu import Batch, functions
+from ray_gpu.answers import write_outcome
 from ray_gpu.outcome import open_outcome
-from ray_gpu.sandbox.child import write_outcome
 from ray_gpu.share import open_sealed, share_value
 from ray_gpu.wire import recv_message, send_message
 from zones import plan, shards, values
@@ -50,6 +51,8 @@ from zones.policy import Policy
 #: A stage's name, where it runs, and its seconds.
 Stage = tuple[str, str, float]
 
+#: Size of the volume job's shards here, bytes.
+SHARD_BYTES = 4 << 20
 _GRANT_DIGEST = "0" * 64
 _LEASE = "lease-of-the-benchmark"
 _ECHO_PROGRAM = """
@@ -222,14 +225,7 @@ def _round_trip(near: socket.socket, far: socket.socket, *, repeats: int) -> flo
 
 
 def of_job(
-    gate: Gate,
-    dataset: str,
-    table: pa.Table,
-    coefficients: list[Any],
-    *,
-    obligations: Obligations,
-    shard_bytes: int,
-    sample: int,
+    gate: Gate, dataset: str, table: pa.Table, coefficients: list[Any], obligations: Obligations, sample: int
 ) -> list[Stage]:
     """Return the processor seconds that the stages of ``f.map(table)`` take, each summed over all shards.
 
@@ -239,64 +235,68 @@ def of_job(
         table: The rows; memory-mapped.
         coefficients: The function's further arguments.
         obligations: How rows are shuffled.
-        shard_bytes: As the call's option.
         sample: Shards to measure; the sum is scaled to all of them.
     """
     question = gate.question(dataset, table.column_names)
-    start = time.perf_counter()
-    decision = gate.decide(question)
-    policy_s = time.perf_counter() - start
-    start = time.perf_counter()
-    gate.intend(question, gate.decided(question, decision)).settle(outcome="done")
-    ledger_s = time.perf_counter() - start
-    start = time.perf_counter()
-    stripped = shards.strip(table)
-    order = plan.make_plan(
-        table.num_rows,
-        plan.row_bytes(stripped),
-        obligations=obligations,
-        seed=secrets.token_bytes(32),
-        shard_bytes=shard_bytes - shard_bytes // 64 - (8 << 10),
-    )
-    plan_s = time.perf_counter() - start
+    clock = Clock()
+    with clock.stage("policy: one decision", "gateway"):
+        decision = gate.decide(question)
+    with clock.stage("ledger: decision, intent and completion on disk", "gateway"):
+        gate.intend(question, gate.decided(question, decision)).settle(outcome="done")
+    with clock.stage("strip and plan (draw the order)", "gateway"):
+        stripped = shards.strip(table)
+        order = plan.make_plan(
+            table.num_rows,
+            plan.row_bytes(stripped),
+            obligations=obligations,
+            seed=secrets.token_bytes(32),
+            shard_bytes=SHARD_BYTES - SHARD_BYTES // 64 - (8 << 10),
+        )
     totals, parts = _shards(stripped, order, coefficients, sample)
-    start = time.perf_counter()
-    result = shards.reassemble(parts, order)
-    reassemble_s = time.perf_counter() - start
-    start = time.perf_counter()
-    values.decode(open_sealed(share_value(result)))
-    hand_over_s = time.perf_counter() - start
-    return [
-        ("policy: one decision", "gateway", policy_s),
-        ("ledger: decision, intent and completion on disk", "gateway", ledger_s),
-        ("strip and plan (draw the order)", "gateway", plan_s),
-        *totals,
-        ("put the rows back in order", "gateway", reassemble_s),
-        ("hand the result over in shared memory", "gateway, notebook", hand_over_s),
-    ]
+    for (name, where), seconds in totals.items():
+        clock.seconds[name, where] = seconds
+    with clock.stage("put the rows back in order", "gateway"):
+        result = shards.reassemble(parts, order)
+    with clock.stage("hand the result over in shared memory", "gateway, notebook"):
+        values.decode(open_sealed(share_value(result)))
+    return [(name, where, seconds) for (name, where), seconds in clock.seconds.items()]
 
 
 def _shards(
     table: pa.Table, order: plan.Plan, coefficients: list[Any], sample: int
-) -> tuple[list[Stage], dict[int, Any]]:
+) -> tuple[dict[tuple[str, str], float], dict[int, Any]]:
     """Take *sample* shards through every stage; return the stages scaled to all shards, and a result per shard."""
     with _Path(shards.shard_size(table, order, 0)) as path:
         path.shard(table, order, 0, coefficients)
-        path.seconds = dict.fromkeys(path.seconds, 0.0)
-        step = max(1, len(order) // sample)
-        taken = range(0, len(order), step)
+        path.clock.seconds.clear()
+        taken = range(0, len(order), max(1, len(order) // sample))
         parts = {index: path.shard(table, order, index, coefficients) for index in taken}
-        scale = len(order) / len(taken)
-        stages = [(name, where, seconds * scale) for (name, where), seconds in path.seconds.items()]
-    # Shards that were not taken get another one's result of the same length, so that all can be put together.
-    whole = {index: parts.get(index, parts[0])[: order.shard_rows(index)] for index in range(len(order))}
-    return stages, {index: _resized(part, order.shard_rows(index)) for index, part in whole.items()}
+        seconds = {name: value * len(order) / len(taken) for name, value in path.clock.seconds.items()}
+    # The shards that were left out get a result of their length, so that all can be put in order.
+    return seconds, {
+        index: parts.get(index, np.resize(parts[0], order.shard_rows(index))) for index in range(len(order))
+    }
 
 
-def _resized(part: Any, rows: int) -> Any:
-    import numpy as np  # noqa: PLC0415 - only here
+class Clock:
+    """Processor seconds of the calling thread, by stage and place.
 
-    return part if len(part) == rows else np.resize(part, rows)
+    Not of the process: a linear algebra library's threads spin for a while after each product.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[str, str], float] = {}
+
+    @contextmanager
+    def stage(self, name: str, where: str) -> Iterator[None]:
+        """Add what the context costs to a stage."""
+        start = time.thread_time()
+        yield
+        self.add(name, where, time.thread_time() - start)
+
+    def add(self, name: str, where: str, seconds: float) -> None:
+        """Add seconds to a stage."""
+        self.seconds[name, where] = self.seconds.get((name, where), 0.0) + seconds
 
 
 class _Path:
@@ -312,7 +312,7 @@ class _Path:
         self._piece = memoryview(bytearray(PIECE_BYTES))
         self._key = LeaseKey(secrets.token_bytes(32))
         self._number = 0
-        self.seconds: dict[tuple[str, str], float] = {}
+        self.clock = Clock()
         self._near, self._far = _loopback()
 
     def __enter__(self) -> _Path:
@@ -322,36 +322,32 @@ class _Path:
         self._near.close()
         self._far.close()
 
-    @contextmanager
-    def _stage(self, name: str, where: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name, where] = self.seconds.get((name, where), 0.0) + time.perf_counter() - start
-
     def shard(self, table: pa.Table, order: plan.Plan, index: int, coefficients: list[Any]) -> Any:
         """Take one shard through every stage and return its result."""
-        with self._stage("gather the rows into an Arrow stream", "gateway"):
+        stage = self.clock.stage
+        with stage("gather the rows into an Arrow stream", "gateway"):
             size = shards.write_shard(table, order, index, lambda _: self._plain[LENGTH_BYTES:])
-        with self._stage("pad and seal", "gateway"):
+        with stage("pad and seal", "gateway"):
             padded, body = self._seal(size, Kind.SHARD, Direction.OUT)
-        with self._stage("send and receive over loopback TCP", "gateway, keeper"):
-            self._move(body)
-        with self._stage("open", "keeper"):
+        self._move(body, "send and receive over loopback TCP", "gateway, keeper")
+        with stage("open", "keeper"):
             self._open(padded, body, Kind.SHARD, Direction.OUT)
-        with self._stage("copy into the sandbox's memory", "keeper"):
+        with stage("copy into the sandbox's memory", "keeper"):
             self._shared[:size] = self._opened[LENGTH_BYTES : LENGTH_BYTES + size]
-        with self._stage("compute", "sandbox"):
+        with stage("compute", "sandbox"):
             batch = Batch(shards.read_ipc(self._shared[:size], trusted=True))
             value = score_batch(batch, *coefficients)
             del batch
-        with self._stage("encode the result", "sandbox"):
+        with stage("encode the result", "sandbox"):
             used = write_outcome(self._shared, {"status": "ok", "printed": ""}, value)
-        with self._stage("seal, send, receive, open the result", "keeper, gateway"):
+        back = ("seal, send, receive, open the result", "keeper, gateway")
+        with stage(*back):
             self._plain[LENGTH_BYTES : LENGTH_BYTES + used] = self._shared[:used]
             padded, body = self._seal(used, Kind.RESULT, Direction.BACK)
-            self._move(body)
+        self._move(body, *back)
+        with stage(*back):
             self._open(padded, body, Kind.RESULT, Direction.BACK)
-        with self._stage("check and decode the result", "gateway"):
+        with stage("check and decode the result", "gateway"):
             copy = memoryview(bytes(self._opened[LENGTH_BYTES : LENGTH_BYTES + used]))
             return open_outcome(copy).value
 
@@ -376,13 +372,23 @@ class _Path:
             filled += opener.update_into(self._sealed[start : min(start + PIECE_BYTES, body)], self._opened[filled:])
         opener.finalize_into(self._opened[filled:])
 
-    def _move(self, size: int) -> None:
-        sender = threading.Thread(target=self._near.sendall, args=(self._sealed[:size],))
+    def _move(self, size: int, name: str, where: str) -> None:
+        """Send *size* sealed bytes in another thread and receive them in this one, both counted for the stage."""
+
+        def send() -> None:
+            start = time.thread_time()
+            self._near.sendall(self._sealed[:size])
+            sent.append(time.thread_time() - start)
+
+        sent: list[float] = []
+        sender = threading.Thread(target=send)
         sender.start()
-        left = size
+        start, left = time.thread_time(), size
         while left:
             left -= self._far.recv_into(self._piece[: min(left, PIECE_BYTES)])
+        received = time.thread_time() - start
         sender.join()
+        self.clock.add(name, where, sum(sent) + received)
 
 
 def _loopback() -> tuple[socket.socket, socket.socket]:

@@ -23,7 +23,8 @@ from typing import Any
 
 import msgpack
 
-from ray_gpu.wire import recv_message, send_message, unix_connect
+from ray_gpu.wire import error_reply, recv_message, send_message, unix_connect
+from zones.errors import ClusterError
 
 #: Path of the custodian's Unix socket as the node's workers see it.
 CUSTODIAN_VARIABLE = "RAY_GPU_CUSTODIAN"
@@ -45,17 +46,29 @@ class GpuActor:
     """One lease's presence on a GPU node."""
 
     def __init__(self) -> None:
-        self._custodian = unix_connect(os.environ[CUSTODIAN_VARIABLE])
-        self._custodian.settimeout(CUSTODIAN_TIMEOUT_S)
+        self._custodian: socket.socket | None = None
+        # An actor that cannot even start would not say on which node; this one says it when asked for an offer.
+        with contextlib.suppress(OSError):
+            self._custodian = unix_connect(os.environ[CUSTODIAN_VARIABLE])
+            self._custodian.settimeout(CUSTODIAN_TIMEOUT_S)
         # Requests and hand-overs share one connection, so that its end means the actor's end.
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._listener: socket.socket | None = None
 
     def offer(self, lease_id: str) -> dict[str, Any]:
-        """Return the node's id and the custodian's answer, unread: ``{"node": ..., "reply": {...}}``."""
-        reply = self._ask({"op": "offer", "lease": lease_id})
-        return {"node": os.environ[NODE_VARIABLE], "reply": reply}
+        """Return the node's id and the custodian's answer, unread: ``{"node": ..., "reply": {...}}``.
+
+        The answer of a node without a custodian is a :class:`~zones.errors.ClusterError` that names it.
+        """
+        node = os.environ[NODE_VARIABLE]
+        try:
+            return {"node": node, "reply": self._ask({"op": "offer", "lease": lease_id})}
+        except OSError as error:
+            lonely = ClusterError(
+                f"the custodian of node {node} does not answer; start it again", node=node, reason=type(error).__name__
+            )
+            return {"node": node, "reply": error_reply(lonely)}
 
     def grant(self, document: bytes) -> dict[str, Any]:
         """Hand a grant to the custodian and open the endpoint if it accepts.
@@ -85,6 +98,9 @@ class GpuActor:
 
         The relay keeps this call pending: its result or failure says that the lease is lost.
         """
+        if self._custodian is None:
+            self._closed.wait()
+            return "the actor was closed"
         poller = select.poll()
         # Not POLLIN: replies belong to the thread that asked for them.
         poller.register(self._custodian, select.POLLRDHUP)
@@ -101,9 +117,12 @@ class GpuActor:
                 # Wakes the thread in accept(); closing alone would leave it there.
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
-        self._custodian.close()
+        if self._custodian is not None:
+            self._custodian.close()
 
     def _ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        if self._custodian is None:
+            raise ConnectionError("there is no custodian on this node; start it, then place the lease again")
         with self._lock:
             send_message(self._custodian, request, fds)
             reply, _ = recv_message(self._custodian, max_bytes=MAX_DOCUMENT_BYTES)

@@ -55,7 +55,7 @@ class Call(Generic[R]):
         self._error: BaseException | None = None
         #: Once done: shards by node, rows, bytes sent.
         self.report: dict[str, Any] = {}
-        self._one = bool(request["options"]["whole"])
+        self._one = request["mode"] == "call" or bool(request["options"]["whole"])
         message, fds = _with_data(request, data)
         try:
             self._sock = session.begin(self)

@@ -125,9 +125,13 @@ class Custodian:
     def _answer(self, request: dict[str, Any], fds: list[int], leases: set[str]) -> dict[str, Any]:
         try:
             lease = check_id(str(request.get("lease")), what="lease")
-            leases.add(lease)
             if request.get("op") == "offer":
-                return {"ok": True, **self.offer(lease)}
+                offered = self.offer(lease)
+                leases.add(lease)
+                return {"ok": True, **offered}
+            # A lease ends with the actor that asked for its offer; no other may name it.
+            if lease not in leases:
+                raise GrantRefusedError("this actor has no offer for the lease; ask for a new lease")
             if request.get("op") == "grant":
                 return {"ok": True, **self.grant(lease, request)}
             if request.get("op") == "connection" and fds:
@@ -210,7 +214,7 @@ class Custodian:
         if missing:
             raise SandboxLevelError(
                 f"node {settings.node} is degraded: {', '.join(sorted(missing))}; "
-                "mend the node (ray-gpu doctor) or let the zone's policy accept it",
+                "mend the node (`ray-gpu status` there says how) or let the zone's policy accept it",
                 node=settings.node,
                 reasons=sorted(missing),
             )
@@ -367,9 +371,12 @@ def main(argv: list[str]) -> None:
     import json  # noqa: PLC0415 - only the entry point reads files
 
     document = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
-    vault.login_approle(document["role_id"], document["secret_id"])
-    identity = NodeIdentity.enrol(document["node"], vault)
+    try:
+        vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
+        vault.login_approle(document["role_id"], document["secret_id"])
+        identity = NodeIdentity.enrol(document["node"], vault)
+    except ZoneError as error:
+        sys.exit(f"the custodian of {document['node']} did not start: {type(error).__name__}: {error.message}")
     settings = NodeSettings(
         node=document["node"],
         pool=document["pool"],

@@ -108,6 +108,7 @@ class Gateway:
             opener=LeaseOpener(zone, self._vault, self._relay, self._vault.node_ca(), settings.degradations),
             data_dir=settings.data_dir,
             degradations=settings.degradations,
+            reclaim=self.reclaim,
         )
         # What a gateway before this one left behind: leases of its unfinished intents, and keys that outlived theirs.
         self._services.opener.shred_later(
@@ -169,6 +170,12 @@ class Gateway:
             self._sessions[session.id] = session
         return session
 
+    def reclaim(self, needy: Session) -> None:
+        """Make every session but *needy* give back the leases that it does not use."""
+        for session in list(self._sessions.values()):
+            if session is not needy:
+                session.yield_idle()
+
     def join(self, identifier: str, secret: str) -> Session:
         """Return an open session for a further connection of it.
 
@@ -176,9 +183,21 @@ class Gateway:
             SessionClosedError: No such session, or another secret.
         """
         session = self._sessions.get(identifier)
-        if session is None or not hmac.compare_digest(session.secret, secret):
+        if session is None or not hmac.compare_digest(session.secret.encode(), secret.encode()):
             raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
+        with self._lock:
+            if session.connections >= MAX_CONNECTIONS:
+                raise GatewayError(f"this session has {MAX_CONNECTIONS} connections already; wait for a call to finish")
+            session.connections += 1
         return session
+
+    def leave(self, session: Session, *, owner: bool) -> None:
+        """Count a connection of a session off; with the one that attached, the session ends."""
+        if owner:
+            self.detach(session)
+            return
+        with self._lock:
+            session.connections -= 1
 
     def detach(self, session: Session) -> None:
         """Close a session."""
@@ -249,8 +268,8 @@ class Connection:
         except (OSError, MalformedMessageError):
             return
         finally:
-            if self._owner and self._session:
-                self._gateway.detach(self._session)
+            if self._session:
+                self._gateway.leave(self._session, owner=self._owner)
             self._sock.close()
 
     def _answer(self, message: dict[str, Any], fds: list[int]) -> None:
@@ -279,6 +298,10 @@ class Connection:
                 too_large = GatewayError("the answer does not fit one message; return, print or raise less")
                 send_message(self._sock, error_reply(too_large))
 
+    def _need_no_session(self) -> None:
+        if self._session is not None:
+            raise GatewayError("this connection has a session already; open another connection for another one")
+
     def _need_session(self) -> Session:
         if self._session is None:
             raise SessionClosedError("no session on this connection; attach first")
@@ -287,11 +310,13 @@ class Connection:
     def _on_attach(self, message: dict[str, Any], _: list[int]) -> None:
         if self._session is not None:
             raise GatewayError("this connection has a session already; open another connection for another session")
+        self._need_no_session()
         self._session = self._gateway.attach(str(message.get("token")), str(message.get("purpose", "")))
         self._owner = True
         self._send({"ok": True, "secret": self._session.secret, **self._gateway.card(self._session)})
 
     def _on_join(self, message: dict[str, Any], _: list[int]) -> None:
+        self._need_no_session()
         self._session = self._gateway.join(str(message.get("session")), str(message.get("secret")))
         self._send({"ok": True})
 

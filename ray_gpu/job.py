@@ -35,7 +35,7 @@ MAX_ATTEMPTS = 4
 #: Most bytes that travel as one shard when a call wants all rows at once.
 MAX_WHOLE_BYTES = 60 << 20
 #: How long a further lease may take to be placed before a call goes on without it, seconds.
-EXTRA_LEASE_TIMEOUT_S = 5.0
+EXTRA_LEASE_TIMEOUT_S = 15.0
 
 
 @dataclass(slots=True, kw_only=True)

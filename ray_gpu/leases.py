@@ -26,7 +26,16 @@ import msgpack
 from ray_gpu.frames import PlainBuffer, SealedSocket
 from ray_gpu.relay_link import RelayLink
 from zones.config import endpoint_allowed
-from zones.errors import EnvelopeError, GrantRefusedError, LeaseLostError, SandboxLevelError, VaultError, ZoneError
+from zones.errors import (
+    ClusterError,
+    EnvelopeError,
+    GrantRefusedError,
+    LeaseLostError,
+    PlacementError,
+    SandboxLevelError,
+    VaultError,
+    ZoneError,
+)
 from zones.keys import ExchangeKey, derive_lease_key, verify_node_signature
 from zones.model import (
     Decision,
@@ -42,10 +51,14 @@ from zones.model import (
 )
 from zones.vault import Vault, lease_name
 
+#: Ray label that says which pool a node belongs to.
+POOL_LABEL = "ray-gpu-pool"
 #: The keeper's hello must be there by then, seconds.
 HELLO_TIMEOUT_S = 10.0
 #: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
 HEARTBEAT_S = 3.0
+#: Nodes that may fail while one lease is opened.
+MAX_PASSED_OVER = 3
 #: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
 STALL_LIMIT_S = 20
 #: Memory limit of keeper and sandbox together, bytes.
@@ -111,8 +124,8 @@ class Lease:
         """Return the error that says that this lease is gone."""
         why = self.lost or reason
         return LeaseLostError(
-            f"the lease on node {self.node} was lost ({why}); run the call again. If that ends the same way, look in the "
-            f"function for an exit, a crash of native code, or more than {self.terms.memory_bytes >> 20} MiB of memory",
+            f"the lease on node {self.node} was lost ({why}); run the call again. If that ends the same way, look in "
+            f"the function for an exit, a native crash, or more than {self.terms.memory_bytes >> 20} MiB of memory",
             node=self.node,
             reason=why,
         )
@@ -141,17 +154,45 @@ class LeaseOpener:
     def open(self, terms: LeaseTerms, decision: Decision, *, timeout_s: float) -> Lease:
         """Place an actor, grant it a lease, and return the lease once its hello satisfied *decision*.
 
+        Nothing has left while a lease is opened, so a node that fails meanwhile is passed over for another.
+
         Raises:
             PlacementError: No GPU node with room within *timeout_s*.
             SandboxLevelError: The node cannot give the level that policy asks for.
             GrantRefusedError: Node or custodian refused, or the node's signature did not verify.
-            LeaseLostError: The node went away meanwhile.
+            LeaseLostError, ClusterError: Node after node went away meanwhile.
         """
+        deadline = time.monotonic() + timeout_s
+        failed: dict[str, str] = {}
+        while True:
+            try:
+                return self._open(terms, decision, max(0.0, deadline - time.monotonic()), avoid=sorted(failed))
+            except (ClusterError, LeaseLostError) as error:
+                if not error.node or len(failed) == MAX_PASSED_OVER or time.monotonic() > deadline:
+                    raise
+                failed[str(error.node)[:40]] = error.message
+            except PlacementError as error:
+                if not failed:
+                    raise
+                raise PlacementError(
+                    f"{error.message}. Passed over: {'; '.join(failed.values())}", pool=error.pool, reason=error.reason
+                ) from None
+
+    def has_room(self, terms: LeaseTerms) -> bool:
+        """Tell whether Ray counts a free GPU share for *terms* in its pool. A hint: true when nobody can tell."""
+        try:
+            found = list(self._relay.request({"op": "nodes"}, timeout_s=HELLO_TIMEOUT_S).get("nodes") or [])
+            members = [node for node in found if node["alive"] and node["labels"].get(POOL_LABEL) == terms.pool]
+            return any(float(node["gpus_free"]) * 1000 >= terms.gpu_milli - 0.5 for node in members)
+        except (ZoneError, TypeError, ValueError, LookupError, AttributeError):
+            return True
+
+    def _open(self, terms: LeaseTerms, decision: Decision, timeout_s: float, avoid: list[str]) -> Lease:
         not_after = int(time.time()) + terms.max_lease_s
         lease = lease_name(secrets.token_bytes(8), not_after)
         node = ""
         try:
-            offer = self._place(lease, terms, timeout_s)
+            offer = self._place(lease, terms, timeout_s, avoid)
             node = offer.node
             return self._grant(lease, offer, terms, decision, not_after)
         except (OSError, EnvelopeError) as error:
@@ -165,7 +206,7 @@ class LeaseOpener:
             self._abandon(lease, node)
             raise
 
-    def _place(self, lease: str, terms: LeaseTerms, timeout_s: float) -> Offer:
+    def _place(self, lease: str, terms: LeaseTerms, timeout_s: float, avoid: list[str]) -> Offer:
         answer = self._relay.request(
             {
                 "op": "place",
@@ -173,7 +214,7 @@ class LeaseOpener:
                 "pool": terms.pool,
                 "gpus": terms.gpu_milli / 1000,
                 "timeout_s": timeout_s,
-                "labels": {},
+                "labels": {"ray-gpu-node": f"!in({','.join(avoid)})"} if avoid else {},
             },
             timeout_s=timeout_s + 30,
         )

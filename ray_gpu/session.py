@@ -39,6 +39,8 @@ from zones.vault import Person
 
 #: What one intent of small calls reserves: they draw from it without another fsync.
 RESERVED_CALLS, RESERVED_BYTES = 1000, 64 << 20
+#: A lease that no call used for so long goes to another session that needs the room, seconds.
+YIELD_AFTER_S = 2.0
 #: A lease that no call used for so long is given back, seconds.
 IDLE_LIMIT_S = 60.0
 #: No call begins on a lease that ends so soon, seconds.
@@ -60,6 +62,8 @@ class ZoneServices:
     data_dir: Path
     #: Degradations of the zone's own side, for example ``embedded-vault``.
     degradations: tuple[str, ...]
+    #: Makes the other sessions give back the leases that they do not use.
+    reclaim: Callable[[Session], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,8 @@ class Session:
         self._functions_seen: set[str] = set()
         self._small_bytes = 0
         self._closed = False
+        #: Connections that joined; the gateway counts them.
+        self.connections = 0
         #: Threads that end leases.
         self._finishing: list[threading.Thread] = []
         self.receipts: list[dict[str, Any]] = []
@@ -115,7 +121,13 @@ class Session:
         key = (request.function_digest, pool, small, what)
         found = self._allowed.get(key)
         if found is None:
-            found = self._allowed[key] = self._ask(request, source, pool, small)
+            try:
+                found = self._allowed[key] = self._ask(request, source, pool, small)
+            except BaseException:
+                with self._lock:
+                    # Nothing leaves; the function stays counted, once, so that asking again is not cheaper.
+                    self._small_bytes -= len(request.arguments)
+                raise
         return found
 
     def _count_small_bytes(self, request: Request) -> frozenset[str]:
@@ -126,9 +138,10 @@ class Session:
                 self.services.zone,
                 dataset="",
                 columns=None,
-                function_bytes=new,
+                # The function's own cap holds each time that it is asked for, not only the first time.
+                function_bytes=len(request.function),
                 argument_bytes=len(request.arguments),
-                session_bytes=self._small_bytes,
+                session_bytes=self._small_bytes - (len(request.function) - new),
             )
             self._functions_seen.add(request.function_digest)
             self._small_bytes += new + len(request.arguments)
@@ -200,6 +213,8 @@ class Session:
     ) -> Lease | None:
         """Return another lease for a call that has one already, or ``None`` when none can be had in time."""
         try:
+            if not self._has_more_room(self.terms(allowed, request)):
+                return None
             return self.take(allowed, request, timeout_s=timeout_s, check=check)
         except (PlacementError, LeaseLostError, GrantRefusedError, VaultError):
             return None
@@ -241,11 +256,20 @@ class Session:
                 self._room.wait(timeout=WAKE_S)
         return self._open(terms, allowed, request, timeout_s)
 
+    def _has_more_room(self, terms: LeaseTerms) -> bool:
+        """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
+        if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
+            return True
+        self.services.reclaim(self)
+        return self.services.opener.has_room(terms)
+
     def _open(self, terms: LeaseTerms, allowed: Allowed, request: Request, timeout_s: float | None) -> Lease:
         options = request.options
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
+            if not self.services.opener.has_room(terms):
+                self.services.reclaim(self)
             lease = self.services.opener.open(
                 terms, allowed.decision, timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s)
             )
@@ -317,6 +341,11 @@ class Session:
             if lease.id == lease_id and not lease.lost:
                 lease.lost = reason or "the GPU actor died"
                 lease.link.shutdown()
+
+    def yield_idle(self) -> None:
+        """Give back the leases that no call has used for a moment: another session has no room."""
+        now = time.monotonic()
+        self._end([lease for lease in list(self._leases) if now - lease.idle_since > YIELD_AFTER_S])
 
     def heartbeat(self) -> None:
         """Keep idle leases alive, and give back those that nobody used for long. Called every few seconds."""

@@ -56,7 +56,8 @@ def open_sealed(fd: int) -> memoryview:
         return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
     except OSError:
         raise ValueRefusedError(
-            "the data's memory file is not sealed against writing; send it through ray_gpu's own client") from None
+            "the data's memory file is not sealed against writing; send it through ray_gpu's own client"
+        ) from None
     finally:
         os.close(fd)
 

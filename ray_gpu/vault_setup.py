@@ -1,4 +1,4 @@
-"""``ray-gpu vault setup``: everything this project needs inside a Vault.
+"""Everything this project needs inside a Vault.
 
 Writes to the Vault it is given and reads policies/vault/*.hcl. Two steps, so that a node
 can join without anybody else's credentials changing: :func:`install` may run at any time,

@@ -15,7 +15,10 @@ import array
 import os
 import socket
 import struct
+import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -130,7 +133,8 @@ class Inbox:
         if self._space:
             data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, self._space, socket.MSG_CMSG_CLOEXEC)
             self._fds += _descriptors(ancillary)
-            if flags & socket.MSG_CTRUNC:
+            # Those of the message that is being read, and of the next one, whose start may have come along.
+            if flags & socket.MSG_CTRUNC or len(self._fds) > 2 * self._max_fds:
                 raise MalformedMessageError("peer sent more descriptors than allowed")
         else:
             data = self._sock.recv(_READ_BYTES)
@@ -142,9 +146,9 @@ class Inbox:
         count = message.pop("fds", 0)
         if type(count) is not int or not 0 <= count <= min(self._max_fds, len(self._fds)):
             raise MalformedMessageError("peer announced descriptors that it did not send")
-        taken, self._fds = self._fds[:count], self._fds[count:]
-        if not count and self._fds and not self._data:
+        if len(self._fds) > count and not self._data:
             raise MalformedMessageError("peer sent descriptors that it did not announce")
+        taken, self._fds = self._fds[:count], self._fds[count:]
         return taken
 
 
@@ -274,4 +278,9 @@ def error_reply(error: BaseException) -> dict[str, Any]:
     """
     if isinstance(error, ZoneError):
         return {"ok": False, "error": to_wire(error)}
-    return {"ok": False, "error": {"error": "ZoneError", "message": f"internal error: {type(error).__name__}"}}
+    # Where it happened goes to the log; not the text, for the same reason.
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    sys.stderr.write(f"internal error: {type(error).__name__} at {' '.join(places)}\n")
+    sys.stderr.flush()
+    message = f"internal error: {type(error).__name__}; try again, and report it with the place that the log names"
+    return {"ok": False, "error": {"error": "ZoneError", "message": message}}

@@ -257,7 +257,7 @@ def test_status(up: object, run: Run) -> None:
 
     assert status.returncode == 0, status.stderr
     assert lines(status)[0].startswith("degraded: ")
-    for word in ("gpu-1", "gpu-2", "zone-clinic", "gateway", "relay", "custodian (2)", "policy, ledger, row order"):
+    for word in ("gpu-1", "gpu-2", "zone-clinic", "gateway", "relay", "custodian (2)", "policy, ledger, order"):
         assert word in status.stdout
     assert_names_stand_in(status)
 

@@ -44,7 +44,7 @@ _plain = st.recursive(
 )
 
 
-@given(message=st.dictionaries(st.text(), _plain))
+@given(message=st.dictionaries(st.text().filter(lambda key: key != "fds"), _plain))
 def test_round_trip(message: dict[str, Any]) -> None:
     """Plain data arrives as it was sent."""
     left, right = socket.socketpair()
@@ -184,12 +184,25 @@ def test_more_descriptors_than_allowed(pair: Pair, sent: int) -> None:
 
 
 def test_descriptor_that_nobody_asked_for(pair: Pair) -> None:
-    """Without ``max_fds`` the kernel drops descriptors; the message itself arrives."""
+    """Without ``max_fds`` a message that says it brought some is refused, and the kernel drops them."""
     before = _descriptors()
     with Path("/proc/self/status").open("rb") as file:
         wire.send_message(pair[0], {"n": 1}, [file.fileno()])
+        with pytest.raises(wire.MalformedMessageError, match="descriptors"):
+            wire.recv_message(pair[1])
 
-        assert wire.recv_message(pair[1]) == ({"n": 1}, [])
+    assert _descriptors() == before
+
+
+@pytest.mark.parametrize("said", [0, 2, -1, "1", None])
+def test_descriptor_that_was_not_announced(pair: Pair, said: Any) -> None:
+    """The message says how many descriptors it brings; any other number is refused, and none stays open."""
+    before = _descriptors()
+    with Path("/proc/self/status").open("rb") as file:
+        socket.send_fds(pair[0], [_framed(msgpack.packb({"fds": said}))], [file.fileno()])
+        with pytest.raises(wire.MalformedMessageError, match="descriptors"):
+            wire.recv_message(pair[1], max_fds=1)
+
     assert _descriptors() == before
 
 
@@ -214,6 +227,87 @@ def test_descriptor_of_a_cut_message_is_closed(pair: Pair) -> None:
             wire.recv_message(pair[1], max_fds=1)
 
     assert _descriptors() == before - 1  # the end that was closed
+
+
+# -- many small messages ----------------------------------------------------------------------------
+
+
+@given(messages=st.lists(st.dictionaries(st.sampled_from("abc"), _plain), max_size=5), pieces=st.integers(1, 50))
+def test_inbox_gets_what_was_sent(messages: list[dict[str, Any]], pieces: int) -> None:
+    """However the bytes are cut on their way, the same messages come out, and then the end."""
+    left, right = socket.socketpair()
+    stream = b"".join(_framed(msgpack.packb(message)) for message in messages)
+    piece = len(stream) // pieces + 1  # many tiny ones would fill the socket's buffer
+    with right:
+        with left:
+            for start in range(0, len(stream), piece):
+                left.sendall(stream[start : start + piece])
+        inbox = wire.Inbox(right)
+
+        assert [inbox.receive() for _ in messages] == [(message, []) for message in messages]
+        assert not inbox.waiting()
+        with pytest.raises(wire.PeerClosedError):
+            inbox.receive()
+
+
+@given(data=st.binary(max_size=200))
+def test_inbox_and_any_bytes(data: bytes) -> None:
+    """Whatever comes, it is messages and then one of two errors."""
+    left, right = socket.socketpair()
+    with right:
+        with left:
+            left.sendall(data)
+        inbox = wire.Inbox(right, max_fds=1)
+        try:
+            while isinstance(inbox.receive()[0], dict):
+                pass
+        except (wire.MalformedMessageError, wire.PeerClosedError):
+            return
+    raise AssertionError("not a map")
+
+
+def test_inbox_gives_descriptors_to_their_message(pair: Pair) -> None:
+    """Descriptors belong to the message that announces them, also when several messages were read at once."""
+    inbox = wire.Inbox(pair[1], max_fds=1)
+    with Path("/proc/self/status").open("rb") as first, Path("/proc/self/stat").open("rb") as second:
+        wire.send_message(pair[0], {"n": 0})
+        wire.send_message(pair[0], {"n": 1}, [first.fileno()])
+        wire.send_message(pair[0], {"n": 2})
+        wire.send_message(pair[0], {"n": 3}, [second.fileno()])
+        got = [inbox.receive() for _ in range(4)]
+
+    assert [message for message, _ in got] == [{"n": n} for n in range(4)]
+    assert [len(fds) for _, fds in got] == [0, 1, 0, 1]
+    assert os.pread(got[1][1][0], 5, 0) == b"Name:"
+    assert os.pread(got[3][1][0], 9, 0).startswith(str(os.getpid()).encode())
+    for _, fds in got:
+        wire.close_fds(fds)
+
+
+@pytest.mark.parametrize(("said", "sent"), [(1, 0), (0, 1), (2, 1), (1, 2), (-1, 1), ("1", 1), (True, 1)])
+def test_inbox_wants_descriptors_announced(pair: Pair, said: Any, sent: int) -> None:
+    """Another number of descriptors than announced is refused, and none stays open."""
+    before = _descriptors()
+    with Path("/proc/self/status").open("rb") as file:
+        socket.send_fds(pair[0], [_framed(msgpack.packb({"fds": said}))], [file.fileno()] * sent)
+        with pytest.raises(wire.MalformedMessageError, match="descriptors"):
+            wire.Inbox(pair[1], max_fds=1).receive()
+
+    assert _descriptors() == before
+
+
+def test_inbox_does_not_collect_descriptors(pair: Pair) -> None:
+    """A peer that attaches one to every byte of a message cannot fill the receiver's table of descriptors."""
+    before = _descriptors()
+    data = _framed(msgpack.packb({"fds": 1, "data": bytes(300)}))
+    with Path("/proc/self/status").open("rb") as file:
+        for start in range(100):
+            socket.send_fds(pair[0], [data[start : start + 1]], [file.fileno()])
+        pair[0].shutdown(socket.SHUT_WR)
+        with pytest.raises(wire.MalformedMessageError):
+            wire.Inbox(pair[1], max_fds=1).receive()
+
+    assert _descriptors() == before
 
 
 # -- sockets ----------------------------------------------------------------------------------------

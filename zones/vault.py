@@ -28,7 +28,7 @@ import requests
 from zones.errors import ConfigError, VaultDeniedError, VaultError, VaultSealedError, VaultUnreachableError
 from zones.model import check_id
 
-#: Where node signing certificates come from; ``ray-gpu vault setup`` mounts it.
+#: Where node signing certificates come from; ``ray_gpu.vault_setup`` mounts it.
 NODE_PKI = "pki-nodes"
 #: Seconds to wait for a connection and for an answer. A call takes milliseconds; a dead host must not hang a job.
 _TIMEOUT_S = (3.0, 10.0)
@@ -356,7 +356,7 @@ def _translated(error: hvac.exceptions.VaultError, address: str, request: str) -
     if isinstance(error, (hvac.exceptions.VaultDown, hvac.exceptions.BadGateway)):
         return VaultUnreachableError(f"Vault at {address} is not ready; wait for it to start or check its log")
     if isinstance(error, hvac.exceptions.VaultNotInitialized):
-        return VaultSealedError(f"Vault at {address} is not initialised; initialise it and run ray-gpu vault setup")
+        return VaultSealedError(f"Vault at {address} is not initialised; start it with `ray-gpu up`, or initialise it and run ray_gpu.vault_setup")
     refused = (hvac.exceptions.InvalidRequest, hvac.exceptions.Unauthorized, hvac.exceptions.Forbidden)
     if isinstance(error, (*refused, hvac.exceptions.InvalidPath)):
         return VaultDeniedError(f"Vault refused {request}; check the login, its policies and that the key still lives")

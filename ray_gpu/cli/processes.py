@@ -13,7 +13,7 @@ from typing import Any
 #: What each process has that would be worth taking; the rows of the table, in this order.
 HOLDS: Mapping[str, str] = {
     "this program": "a session; no key",
-    "gateway": "policy, ledger, row order, lease keys",
+    "gateway": "policy, ledger, order, lease keys",
     "relay": "nothing: control messages",
     "Ray": "nothing: places the actors",
     "custodian": "the node's identity",

@@ -50,6 +50,7 @@ class Sandbox:
     """Runs one message after another until the keeper closes the socket."""
 
     def __init__(self, sock: socket.socket, memory: SlotMap, output_fd: int) -> None:
+        self._pid = os.getpid()
         self._sock = sock
         self._inbox = Inbox(sock)
         self._memory = memory
@@ -142,6 +143,8 @@ class Sandbox:
             outcome: dict[str, Any] = {"status": "ok"}
         except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
             value, outcome = None, _describe(error)
+        if os.getpid() != self._pid:
+            os._exit(0)  # The function forked and its child returned too; one answer is enough.
         outcome["printed"] = self._take_printed()
         slot = self._out_slot()
         send_message(self._sock, {"op": "result", "slot": slot, "bytes": self._write(slot, outcome, value)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -44,7 +43,7 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(cluster: Any) -> Iterator[Job]:
+def job(cluster: Any) -> Job:
     """Run fit, score and the refused call in one session, and end the session."""
     with cluster.attach(PURPOSE) as zone:
         data = zone.read("randhie", columns=examples.RANDHIE_COLUMNS)
@@ -63,8 +62,17 @@ def job(cluster: Any) -> Iterator[Job]:
             examples.statistics.options(columns=wanted).map_reduce(zone.read("randhie"), examples.solve)
         status = zone.status()
         tables = {"randhie": data.to_arrow(), "cancer": cancer.to_arrow()}
-    yield Job(session=status["session"], status=status, receipts=zone.receipts, features=features, classifier=classifier,
-              coefficients=coefficients, refused=refused.value, **tables, **result)
+    return Job(
+        session=status["session"],
+        status=status,
+        receipts=zone.receipts,
+        features=features,
+        classifier=classifier,
+        coefficients=coefficients,
+        refused=refused.value,
+        **tables,
+        **result,
+    )
 
 
 def _classifier(table: Any, features: list[str]) -> tuple[Any, tuple[Any, ...]]:
@@ -252,9 +260,7 @@ def test_receipts_verify(job: Job, cluster: Any) -> None:
     for signed in job.receipts:
         _verify(signed, authority)
     assert sum(signed["receipt"]["shards"] for signed in job.receipts) >= 8
-    assert {signed["receipt"]["lease"] for signed in job.receipts} == {
-        lease["lease"] for lease in job.status["leases"]
-    }
+    assert {signed["receipt"]["lease"] for signed in job.receipts} == {lease["lease"] for lease in job.status["leases"]}
 
 
 def test_changed_receipt_does_not_verify(job: Job, cluster: Any) -> None:
@@ -279,8 +285,9 @@ def _text(document: dict[str, Any]) -> str:
 
 def _verify(signed: dict[str, Any], authority: str) -> None:
     receipt = signed["receipt"]
-    verify_node_signature(signed["certificate"], authority, receipt["node"], canonical(receipt), signed["signature"],
-                          int(time.time()))
+    verify_node_signature(
+        signed["certificate"], authority, receipt["node"], canonical(receipt), signed["signature"], int(time.time())
+    )
 
 
 def _node_ca(cluster: Any) -> str:

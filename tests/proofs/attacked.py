@@ -19,8 +19,8 @@ from zones.vault import Vault
 COLUMNS = {"note": "confidential", "kind": "confidential", "cost": "internal", "patient": "direct-identifier"}
 #: The one purpose for which tables that come from no data set may leave.
 NOTEBOOK_TABLES = "tables of a notebook"
-#: What functions and arguments of one session may sum up to before they count as the highest class, bytes.
-SMALL_BYTES = 262_144
+#: Above these a function, a call's arguments, or their sum over a session count as the highest class, bytes.
+SMALL_BYTES, SESSION_BYTES = 16_384, 262_144
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,11 @@ class Attacked:
     def custodian(self, node: str) -> int:
         """Return a node's custodian."""
         return int(self.document["processes"][f"custodian-{node}"])
+
+    def gateway(self) -> int:
+        """Return the gateway: behind bubblewrap it is the innermost process."""
+        outermost = int(self.document["processes"]["gateway"])
+        return [outermost, *_below(outermost)][-1]
 
     def leases(self, node: str, program: str = "") -> list[int]:
         """Return what runs below a node's custodian, such as its leases' ``"ray_gpu.keeper"``, innermost last."""

@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.proofs.attacked import COLUMNS, NOTEBOOK_TABLES, SMALL_BYTES, Attacked
+from tests.proofs.attacked import COLUMNS, NOTEBOOK_TABLES, SESSION_BYTES, SMALL_BYTES, Attacked
 
-_ROWS = 20_000
+#: Enough for some ten of the smallest shards.
+_ROWS = 10_000
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,10 @@ def _edits(column: str) -> dict[str, tuple[str, str]]:
     return {
         "clinic/catalog.yaml": ("datasets:\n", dataset),
         "clinic/egress.cedar": (f"{identifiers};", f"{identifiers} unless {{ {tables} }};\n\n{permit}"),
-        "clinic/zone.yaml": ("max_session_bytes: 4194304", f"max_session_bytes: {SMALL_BYTES}"),
+        "clinic/zone.yaml": (
+            "max_bytes: 65536\n  max_session_bytes: 4194304",
+            f"max_bytes: {SMALL_BYTES}\n  max_session_bytes: {SESSION_BYTES}",
+        ),
     }
 
 

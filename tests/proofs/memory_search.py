@@ -82,8 +82,10 @@ class Search:
                     self._linked(link, f"{name} {kind}")
 
     def tree(self, root: Path) -> None:
-        """Look at every regular file below *root*."""
-        for directory, _, names in os.walk(root):
+        """Look at every regular file below *root* on the same file system: what is mounted below was there before."""
+        device = root.stat().st_dev
+        for directory, inside, names in os.walk(root):
+            inside[:] = [name for name in inside if Path(directory, name).lstat().st_dev == device]
             for name in names:
                 self.file(Path(directory, name))
 
@@ -92,8 +94,7 @@ class Search:
         with contextlib.suppress(FileNotFoundError):
             found = path.lstat()
             if stat.S_ISREG(found.st_mode):
-                with path.open("rb", buffering=0) as file:
-                    self._stream(file, found.st_size, str(path))
+                self._extents(path, found.st_size, str(path))
 
     def _memory(self, pid: int, name: str) -> None:
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory, open(f"/proc/{pid}/pagemap", "rb", 0) as pages:
@@ -131,8 +132,20 @@ class Search:
             return
         self._files.add(key)
         if not target.startswith(("/proc/", "/sys/")):
-            with link.open("rb", buffering=0) as file:
-                self._stream(file, found.st_size, f"{where} {target}")
+            self._extents(link, found.st_size, f"{where} {target}")
+
+    def _extents(self, path: Path, size: int, where: str) -> None:
+        """Look at a file's content, without its holes: shared memory has gigabytes of them."""
+        with path.open("rb", buffering=0) as file:
+            at = 0
+            while at < size:
+                try:
+                    start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+                    at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                except OSError:
+                    return
+                file.seek(start)
+                self._stream(file, at - start, where)
 
     def _stream(self, file: BinaryIO, size: int, where: str) -> None:
         kept = b""
@@ -150,11 +163,12 @@ class Search:
             at = data.find(needle)
             seen: set[bytes] = set()
             while at >= 0:
-                after = data[at + len(needle) : at + len(needle) + 16]
+                at += len(needle)
+                after = data[at : at + 12]
                 if after[:6] not in seen:
                     seen.add(after[:6])
                     self.hits.append(Hit(where=where, form=form, after=after.decode("latin-1")))
-                at = data.find(needle, at + len(needle))
+                at = data.find(needle, at)
 
 
 def search(text: str, pids: Iterable[int], *, since: float, trees: Iterable[Path] = ()) -> Search:

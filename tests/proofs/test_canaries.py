@@ -27,6 +27,8 @@ from tests.proofs.memory_search import Search, search
 NODES = ("gpu-1", "gpu-2")
 #: What the processes of a cage can write to.
 WRITABLE = ("s", "tmp", "dev/shm")
+#: The custodian learns of a session's end from the keeper or the actor, whichever is first; seconds.
+GONE_TIMEOUT_S = 5.0
 #: What must be among the processes that were searched, or the search proves nothing.
 RAY = {"raylet": 3, "gcs_server": 1, "ray::RuntimeEnvAgent": 3, "ray::GpuActor": 2, "ray_gpu.relay": 1}
 #: Plain Ray as anybody with the cluster's token can use it. The canary comes by standard input, so that no command
@@ -95,6 +97,9 @@ def run(attacked: Attacked) -> Run:
             "custodians": search_custodians(attacked, mark, since),
             "leases": search(mark, pids, since=since),
         }
+    deadline = time.monotonic() + GONE_TIMEOUT_S
+    while any(command(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
     return Run(
         **came_back,
         **found,
@@ -166,13 +171,21 @@ def test_custodians_see_nothing(run: Run) -> None:
 
 def test_keeper_and_sandbox_hold_it(run: Run) -> None:
     """The search finds every canary where it must be while the lease lives."""
-    planted = {"string", "category", "name", "closure", "argument", "default", "global", "print", "exception", "result"}
+    planted = {"string", "name", "closure", "argument", "default", "global", "print", "exception", "result"}
 
     assert run.leases.kinds() == planted
 
 
+def test_category_values_stay(run: Run, attacked: Attacked) -> None:
+    """Values of a category column never leave the zone: not even the sandbox has them, only their codes."""
+    zone_has = pa.ipc.open_file(pa.memory_map(str(attacked.layout.data(attacked.zone) / "visits.arrow"))).read_all()
+
+    assert f"{attacked.mark}-category" in zone_has["kind"].to_pylist()
+    assert "category" not in run.leases.kinds()
+
+
 def test_gone_with_the_lease(run: Run) -> None:
-    """Once the session ended there is no keeper and no sandbox any more."""
+    """Once the session ended there is soon no keeper and no sandbox any more."""
     assert run.left == []
 
 
@@ -193,7 +206,7 @@ def plain_ray(run: Run, attacked: Attacked) -> Iterator[str]:
         assert driver.stdin and driver.stdout
         driver.stdin.write(f"{mark}\n")
         driver.stdin.flush()
-        assert driver.stdout.readline() == "planted\n"
+        assert "planted\n" in iter(driver.stdout.readline, "")
         yield mark
         driver.stdin.close()
 
@@ -202,4 +215,4 @@ def test_plain_ray_is_found(plain_ray: str, attacked: Attacked) -> None:
     """The same search of the same cages finds what plain Ray was given: object, closure, print and exception."""
     found = search_ray(attacked, plain_ray, time.time() - 60.0, leave_out=PLAIN_RAY)
 
-    assert found.kinds() == {"object", "closure", "print", "exception"}
+    assert found.kinds() >= {"object", "closure", "print", "exception"}

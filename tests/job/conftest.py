@@ -1,0 +1,160 @@
+"""Looks into a running cluster from outside: which processes serve leases, which keys live, what is left over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: Longest that anything may take to happen on a busy machine, seconds.
+PATIENCE_S = 60.0
+_PROGRAMS = {"sandbox": "ray_gpu.sandbox.child", "keeper": "ray_gpu.keeper"}
+
+
+class Inside:
+    """What a cluster is doing. Takes process ids from its supervisor and the rest from /proc and Vault."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.cluster = cluster
+        self._root: Any = None
+
+    # -- processes ------------------------------------------------------------------------------
+
+    def lease(self, kind: str, node: str) -> list[int]:
+        """Return the processes of a node's leases: ``"sandbox"`` or ``"keeper"``, without what confines them."""
+        found = [pid for pid in _below(self.custodian(node)) if _PROGRAMS[kind] in _command(pid).split(" ")]
+        return [pid for pid in found if not any(child in found for child in _children(pid))]
+
+    def leases(self, kind: str = "sandbox") -> list[int]:
+        """Return the processes of all nodes' leases."""
+        return [pid for node in ("gpu-1", "gpu-2") for pid in self.lease(kind, node)]
+
+    def actors(self, node: str) -> list[int]:
+        """Return the Ray workers of a node that stand for leases."""
+        return [pid for pid in _below(self.cluster.document["nodes"][node]) if "ray::GpuActor" in _command(pid)]
+
+    def custodian(self, node: str) -> int:
+        """Return a node's custodian."""
+        return int(self.cluster.document["processes"][f"custodian-{node}"])
+
+    def gateway(self) -> int:
+        """Return the gateway, behind what confines it."""
+        return max(_below(self.cluster.document["processes"]["gateway"]))
+
+    def kill(self, pids: list[int]) -> None:
+        """Kill processes, of which there must be some."""
+        assert pids
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def until_busy(self, pid: int) -> None:
+        """Wait until a process computes."""
+        before = cpu_ticks(pid)
+        until(lambda: cpu_ticks(pid) > before + 5, f"process {pid} to compute")
+
+    # -- keys and GPUs --------------------------------------------------------------------------
+
+    def lease_keys(self) -> list[str]:
+        """Return the names of all lease keys that Vault holds for the zone."""
+        if self._root is None:
+            self._root = self.vault().root_client()
+        return list(self._root.lease_keys(self.cluster.zone))
+
+    def vault(self) -> Any:
+        """Return the embedded Vault server."""
+        from ray_gpu.state import Layout
+        from ray_gpu.vault_server import VaultServer
+
+        server = VaultServer.find(Layout(self.cluster.state).vault)
+        assert server is not None
+        return server
+
+    def gpus_taken(self) -> float:
+        """Return how many GPUs Ray has given away."""
+        with self.cluster.attach("look at the nodes") as zone:
+            return float(sum(node["gpus"] - node["gpus_free"] for node in zone.status()["nodes"]))
+
+    def nothing_left(self) -> None:
+        """Wait until no lease has a process, a key or a GPU."""
+        until(lambda: not self.leases("sandbox") and not self.leases("keeper"), "the end of all sandboxes and keepers")
+        until(lambda: not self.lease_keys(), "the end of all lease keys")
+        until(lambda: not self.gpus_taken(), "the return of all GPUs")
+
+    def close(self) -> None:
+        """Give the root token back."""
+        root, self._root = self._root, None
+        if root is not None:
+            root.revoke()
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """Wait for *condition*, asking often."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        select.select([], [], [], 0.02)
+
+
+def cpu_ticks(pid: int) -> int:
+    """Return the processor time that a process has used, in clock ticks; 0 when it is gone."""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+    return ""
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [int(child) for task in tasks for child in (task / "children").read_text("ascii").split()]
+    return []
+
+
+def _below(root: int) -> set[int]:
+    """Return every process below *root*, itself not."""
+    children = _children(root)
+    return {found for child in children for found in {child} | _below(child)}
+
+
+@pytest.fixture(scope="session")
+def look_inside() -> Iterator[Callable[[Any], Inside]]:
+    """Return a function that looks into a cluster."""
+    made: list[Inside] = []
+
+    def look(cluster: Any) -> Inside:
+        made.append(Inside(cluster))
+        return made[-1]
+
+    yield look
+    for inside in made:
+        with contextlib.suppress(Exception):  # the cluster may be gone with all its tokens
+            inside.close()
+
+
+@pytest.fixture
+def inside(cluster: Any, look_inside: Callable[[Any], Inside]) -> Iterator[Inside]:
+    """The shared cluster from inside; when the test is over, nothing of it may be left there."""
+    looked = look_inside(cluster)
+    yield looked
+    looked.nothing_left()
+    looked.close()
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """Return a function that waits for a condition, for tests in other files."""
+    return until

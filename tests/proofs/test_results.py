@@ -1,0 +1,286 @@
+"""P6: nothing comes back but data. Results that would run code if they were unpickled, from functions and from forgers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import ray_gpu
+from ray_gpu.outcome import open_outcome
+from ray_gpu.remote_error import rebuild
+from tests.proofs.attacked import Attacked, command
+from zones import values
+from zones.errors import RemoteFunctionError, ValueRefusedError
+
+
+class Witness:
+    """Hears from any process of this host that unpickles what :meth:`armed` returns, caged ones included."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+
+    @property
+    def port(self) -> int:
+        """Where a trap that springs connects to."""
+        return int(self._listener.getsockname()[1])
+
+    def armed(self) -> bytes:
+        """Return a pickle that connects to this witness when it is loaded."""
+
+        class Trap:
+            port = self.port
+
+            def __reduce__(self) -> Any:
+                return socket.create_connection, (("127.0.0.1", self.port), 5)
+
+        return pickle.dumps(Trap())
+
+    def sprung(self) -> bool:
+        """Return whether a trap sprang since the last time."""
+        try:
+            self._listener.accept()[0].close()
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+
+
+@pytest.fixture
+def witness() -> Iterator[Witness]:
+    """A witness that has heard nothing yet."""
+    made = Witness()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def session(attacked: Attacked) -> Iterator[ray_gpu.Session]:
+    """One session for all tests of this file."""
+    with attacked.attach() as opened:
+        yield opened
+
+
+# -- what functions return ------------------------------------------------------------------------
+
+
+def return_trap(kind: str, port: int) -> Any:
+    """Return a value that runs code when it is unpickled; runs in the sandbox."""
+    import pickle
+    import socket
+
+    import numpy as np
+    import pyarrow as pa
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return socket.create_connection, (("127.0.0.1", port), 5)
+
+    class Column(pa.ExtensionType):  # type: ignore[misc]  # pyarrow's stubs leave it open
+        def __init__(self) -> None:
+            super().__init__(pa.binary(), "ray.data.arrow_pickled_object")
+
+        def __arrow_ext_serialize__(self) -> bytes:
+            return b""
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage: Any, serialized: bytes) -> Any:
+            return cls()
+
+    armed = pickle.dumps(Trap())
+    made = {
+        "object": Trap,
+        "object in a list": lambda: [{"a": Trap()}],
+        "object array": lambda: np.array([Trap()], dtype=object),
+        "structured array": lambda: np.zeros(1, dtype=[("a", object)]),
+        "class": lambda: Trap,
+        "function": lambda: lambda: 1,
+        "extension type": lambda: pa.ExtensionArray.from_storage(Column(), pa.array([armed])),
+        "table with it": lambda: pa.table({"a": pa.ExtensionArray.from_storage(Column(), pa.array([armed]))}),
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["object", "object in a list", "object array", "structured array", "class", "function", "extension type",
+     "table with it"],
+)  # fmt: skip
+def test_refused_by_the_sandbox(session: ray_gpu.Session, witness: Witness, kind: str) -> None:
+    """A value that is not data is refused by name, where it arises, and never unpickled."""
+    with pytest.raises(ValueRefusedError):
+        ray_gpu.gpu_remote(session=session)(return_trap).remote(kind, witness.port).result()
+
+    assert not witness.sprung()
+
+
+def test_pickle_stays_bytes(session: ray_gpu.Session, witness: Witness) -> None:
+    """Bytes that happen to be a pickle come back as the bytes they are."""
+    armed = witness.armed()
+
+    assert ray_gpu.gpu_remote(session=session)(lambda data: data).remote(armed).result() == armed
+    assert not witness.sprung()
+
+
+# -- what a hostile sandbox or keeper sends -------------------------------------------------------
+
+
+def _answer(meta: dict[str, Any], value: bytes) -> bytes:
+    """Return an answer as a sandbox writes it: length, msgpack map, padding to 64 bytes, value."""
+    packed = msgpack.packb(meta)
+    return (struct.pack("!I", len(packed)) + packed).ljust(-(-(4 + len(packed)) // 64) * 64, b"\0") + value
+
+
+def _value(skeleton: Any, buffer: bytes = b"") -> bytes:
+    """Return an encoded value with any skeleton."""
+    packed = msgpack.packb(skeleton)
+    start = -(-(16 + len(packed)) // 64) * 64 if buffer else 16 + len(packed)
+    return struct.pack("<4sIQ", b"RGV1", len(packed), start + len(buffer)) + packed.ljust(start - 16, b"\0") + buffer
+
+
+def _extension_table(name: str, armed: bytes) -> bytes:
+    field = pa.field("a", pa.binary(), metadata={"ARROW:extension:name": name, "ARROW:extension:metadata": armed})
+    return _stream(pa.table([pa.array([armed])], schema=pa.schema([field])))
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def forgeries(armed: bytes) -> dict[str, bytes]:
+    """Return answers that no honest sandbox gives. Each has the armed pickle where a careless reader would load it."""
+    ok = {"status": "ok", "printed": ""}
+    tables = {name: _extension_table(name, armed) for name in ("ray.data.arrow_pickled_object", "arrow.py_extension_type")}
+    return {
+        "nothing but the pickle": armed,
+        "pickle as the map": struct.pack("!I", len(armed)) + armed,
+        "pickle as the value": _answer(ok, armed),
+        "pickle after the value": _answer(ok, bytes(values.encode(1)) + armed),
+        "object array": _answer(ok, _value(["n", "|O", [1], False], armed)),
+        "unknown tag": _answer(ok, _value(["pickle", armed])),
+        "skeleton extension": _answer(ok, _value(msgpack.ExtType(1, armed))),
+        "map extension": _answer({**ok, "value": msgpack.ExtType(1, armed)}, bytes(values.encode(1))) + armed,
+        "unknown status": _answer({"status": "pickle"}, armed),
+        **{name: _answer(ok, _value(["T", len(table)], table)) for name, table in tables.items()},
+    }
+
+
+FORGERIES = list(forgeries(b"armed"))
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgery_is_refused(witness: Witness, name: str) -> None:
+    """The gateway's reader refuses a forged answer with one error, whatever it is."""
+    with pytest.raises(ValueRefusedError):
+        open_outcome(memoryview(forgeries(witness.armed())[name]))
+
+    assert not witness.sprung()
+
+
+def test_honest_answer_opens() -> None:
+    """The same builders make answers that open, when their value is data: so nothing but the forgery is refused."""
+    table = pa.table({"a": [b"armed"]})
+    stream = _stream(table)
+    honest = {
+        "list": (_value(["l", 1, b"armed"]), [1, b"armed"]),
+        "array": (_value(["n", "<i8", [1], False], bytes(8)), np.zeros(1, np.int64)),
+        "table": (_value(["T", len(stream)], stream), table),
+    }
+
+    for value, expected in honest.values():
+        assert open_outcome(memoryview(_answer({"status": "ok", "printed": ""}, value))).value == expected
+
+
+def test_extension_names_matter(witness: Witness) -> None:
+    """The very stream that is refused as a result is one that Arrow reads, so its refusal is ours."""
+    stream = _extension_table("ray.data.arrow_pickled_object", witness.armed())
+
+    assert pa.ipc.open_stream(stream).read_all().num_rows == 1
+
+
+def forge(payload: bytes) -> int:
+    """Have the sandbox's own program send *payload* for an answer, once; runs in the sandbox."""
+    import sys
+
+    program: Any = sys.modules["__main__"]
+    honest = program.write_outcome
+
+    def forged(view: memoryview, outcome: Any, value: Any) -> int:
+        program.write_outcome = honest
+        view[: len(payload)] = payload
+        return len(payload)
+
+    program.write_outcome = forged
+    return 0
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_hostile_sandbox(session: ray_gpu.Session, witness: Witness, name: str) -> None:
+    """User code that took over its sandbox gets a forged answer no further than the gateway, which lives on."""
+    with pytest.raises(ValueRefusedError):
+        ray_gpu.gpu_remote(session=session)(forge).remote(forgeries(witness.armed())[name]).result()
+
+    assert not witness.sprung()
+    assert ray_gpu.gpu_remote(session=session)(lambda: 1).remote().result() == 1
+
+
+def test_forger_can_answer(session: ray_gpu.Session) -> None:
+    """What took over the sandbox does choose the answer: data that it forges arrives, as data."""
+    payload = _answer({"status": "ok", "printed": ""}, bytes(values.encode({"forged": np.arange(3)})))
+
+    answer: Any = ray_gpu.gpu_remote(session=session)(forge).remote(payload).result()
+
+    assert answer["forged"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["eval", "exec", "SystemExit", "KeyboardInterrupt", "open", "os.system", "object"])
+def test_forged_exception(kind: str) -> None:
+    """An exception names a type of Python's own exceptions or stays a :class:`RemoteFunctionError`; nothing is called."""
+    meta = {"status": "error", "type": kind, "builtin": True, "message": "1/0", "args": ["1/0"], "traceback": "",
+            "printed": ""}  # fmt: skip
+    with pytest.raises(RemoteFunctionError) as caught:
+        open_outcome(memoryview(_answer(meta, b"")))
+
+    assert rebuild(caught.value) is caught.value
+
+
+# -- the traps are live ---------------------------------------------------------------------------
+
+
+def test_trap_springs_here(witness: Witness) -> None:
+    """Unpickled in this process, the same bytes run their code."""
+    pickle.loads(witness.armed()).close()
+
+    assert witness.sprung()
+
+
+def test_trap_springs_in_the_gateway(attacked: Attacked, witness: Witness) -> None:
+    """Were it unpickled with the gateway's uid and files, the witness would hear of it."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: enters the gateway's namespaces")
+    gateway = attacked.gateway()
+    uid = Path(f"/proc/{gateway}").stat().st_uid
+    inside = ["nsenter", f"--target={gateway}", "--mount", "--pid", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}"]
+    code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1])).close()"
+    subprocess.run([*inside, "--clear-groups", sys.executable, "-c", code, witness.armed().hex()], check=True, timeout=60)
+
+    assert "ray_gpu.gateway" in command(gateway)
+    assert witness.sprung()
