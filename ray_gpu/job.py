@@ -369,7 +369,8 @@ class ShardRun:
                         node="",
                         reason="too many attempts",
                     )
-                self._pending.append((index, attempt + 1))
+                # First in line: what ends every lease that it is sent to shall be found out soon.
+                self._pending.appendleft((index, attempt + 1))
 
     def _send(self, lease: Lease, spending: Spending, current: int, index: int, attempt: int) -> int:
         """Send one shard and return its rows."""

@@ -136,8 +136,10 @@ def endpoint_allowed(endpoints: Sequence[str], host: str, port: int) -> bool:
 def _data_path(text: str) -> str:
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or path.suffix not in _DATA_SUFFIXES:
-        raise ValueError(f"path is relative to the zone's data directory, without '..', and ends in "
-                         f"{', '.join(sorted(_DATA_SUFFIXES))}, not {text!r}")
+        raise ValueError(
+            f"path is relative to the zone's data directory, without '..', and ends in "
+            f"{', '.join(sorted(_DATA_SUFFIXES))}, not {text!r}"
+        )
     return text
 
 
@@ -313,9 +315,15 @@ def _datasets(document: _Document, classes: Sequence[str]) -> dict[str, Dataset]
         if other is not None:
             written_out = [known for known in parts if parts[known].columns is not None]
             _check_known(document, ("datasets", name, "same_columns_as"), "data set with columns", other, written_out)
-    return {name: Dataset(name=name, path=part.path, description=part.description,
-                          columns=dict(part.columns or parts[str(part.same_columns_as)].columns or {}))
-            for name, part in parts.items()}
+    return {
+        name: Dataset(
+            name=name,
+            path=part.path,
+            description=part.description,
+            columns=dict(part.columns or parts[str(part.same_columns_as)].columns or {}),
+        )
+        for name, part in parts.items()
+    }
 
 
 def _zone(name: str, document: _Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
@@ -326,10 +334,17 @@ def _zone(name: str, document: _Document, file: _ZoneFile, datasets: Mapping[str
     if small is not None:
         _check_known(document, ("small_bytes", "classification"), "class", small.classification, file.classes)
     return Zone(
-        name=name, classes=tuple(file.classes), default_class=file.default_class, datasets=datasets,
+        name=name,
+        classes=tuple(file.classes),
+        default_class=file.default_class,
+        datasets=datasets,
         small_bytes=None if small is None else SmallBytes(**small.model_dump()),
-        pools=tuple(file.pools), endpoints=tuple(file.endpoints), policy_digest=policy_digest,
-        obligations=_obligations(file, None), obligation_rules=tuple(_rules(document, file, datasets)))
+        pools=tuple(file.pools),
+        endpoints=tuple(file.endpoints),
+        policy_digest=policy_digest,
+        obligations=_obligations(file, None),
+        obligation_rules=tuple(_rules(document, file, datasets)),
+    )
 
 
 def _rules(document: _Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:
@@ -339,10 +354,13 @@ def _rules(document: _Document, file: _ZoneFile, datasets: Mapping[str, Dataset]
             _check_known(document, ("obligations", index, "pools", place), "pool", pool, file.pools)
         for place, dataset in enumerate(part.datasets or ()):
             _check_known(document, ("obligations", index, "datasets", place), "data set", dataset, list(datasets))
-        rules.append(ObligationRule(
-            pools=None if part.pools is None else frozenset(part.pools),
-            datasets=None if part.datasets is None else frozenset(part.datasets),
-            obligations=_obligations(file, part)))
+        rules.append(
+            ObligationRule(
+                pools=None if part.pools is None else frozenset(part.pools),
+                datasets=None if part.datasets is None else frozenset(part.datasets),
+                obligations=_obligations(file, part),
+            )
+        )
     return rules
 
 
@@ -352,6 +370,8 @@ def _obligations(file: _ZoneFile, part: _RulePart | None) -> Obligations:
     shuffle = str(said.get("shuffle", file.shuffle))
     blocks = _BLOCKS.fullmatch(shuffle)
     return Obligations(
-        shuffle=Shuffle.BLOCKS if blocks else Shuffle(shuffle), block_rows=int(blocks[1]) if blocks else 1,
+        shuffle=Shuffle.BLOCKS if blocks else Shuffle(shuffle),
+        block_rows=int(blocks[1]) if blocks else 1,
         accepted_degradations=frozenset(said.get("accepted_degradations", file.accepted_degradations)),
-        max_lease_s=int(said.get("max_lease_s", file.max_lease_s)))
+        max_lease_s=int(said.get("max_lease_s", file.max_lease_s)),
+    )

@@ -35,8 +35,15 @@ def labels(zone: Zone, dataset: str, columns: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def classify(zone: Zone, *, dataset: str, columns: Iterable[str] | None, function_bytes: int, argument_bytes: int,
-             session_bytes: int) -> frozenset[str]:
+def classify(
+    zone: Zone,
+    *,
+    dataset: str,
+    columns: Iterable[str] | None,
+    function_bytes: int,
+    argument_bytes: int,
+    session_bytes: int,
+) -> frozenset[str]:
     """Return every class among a call's data, function and arguments.
 
     Args:

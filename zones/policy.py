@@ -45,8 +45,13 @@ class _Answer:
     reasons: tuple[str, ...]
 
     def decision(self, policy_digest: str, obligations: Obligations | None = None) -> Decision:
-        return Decision(allowed=self.allowed, rules=self.rules, reasons=self.reasons, policy_digest=policy_digest,
-                        obligations=obligations or Obligations())
+        return Decision(
+            allowed=self.allowed,
+            rules=self.rules,
+            reasons=self.reasons,
+            policy_digest=policy_digest,
+            obligations=obligations or Obligations(),
+        )
 
 
 def _no(reason: str) -> _Answer:
@@ -109,7 +114,11 @@ class Policy:
             raise ConfigError(f"{folder}: policy files changed while they were read; start again", file=folder)
         schema = _schema(policies_dir / SCHEMA_FILE, files[SCHEMA_FILE])
         known: dict[str, Collection[str]] = {
-            "Pool": zone.pools, "classes": zone.classes, "dataset": {"", *zone.datasets}, "zone": {zone.name}}
+            "Pool": zone.pools,
+            "classes": zone.classes,
+            "dataset": {"", *zone.datasets},
+            "zone": {zone.name},
+        }
         pools = {pool: _pool_rules(policies_dir, pool, files) for pool in zone.pools}
         return cls(zone, _RuleFile(policies_dir / path, files[path], schema, known), pools, policies_dir.name)
 
@@ -137,8 +146,9 @@ class Policy:
             answer = _no(f"zone {self._zone.name} has no such pool")
         return answer.decision(self._zone.policy_digest)
 
-    def refusal(self, request: EgressRequest, decision: Decision,
-                column_classes: Mapping[str, str] | None = None) -> EgressDeniedError:
+    def refusal(
+        self, request: EgressRequest, decision: Decision, column_classes: Mapping[str, str] | None = None
+    ) -> EgressDeniedError:
         """Return the error for a denied *request*: what was refused, by which rule, and what to do.
 
         Args:
@@ -154,8 +164,12 @@ class Policy:
         problem = _unacceptable(self._zone, request)
         subject, advice = ("this", "correct the request") if problem else self._blame(request, column_classes)
         message = f"zone {self._zone.name} refuses {subject} for pool {request.pool}: {_because(decision)}; {advice}"
-        return EgressDeniedError(message if problem else f"{message}, or ask {self._owner(request)}",
-                                 zone=self._zone.name, rules=list(decision.rules), reasons=list(decision.reasons))
+        return EgressDeniedError(
+            message if problem else f"{message}, or ask {self._owner(request)}",
+            zone=self._zone.name,
+            rules=list(decision.rules),
+            reasons=list(decision.reasons),
+        )
 
     def _answers(self, request: EgressRequest) -> tuple[_Answer, _Answer]:
         """Return what the zone's policy says, and the pool's."""
@@ -177,14 +191,18 @@ class Policy:
         if len(columns) > _MAX_BLAMED:
             return f"{len(columns)} columns", "ask for fewer columns"
         classes = labels(self._zone, request.dataset, columns) if column_classes is None else column_classes
-        refused = [column for column in columns
-                   if not self._would_allow(request, column, classes.get(column, self._zone.default_class))]
+        refused = [
+            column
+            for column in columns
+            if not self._would_allow(request, column, classes.get(column, self._zone.default_class))
+        ]
         if refused:
             return _columns(refused), "drop the column" if len(refused) == 1 else "drop these columns"
         for classification in reversed(self._zone.classes):
             if classification in request.classes and not self._would_allow(request, argument, classification):
                 return f"function, arguments or filter, which count as {classification},", (
-                    "filter on other columns, make function and arguments smaller (zone.yaml: small_bytes)")
+                    "filter on other columns, make function and arguments smaller (zone.yaml: small_bytes)"
+                )
         return data, "ask for other columns"
 
     def _owner(self, request: EgressRequest) -> str:
@@ -236,7 +254,8 @@ def _unacceptable(zone: Zone, request: EgressRequest) -> str | None:
 def _obligations(zone: Zone, request: EgressRequest) -> Obligations:
     for rule in zone.obligation_rules:
         if (rule.pools is None or request.pool in rule.pools) and (
-                rule.datasets is None or request.dataset in rule.datasets):
+            rule.datasets is None or request.dataset in rule.datasets
+        ):
             return rule.obligations
     return zone.obligations
 
@@ -254,25 +273,38 @@ def _ask_lease(rules: _RuleFile, zone: str, pool: str, gpu_milli: int, memory_by
 
 def _egress(request: EgressRequest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return Cedar's request and entities for *request*."""
-    context = {"zone": request.zone, "dataset": request.dataset, "columns": sorted(request.columns),
-               "classes": sorted(request.classes), "purpose": request.purpose.strip(),
-               "function_reviewed": request.function_reviewed}
-    person = {"uid": {"type": "Person", "id": request.person}, "attrs": {},
-              "parents": [{"type": "Group", "id": group} for group in sorted(request.groups)]}
+    context = {
+        "zone": request.zone,
+        "dataset": request.dataset,
+        "columns": sorted(request.columns),
+        "classes": sorted(request.classes),
+        "purpose": request.purpose.strip(),
+        "function_reviewed": request.function_reviewed,
+    }
+    person = {
+        "uid": {"type": "Person", "id": request.person},
+        "attrs": {},
+        "parents": [{"type": "Group", "id": group} for group in sorted(request.groups)],
+    }
     return _request("egress", ("Person", request.person), request.pool, context), [person]
 
 
 def _request(action: str, principal: tuple[str, str], pool: str, context: dict[str, Any]) -> dict[str, Any]:
     # The {type, id} form: an id is never parsed as Cedar text, so no name can escape from it.
-    return {"principal": {"type": principal[0], "id": principal[1]}, "action": {"type": "Action", "id": action},
-            "resource": {"type": "Pool", "id": pool}, "context": context}
+    return {
+        "principal": {"type": principal[0], "id": principal[1]},
+        "action": {"type": "Action", "id": action},
+        "resource": {"type": "Pool", "id": pool},
+        "context": context,
+    }
 
 
 class _RuleFile:
     """One Cedar file, checked and parsed once."""
 
-    def __init__(self, path: Path, content: bytes, schema: cedarpy.Schema,
-                 known: Mapping[str, Collection[str]]) -> None:
+    def __init__(
+        self, path: Path, content: bytes, schema: cedarpy.Schema, known: Mapping[str, Collection[str]]
+    ) -> None:
         self._path = path
         self._schema = schema
         text = content.decode("utf-8")
@@ -284,8 +316,10 @@ class _RuleFile:
             lines[name] = line
         self._policies = cedarpy.PolicySet.from_str(text)
         #: Cedar's own id of a rule (``policy0``, by position) to its ``@id`` and ``@reason``.
-        self._rules = {own: (rule.annotations["id"], rule.annotations["reason"])
-                       for own, rule in self._policies.to_pst().static_policies.items()}
+        self._rules = {
+            own: (rule.annotations["id"], rule.annotations["reason"])
+            for own, rule in self._policies.to_pst().static_policies.items()
+        }
 
     def ask(self, request: dict[str, Any], entities: list[dict[str, Any]]) -> _Answer:
         """Put *request* to the rules. Never raises."""
@@ -325,8 +359,11 @@ class _RuleFile:
             self._fail(line, f'a rule has @id("...") and @reason("..."), and its id is not "{DEFAULT_RULE}"')
         for kind, value in _named(rule):
             if kind in known and value not in known[kind]:
-                self._fail(line, f"rule {name}: no {kind} {value!r}{did_you_mean(value, known[kind])}; "
-                                 f"known: {', '.join(sorted(known[kind]))}")
+                self._fail(
+                    line,
+                    f"rule {name}: no {kind} {value!r}{did_you_mean(value, known[kind])}; "
+                    f"known: {', '.join(sorted(known[kind]))}",
+                )
         return name
 
     def _fail(self, line: int, message: str) -> NoReturn:

@@ -356,7 +356,7 @@ def _translated(error: hvac.exceptions.VaultError, address: str, request: str) -
     if isinstance(error, (hvac.exceptions.VaultDown, hvac.exceptions.BadGateway)):
         return VaultUnreachableError(f"Vault at {address} is not ready; wait for it to start or check its log")
     if isinstance(error, hvac.exceptions.VaultNotInitialized):
-        return VaultSealedError(f"Vault at {address} is not initialised; start it with `ray-gpu up`, or initialise it and run ray_gpu.vault_setup")
+        return VaultSealedError(f"Vault at {address} is not initialised; initialise it and run ray_gpu.vault_setup")
     refused = (hvac.exceptions.InvalidRequest, hvac.exceptions.Unauthorized, hvac.exceptions.Forbidden)
     if isinstance(error, (*refused, hvac.exceptions.InvalidPath)):
         return VaultDeniedError(f"Vault refused {request}; check the login, its policies and that the key still lives")

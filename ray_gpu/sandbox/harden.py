@@ -113,8 +113,7 @@ def harden_keeper(*, keep_fds: Iterable[int]) -> tuple[str, ...]:
 def _unlaunched(kind: seccomp.Kind) -> Surroundings:
     """Return what holds for a process that no launcher prepared: it may touch nothing but its own /proc."""
     program = seccomp.compile_filter(kind) or b""
-    return Surroundings(read=("/proc/self",), write=(), keep_fds=(), processes=None,
-                        program=program, parent=None)
+    return Surroundings(read=("/proc/self",), write=(), keep_fds=(), processes=None, program=program, parent=None)
 
 
 def _check_process() -> None:

@@ -66,8 +66,9 @@ class Profile:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def sandbox(name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...],
-            devices: tuple[Path, ...] = ()) -> Profile:
+def sandbox(
+    name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...], devices: tuple[Path, ...] = ()
+) -> Profile:
     """Return the profile for user code: no network, nothing writable but its own /tmp, and with a GPU /dev/shm."""
     gpu = bool(devices)
     return Profile(
@@ -85,8 +86,14 @@ def keeper(name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tu
     )  # fmt: skip
 
 
-def cage(name: str, *, uid: int | None, bind_rw: tuple[tuple[Path, Path], ...] = (),
-         tmpfs: Mapping[str, int], env: Mapping[str, str]) -> Profile:
+def cage(
+    name: str,
+    *,
+    uid: int | None,
+    bind_rw: tuple[tuple[Path, Path], ...] = (),
+    tmpfs: Mapping[str, int],
+    env: Mapping[str, str],
+) -> Profile:
     """Return the profile for a Ray node or the gateway: the host's network, its own files.
 
     Ray needs ``"/dev/shm"`` among *tmpfs*, sized for its object store.
@@ -97,8 +104,9 @@ def cage(name: str, *, uid: int | None, bind_rw: tuple[tuple[Path, Path], ...] =
     )  # fmt: skip
 
 
-def gateway(name: str, *, uid: int | None, bind_ro: tuple[Path, ...], bind_rw: tuple[tuple[Path, Path], ...],
-            caged: bool) -> Profile:
+def gateway(
+    name: str, *, uid: int | None, bind_ro: tuple[Path, ...], bind_rw: tuple[tuple[Path, Path], ...], caged: bool
+) -> Profile:
     """Return the profile for a zone's gateway: the host's network, its own files, and those it must read."""
     roots = tuple(dict.fromkeys(path.parent for path in package_paths()))
     # Python lists the directory that a package is in to find it; an empty tmpfs can be listed and shows nothing.

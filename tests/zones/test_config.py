@@ -117,13 +117,18 @@ BROKEN = [
     ("catalog.yaml", "    path: randhie.arrow", "    path: /randhie.arrow", "relative to the zone's data directory"),
     ("catalog.yaml", "    path: randhie.arrow", "    path: randhie.pickle", "relative to the zone's data directory"),
     ("catalog.yaml", "    same_columns_as: breast_cancer", "    same_columns_as: brest_cancer", "did you mean"),
-    ("catalog.yaml", "    same_columns_as: breast_cancer", "    same_columns_as: breast_cancer_resampled",
-     "no data set with columns"),
+    (
+        "catalog.yaml",
+        "    same_columns_as: breast_cancer",
+        "    same_columns_as: breast_cancer_resampled",
+        "no data set with columns",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("file", "old", "new", "message"), BROKEN,
-                         ids=[f"{row[0]}:{row[2].strip()}" for row in BROKEN])
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"), BROKEN, ids=[f"{row[0]}:{row[2].strip()}" for row in BROKEN]
+)
 def test_broken_file(policies: Path, file: str, old: str, new: str, message: str) -> None:
     """A file that does not say what it must is refused with its name and the line of the mistake."""
     load_zone(policies, "clinic")
@@ -137,19 +142,33 @@ def test_broken_file(policies: Path, file: str, old: str, new: str, message: str
     assert f"{path}:{line}: " in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "line"), [
-    ("", 1),
-    ("[]\n", 1),
-    ("datasets:\n  a: [\n", 3),
-    ("datasets: {}\n---\ndatasets: {}\n", 2),
-    ("datasets:\n  a: &a\n    path: a.arrow\n    columns: {x: public}\n  b: *a\n", 5),
-    ("datasets:\n  a:\n    path: a.arrow\n", 2),
-    ("datasets:\n  a:\n    path: a.arrow\n    columns: {}\n", 4),
-    ("datasets:\n  a:\n    path: a.arrow\n    columns: {on: public, yes: public}\n", 4),
-    ("datasets:\n  a: \0\n", 2),
-    ("[" * 10000, 1),
-], ids=["empty", "no mapping", "cut off", "two documents", "alias",
-        "no columns", "empty columns", "bool as name", "control character", "too deep"])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", 1),
+        ("[]\n", 1),
+        ("datasets:\n  a: [\n", 3),
+        ("datasets: {}\n---\ndatasets: {}\n", 2),
+        ("datasets:\n  a: &a\n    path: a.arrow\n    columns: {x: public}\n  b: *a\n", 5),
+        ("datasets:\n  a:\n    path: a.arrow\n", 2),
+        ("datasets:\n  a:\n    path: a.arrow\n    columns: {}\n", 4),
+        ("datasets:\n  a:\n    path: a.arrow\n    columns: {on: public, yes: public}\n", 4),
+        ("datasets:\n  a: \0\n", 2),
+        ("[" * 10000, 1),
+    ],
+    ids=[
+        "empty",
+        "no mapping",
+        "cut off",
+        "two documents",
+        "alias",
+        "no columns",
+        "empty columns",
+        "bool as name",
+        "control character",
+        "too deep",
+    ],
+)
 def test_broken_catalog(policies: Path, text: str, line: int) -> None:
     """A catalog that is not one plain document is refused with the line."""
     path = policies / "clinic" / "catalog.yaml"
@@ -223,10 +242,19 @@ def test_shuffle_blocks() -> None:
     assert (rule.obligations.shuffle, rule.obligations.block_rows) == (Shuffle.BLOCKS, 16)
 
 
-@pytest.mark.parametrize(("host", "port", "allowed"), [
-    ("127.0.0.1", 20000, True), ("127.9.9.9", 65535, True), ("127.0.0.1", 19999, False), ("128.0.0.1", 20000, False),
-    ("::1", 20000, False), ("localhost", 20000, False), ("127.0.0.1.evil", 20000, False), ("", 20000, False),
-])
+@pytest.mark.parametrize(
+    ("host", "port", "allowed"),
+    [
+        ("127.0.0.1", 20000, True),
+        ("127.9.9.9", 65535, True),
+        ("127.0.0.1", 19999, False),
+        ("128.0.0.1", 20000, False),
+        ("::1", 20000, False),
+        ("localhost", 20000, False),
+        ("127.0.0.1.evil", 20000, False),
+        ("", 20000, False),
+    ],
+)
 def test_endpoint(host: str, port: int, allowed: bool) -> None:
     """A data connection goes to an address and port that zone.yaml lists, and to no name."""
     assert endpoint_allowed(["127.0.0.0/8:20000-65535"], host, port) is allowed
