@@ -56,9 +56,9 @@ def _write_visits(world: Attacked) -> None:
         {
             "note": [f"{world.mark}-string row {row}" for row in range(_ROWS)],
             "kind": pa.array([f"{world.mark}-category", "other"] * (_ROWS // 2)).dictionary_encode(),
-            "cost": np.arange(_ROWS, dtype=np.float64),
-            "patient": np.arange(_ROWS),
-            f"{world.mark}-name": np.arange(_ROWS, dtype=np.float64),
+            "cost": pa.array(np.arange(_ROWS, dtype=np.float64)),
+            "patient": pa.array(np.arange(_ROWS)),
+            f"{world.mark}-name": pa.array(np.arange(_ROWS, dtype=np.float64)),
         }
     )
     path = world.layout.data(world.zone) / "visits.arrow"

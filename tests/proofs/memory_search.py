@@ -85,7 +85,7 @@ class Search:
         """Look at every regular file below *root* on the same file system: what is mounted below was there before."""
         device = root.stat().st_dev
         for directory, inside, names in os.walk(root):
-            inside[:] = [name for name in inside if Path(directory, name).lstat().st_dev == device]
+            inside[:] = [name for name in inside if _device(Path(directory, name)) == device]
             for name in names:
                 self.file(Path(directory, name))
 
@@ -169,6 +169,12 @@ class Search:
                     seen.add(after[:6])
                     self.hits.append(Hit(where=where, form=form, after=after.decode("latin-1")))
                 at = data.find(needle, at)
+
+
+def _device(path: Path) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_dev
+    return None
 
 
 def search(text: str, pids: Iterable[int], *, since: float, trees: Iterable[Path] = ()) -> Search:

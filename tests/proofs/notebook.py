@@ -27,7 +27,7 @@ NOT_SEALED = {"no seal": 0, "size alone": _SHRINK_GROW, "writing alone": fcntl.F
 
 
 class Notebook:
-    """One connection to the gateway with the shipped person's login; a context manager. Without *purpose* it is nobody's."""
+    """One connection to the gateway with the shipped person's login, or nobody's without *purpose*."""
 
     def __init__(self, attacked: Attacked, purpose: str | None = "bypass") -> None:
         self._sock = unix_connect(str(attacked.layout.gateway_socket(attacked.zone)))

@@ -1,14 +1,13 @@
-"""P6: nothing comes back but data. Results that would run code if they were unpickled, from functions and from forgers."""
+"""P6: nothing comes back but data. Functions and forgers send what would run code if it were unpickled."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import ray_gpu
 from ray_gpu.outcome import open_outcome
 from ray_gpu.remote_error import rebuild
-from tests.proofs.attacked import Attacked, command
+from tests.proofs.attacked import Attacked, all_powerful, command
 from zones import values
 from zones.errors import RemoteFunctionError, ValueRefusedError
 
@@ -91,7 +90,7 @@ def return_trap(kind: str, port: int) -> Any:
         def __reduce__(self) -> Any:
             return socket.create_connection, (("127.0.0.1", port), 5)
 
-    class Column(pa.ExtensionType):  # type: ignore[misc]  # pyarrow's stubs leave it open
+    class Column(pa.ExtensionType):
         def __init__(self) -> None:
             super().__init__(pa.binary(), "ray.data.arrow_pickled_object")
 
@@ -103,7 +102,7 @@ def return_trap(kind: str, port: int) -> Any:
             return cls()
 
     armed = pickle.dumps(Trap())
-    made = {
+    made: dict[str, Callable[[], Any]] = {
         "object": Trap,
         "object in a list": lambda: [{"a": Trap()}],
         "object array": lambda: np.array([Trap()], dtype=object),
@@ -143,12 +142,13 @@ def test_pickle_stays_bytes(session: ray_gpu.Session, witness: Witness) -> None:
 def _answer(meta: dict[str, Any], value: bytes) -> bytes:
     """Return an answer as a sandbox writes it: length, msgpack map, padding to 64 bytes, value."""
     packed = msgpack.packb(meta)
-    return (struct.pack("!I", len(packed)) + packed).ljust(-(-(4 + len(packed)) // 64) * 64, b"\0") + value
+    head: bytes = struct.pack("!I", len(packed)) + packed
+    return head.ljust(-(-len(head) // 64) * 64, b"\0") + value
 
 
 def _value(skeleton: Any, buffer: bytes = b"") -> bytes:
     """Return an encoded value with any skeleton."""
-    packed = msgpack.packb(skeleton)
+    packed: bytes = msgpack.packb(skeleton)
     start = -(-(16 + len(packed)) // 64) * 64 if buffer else 16 + len(packed)
     return struct.pack("<4sIQ", b"RGV1", len(packed), start + len(buffer)) + packed.ljust(start - 16, b"\0") + buffer
 
@@ -168,7 +168,9 @@ def _stream(table: pa.Table) -> bytes:
 def forgeries(armed: bytes) -> dict[str, bytes]:
     """Return answers that no honest sandbox gives. Each has the armed pickle where a careless reader would load it."""
     ok = {"status": "ok", "printed": ""}
-    tables = {name: _extension_table(name, armed) for name in ("ray.data.arrow_pickled_object", "arrow.py_extension_type")}
+    tables = {
+        name: _extension_table(name, armed) for name in ("ray.data.arrow_pickled_object", "arrow.py_extension_type")
+    }
     return {
         "nothing but the pickle": armed,
         "pickle as the map": struct.pack("!I", len(armed)) + armed,
@@ -253,7 +255,7 @@ def test_forger_can_answer(session: ray_gpu.Session) -> None:
 
 @pytest.mark.parametrize("kind", ["eval", "exec", "SystemExit", "KeyboardInterrupt", "open", "os.system", "object"])
 def test_forged_exception(kind: str) -> None:
-    """An exception names a type of Python's own exceptions or stays a :class:`RemoteFunctionError`; nothing is called."""
+    """What is no exception of Python's own stays a :class:`RemoteFunctionError`; nothing else is called."""
     meta = {"status": "error", "type": kind, "builtin": True, "message": "1/0", "args": ["1/0"], "traceback": "",
             "printed": ""}  # fmt: skip
     with pytest.raises(RemoteFunctionError) as caught:
@@ -274,13 +276,15 @@ def test_trap_springs_here(witness: Witness) -> None:
 
 def test_trap_springs_in_the_gateway(attacked: Attacked, witness: Witness) -> None:
     """Were it unpickled with the gateway's uid and files, the witness would hear of it."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: enters the gateway's namespaces")
+    if not all_powerful():
+        pytest.skip("needs root with all capabilities: enters the gateway's namespaces")
     gateway = attacked.gateway()
     uid = Path(f"/proc/{gateway}").stat().st_uid
     inside = ["nsenter", f"--target={gateway}", "--mount", "--pid", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}"]
     code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1])).close()"
-    subprocess.run([*inside, "--clear-groups", sys.executable, "-c", code, witness.armed().hex()], check=True, timeout=60)
+    subprocess.run(
+        [*inside, "--clear-groups", sys.executable, "-c", code, witness.armed().hex()], check=True, timeout=60
+    )
 
     assert "ray_gpu.gateway" in command(gateway)
     assert witness.sprung()
