@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import socket
+import struct
 import threading
 
 from ray_gpu.wire import PeerClosedError
@@ -214,8 +215,13 @@ class SealedSocket:
         self._guard.finish(call)
 
     def settimeout(self, seconds: float | None) -> None:
-        """Bound how long one receive or send may block, seconds."""
-        self._sock.settimeout(seconds)
+        """Bound how long one receive or send may block, seconds; ``None`` for ever. Over it, they raise ``OSError``."""
+        # The kernel's own timeouts: Python's would ask poll() before every receive and every send.
+        whole = int(seconds or 0)
+        limit = struct.pack("@ll", whole, int(((seconds or 0) - whole) * 1_000_000))
+        self._sock.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def shutdown(self) -> None:
         """End the connection in both directions, so that a thread that waits on it wakes."""

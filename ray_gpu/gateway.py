@@ -56,7 +56,7 @@ MAX_CONNECTIONS = 64
 #: The relay starts beside a raylet, which takes several seconds more on a busy machine.
 RELAY_TIMEOUT_S = 60.0
 #: How often keys are looked for that outlived their lease, seconds.
-SWEEP_INTERVAL_S = 15.0
+SWEEP_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

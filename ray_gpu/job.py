@@ -36,6 +36,8 @@ MAX_ATTEMPTS = 4
 MAX_WHOLE_BYTES = 60 << 20
 #: How long a further lease may take to be placed before a call goes on without it, seconds.
 EXTRA_LEASE_TIMEOUT_S = 15.0
+#: How long a call that lost a lease and found no room goes on with the others before it looks again, seconds.
+PAUSE_S = 0.25
 
 
 @dataclass(slots=True, kw_only=True)
@@ -298,6 +300,7 @@ class ShardRun:
             lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
             if lease:
                 return lease
+            time.sleep(PAUSE_S)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -365,7 +368,7 @@ class ShardRun:
                 if attempt + 1 >= MAX_ATTEMPTS:
                     self._failure = self._failure or LeaseLostError(
                         f"a shard was sent {MAX_ATTEMPTS} times and its lease was lost each time; look at the nodes "
-                        "(ray-gpu status)",
+                        "(ray-gpu status), and in the function for an exit, a native crash or much memory",
                         node="",
                         reason="too many attempts",
                     )

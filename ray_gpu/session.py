@@ -39,6 +39,8 @@ from zones.vault import Person
 
 #: What one intent of small calls reserves: they draw from it without another fsync.
 RESERVED_CALLS, RESERVED_BYTES = 1000, 64 << 20
+#: A lease that answered so recently is not asked again whether it lives, seconds.
+FRESH_S = 0.05
 #: A lease that no call used for so long goes to another session that needs the room, seconds.
 YIELD_AFTER_S = 2.0
 #: A lease that no call used for so long is given back, seconds.
@@ -423,6 +425,8 @@ def _usable(lease: Lease) -> bool:
         return False
     if lease.idle_since and time.monotonic() - lease.idle_since > IDLE_LIMIT_S:
         return False
+    if time.monotonic() - lease.idle_since < FRESH_S:
+        return True
     # Nothing arrives unasked: whatever there is to read from an idle keeper is its end.
     poller = select.poll()
     poller.register(lease.link.fileno(), select.POLLIN | select.POLLRDHUP)

@@ -28,6 +28,8 @@ from zones.errors import ZoneError, from_wire, to_wire
 #: Control messages are small; bulk rides in memfds or frames. 1 MiB leaves room for inline results.
 MAX_MESSAGE_BYTES = 1 << 20
 _LENGTH = struct.Struct("!I")
+#: A plain number: socket's own flag is an enum, whose arithmetic costs more than the rest of a receive.
+_CTRUNC = int(socket.MSG_CTRUNC)
 _READ_BYTES = 64 << 10
 _FD_BYTES = array.array("i").itemsize
 
@@ -134,7 +136,7 @@ class Inbox:
             data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, self._space, socket.MSG_CMSG_CLOEXEC)
             self._fds += _descriptors(ancillary)
             # Those of the message that is being read, and of the next one, whose start may have come along.
-            if flags & socket.MSG_CTRUNC or len(self._fds) > 2 * self._max_fds:
+            if flags & _CTRUNC or len(self._fds) > 2 * self._max_fds:
                 raise MalformedMessageError("peer sent more descriptors than allowed")
         else:
             data = self._sock.recv(_READ_BYTES)
@@ -169,7 +171,7 @@ def _recv_with_fds(sock: socket.socket, count: int, fds: list[int], max_fds: int
     fds.extend(_descriptors(ancillary))
     if not first:
         raise PeerClosedError("peer closed the connection")
-    if flags & socket.MSG_CTRUNC or len(fds) > max_fds:
+    if flags & _CTRUNC or len(fds) > max_fds:
         raise MalformedMessageError("peer sent more descriptors than allowed")
     return first + (recv_exactly(sock, count - len(first)) if len(first) < count else b"")
 

@@ -98,11 +98,18 @@ def copy_policies() -> Iterator[Callable[..., Path]]:
 def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextManager[Cluster]]:
     """Return what runs a cluster inside a ``with`` statement.
 
-    Options: ``data=False`` for a zone without files, ``policies`` from ``copy_policies``, ``zone``.
+    Options: ``data=False`` for a zone without files, ``policies`` from ``copy_policies``, ``zone``, and ``prepare``,
+    which gets the cluster's ``Layout`` before anything starts.
     """
 
     @contextlib.contextmanager
-    def start(*, data: bool = True, policies: Path | None = None, zone: str = "clinic") -> Iterator[Cluster]:
+    def start(
+        *,
+        data: bool = True,
+        policies: Path | None = None,
+        zone: str = "clinic",
+        prepare: Callable[[Any], None] = lambda layout: None,
+    ) -> Iterator[Cluster]:
         from ray_gpu import embedded
         from ray_gpu.state import Layout
 
@@ -110,6 +117,7 @@ def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextMa
             layout = Layout(root / "s")
             if data and zone == "clinic":
                 _write_data(layout.data(zone), small_data)
+            prepare(layout)
             plan = embedded.Plan(
                 state=str(layout.root),
                 zone=zone,

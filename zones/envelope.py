@@ -15,6 +15,7 @@ are that document's. This module does no I/O and is the only one that touches
 from __future__ import annotations
 
 import builtins
+import functools
 import hashlib
 import hmac
 import re
@@ -35,6 +36,7 @@ from zones.header import (
     MIN_PADDED_BYTES,
     Buffer,
     Header,
+    encode_header,
     header_for,
     is_bucket,
     length_prefix,
@@ -174,9 +176,14 @@ def _shard_key(key: LeaseKey, slot: Slot) -> bytes:
 
 
 def _context(header: bytes, grant_digest: str) -> bytes:
+    return _CONTEXT_LABEL + hashlib.sha512(header).digest() + _grant_bytes(grant_digest)
+
+
+@functools.lru_cache(maxsize=64)
+def _grant_bytes(grant_digest: str) -> bytes:
     if not _GRANT_DIGEST.fullmatch(grant_digest):
         raise ValueError("grant_digest must be 64 hexadecimal digits, as Grant.digest() returns")
-    return _CONTEXT_LABEL + hashlib.sha512(header).digest() + bytes.fromhex(grant_digest)
+    return bytes.fromhex(grant_digest)
 
 
 class Sealer:
@@ -199,7 +206,7 @@ class Sealer:
         Raises:
             ValueError: An argument is malformed, or the key was wiped.
         """
-        self.header = header_for(slot, padded_bytes).encode()
+        self.header = encode_header(slot, padded_bytes)
         self.body_bytes = sealed_size(padded_bytes)
         self._missing = padded_bytes
         self._body = Cobblestone256Encryptor(_shard_key(key, slot), _context(self.header, grant_digest))
@@ -260,7 +267,7 @@ class Opener:
         """
         if not is_bucket(padded_bytes):
             raise EnvelopeError
-        header = header_for(slot, padded_bytes).encode()
+        header = encode_header(slot, padded_bytes)
         self.body_bytes = sealed_size(padded_bytes)
         self._missing = self.body_bytes
         self._body = Cobblestone256Decryptor(_shard_key(key, slot), _context(header, grant_digest))

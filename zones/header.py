@@ -29,6 +29,7 @@ LENGTH_BYTES: Final = 8
 _MAGIC: Final = b"RGE1"
 _HEADER: Final = struct.Struct(">4sBBHQQIIQ16s8s")
 _LENGTH: Final = struct.Struct(">Q")
+_ZEROS: Final = bytes(8)
 _LEASE_TAG_BYTES: Final = 16
 #: Up to here the buckets are powers of two, above it steps of an eighth.
 _COARSE_UP_TO_BYTES: Final = 64 << 10
@@ -116,7 +117,7 @@ class Header:
             zeros,
         ) = _HEADER.unpack(raw)
         known = magic == _MAGIC and direction in _DIRECTIONS and kind in _KINDS
-        if not known or zero or zero2 or any(zeros) or not is_bucket(padded_bytes):
+        if not known or zero or zero2 or zeros != _ZEROS or not is_bucket(padded_bytes):
             raise EnvelopeError
         return cls(
             direction=_DIRECTIONS[direction],
@@ -144,6 +145,32 @@ class Header:
             shard=self.shard,
             attempt=self.attempt,
         )
+
+
+def encode_header(slot: Slot, padded_bytes: int) -> bytes:
+    """Return ``header_for(slot, padded_bytes).encode()`` at a third of its cost: there are four for each small call.
+
+    Raises:
+        ValueError: As :func:`header_for` and :meth:`Header.encode`.
+    """
+    if not is_bucket(padded_bytes):
+        raise ValueError(f"padded_bytes {padded_bytes} must be a result of padded_size()")
+    try:
+        return _HEADER.pack(
+            _MAGIC,
+            DIRECTION_CODES[slot.direction],
+            KIND_CODES[slot.kind],
+            0,
+            slot.call,
+            slot.shard,
+            slot.attempt,
+            0,
+            padded_bytes,
+            _lease_tag(slot.lease),
+            _ZEROS,
+        )
+    except struct.error:
+        raise ValueError("call and shard are below 2**64, attempt below 2**32, and none is negative") from None
 
 
 def header_for(slot: Slot, padded_bytes: int) -> Header:

@@ -15,6 +15,7 @@ import pytest
 
 #: Longest that anything may take to happen on a busy machine, seconds.
 PATIENCE_S = 60.0
+NODES = ("gpu-1", "gpu-2")
 _PROGRAMS = {"sandbox": "ray_gpu.sandbox.child", "keeper": "ray_gpu.keeper"}
 
 
@@ -29,12 +30,11 @@ class Inside:
 
     def lease(self, kind: str, node: str) -> list[int]:
         """Return the processes of a node's leases: ``"sandbox"`` or ``"keeper"``, without what confines them."""
-        found = [pid for pid in _below(self.custodian(node)) if _PROGRAMS[kind] in _command(pid).split(" ")]
-        return [pid for pid in found if not any(child in found for child in _children(pid))]
+        return [pid for pid in _below(self.custodian(node)) if _runs_module(pid, _PROGRAMS[kind])]
 
     def leases(self, kind: str = "sandbox") -> list[int]:
         """Return the processes of all nodes' leases."""
-        return [pid for node in ("gpu-1", "gpu-2") for pid in self.lease(kind, node)]
+        return [pid for node in NODES for pid in self.lease(kind, node)]
 
     def actors(self, node: str) -> list[int]:
         """Return the Ray workers of a node that stand for leases."""
@@ -48,6 +48,11 @@ class Inside:
         """Return the gateway, behind what confines it."""
         return max(_below(self.cluster.document["processes"]["gateway"]))
 
+    def relay(self) -> list[int]:
+        """Return the zone's relay."""
+        node = self.cluster.document["nodes"][f"zone-{self.cluster.zone}"]
+        return [pid for pid in _below(node) if _runs_module(pid, "ray_gpu.relay")]
+
     def kill(self, pids: list[int]) -> None:
         """Kill processes, of which there must be some."""
         assert pids
@@ -55,10 +60,25 @@ class Inside:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def until_busy(self, pid: int) -> None:
-        """Wait until a process computes."""
-        before = cpu_ticks(pid)
-        until(lambda: cpu_ticks(pid) > before + 5, f"process {pid} to compute")
+    @staticmethod
+    def cpu_ticks(pid: int) -> int:
+        """Return the processor time that a process has used, in clock ticks; 0 when it is gone."""
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
+        return 0
+
+    def busy_node(self, *nodes: str) -> str:
+        """Wait until a sandbox of one of *nodes*, all by default, computes; return its node."""
+        before = {pid: (self.cpu_ticks(pid), node) for node in nodes or NODES for pid in self.lease("sandbox", node)}
+        busy: list[str] = []
+
+        def one_is() -> bool:
+            busy.extend(node for pid, (ticks, node) in before.items() if self.cpu_ticks(pid) > ticks + 5)
+            return bool(busy)
+
+        until(one_is, "a sandbox to compute")
+        return busy[0]
 
     # -- keys and GPUs --------------------------------------------------------------------------
 
@@ -103,18 +123,16 @@ def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENC
         select.select([], [], [], 0.02)
 
 
-def cpu_ticks(pid: int) -> int:
-    """Return the processor time that a process has used, in clock ticks; 0 when it is gone."""
-    with contextlib.suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-    return 0
-
-
 def _command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     return ""
+
+
+def _runs_module(pid: int, module: str) -> bool:
+    """Whether a process is Python itself with this module, not one of those that confine it."""
+    words = _command(pid).split(" ")
+    return Path(words[0]).name.startswith("python") and module in words
 
 
 def _children(pid: int) -> list[int]:

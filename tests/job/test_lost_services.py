@@ -1,0 +1,445 @@
+"""Services that fail: Vault, the ledger's disk, custodian, relay and gateway, on a cluster of this file's own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_gpu import Batch, gpu_remote
+from zones.errors import (
+    GatewayError,
+    GatewayUnavailableError,
+    LedgerUnavailableError,
+    VaultDeniedError,
+    VaultError,
+    VaultSealedError,
+    VaultUnreachableError,
+)
+
+COLUMNS = ["mean_radius", "mean_texture"]
+#: Room for the ledger, several times what these tests write.
+LEDGER_BYTES = 16 << 20
+
+
+@gpu_remote
+def add(a: int, b: int) -> int:
+    """Do what a function should."""
+    return a + b
+
+
+@gpu_remote
+def spin(seconds: float) -> float:
+    """Compute for a while."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return seconds
+
+
+@gpu_remote(columns=COLUMNS, shard_bytes=64 << 10)
+def slowly(batch: Batch, seconds: float) -> Any:
+    """Return a number per row, after computing for a while."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return batch["mean_radius"] * 3 + batch["mean_texture"]
+
+
+class Services:
+    """A cluster that tests may break, and start again."""
+
+    def __init__(self, cluster: Any, look_inside: Callable[[Any], Any]) -> None:
+        self.cluster = cluster
+        self._look = look_inside
+        self.inside = look_inside(cluster)
+
+    def restart(self) -> None:
+        """Stop what is left and start all of it again, on the same state."""
+        from ray_gpu import embedded
+
+        self.inside.close()
+        embedded.down(self.layout)
+        plan = embedded.Plan(
+            state=str(self.cluster.state), zone=self.cluster.zone, policies=str(self.cluster.policies), data=False
+        )
+        self.cluster = dataclasses.replace(self.cluster, document=embedded.up(plan))
+        self.inside = self._look(self.cluster)
+
+    @property
+    def layout(self) -> Any:
+        """Paths of the cluster."""
+        from ray_gpu.state import Layout
+
+        return Layout(self.cluster.state)
+
+    def works(self) -> bool:
+        """Whether a new session makes a call."""
+        with self.cluster.attach("does it work again") as zone:
+            return bool(add.options(session=zone).remote(1, 2).result(timeout=90) == 3)
+
+    @contextlib.contextmanager
+    def vault_sealed(self) -> Iterator[None]:
+        """Seal Vault for a while."""
+        server = self.inside.vault()
+        server.seal()
+        try:
+            yield
+        finally:
+            server.unseal()
+
+    @contextlib.contextmanager
+    def vault_frozen(self) -> Iterator[None]:
+        """Stop Vault's process for a while: connections open and nothing answers."""
+        pid = self.inside.vault().pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def own_services(start_cluster: Callable[..., Any], look_inside: Callable[[Any], Any]) -> Iterator[Services]:
+    """One cluster for this file. As root its ledger is on a small disk of its own."""
+    mounted: list[Path] = []
+
+    def small_disk(layout: Any) -> None:
+        if os.geteuid() == 0:
+            directory = layout.ledger("clinic").parent
+            directory.mkdir(mode=0o700, parents=True)
+            mounted.extend([directory] if _mount(directory) else [])
+
+    with start_cluster(prepare=small_disk) as cluster:
+        yield Services(cluster, look_inside)
+    for directory in mounted:
+        subprocess.run(["umount", str(directory)], check=True)
+        shutil.rmtree(directory.parents[3], ignore_errors=True)
+
+
+def _mount(directory: Path) -> bool:
+    options = f"mode=0700,size={LEDGER_BYTES}".encode()
+    failed = ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(directory), b"tmpfs", ctypes.c_ulong(0), options)
+    return not failed
+
+
+@pytest.fixture
+def services(own_services: Services) -> Iterator[Services]:
+    """The cluster; when the test is over it works, and nothing is left over."""
+    yield own_services
+    assert own_services.works()
+    own_services.inside.nothing_left()
+
+
+class Background:
+    """Runs one call in a thread, so that the test can do something to it."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self.future: Future[Any] = self._pool.submit(call)
+        self._pool.shutdown(wait=False)
+
+    def result(self) -> Any:
+        """Wait for what the call gives or raises."""
+        return self.future.result(timeout=120)
+
+
+def _rows(zone: Any) -> Any:
+    return zone.read("breast_cancer_resampled", columns=COLUMNS)
+
+
+def _expected(zone: Any) -> Any:
+    table = _rows(zone).to_arrow()
+    return table["mean_radius"].to_numpy() * 3 + table["mean_texture"].to_numpy()
+
+
+# -- Vault ------------------------------------------------------------------------------------------
+
+
+FAILURES = [
+    ("vault_sealed", VaultSealedError, "unseal it"),
+    ("vault_frozen", VaultUnreachableError, "check that it runs"),
+]
+
+
+@pytest.mark.parametrize(("how", "error", "says"), FAILURES, ids=["sealed", "unreachable"])
+def test_vault_fails_at_attach(services: Services, how: str, error: type[VaultError], says: str) -> None:
+    """Nobody gets a session while Vault cannot say who they are; the gateway asks it too, and says the same."""
+    from ray_gpu.api import _login
+
+    public = json.loads((services.cluster.state / "zones" / "clinic" / "zone.json").read_text("utf-8"))
+    token = _login(services.cluster.state, public)
+    with getattr(services, how)():
+        started = time.monotonic()
+        with pytest.raises(error, match=says):
+            services.cluster.attach()
+        with pytest.raises(error, match=says):
+            services.cluster.attach(token=token)
+        assert time.monotonic() - started < 40
+    with services.cluster.attach(token=token) as zone:
+        assert zone.person == "dana"
+
+
+@pytest.mark.parametrize(("how", "error", "says"), FAILURES, ids=["sealed", "unreachable"])
+def test_vault_fails_at_the_opening_of_a_lease(
+    services: Services, how: str, error: type[VaultError], says: str
+) -> None:
+    """No lease without a key; afterwards the same session gets one."""
+    with services.cluster.attach() as zone:
+        with getattr(services, how)(), pytest.raises(error, match=says):
+            add.options(session=zone).remote(1, 2).result(timeout=90)
+
+        assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
+
+
+def test_held_leases_outlive_a_sealed_vault(services: Services) -> None:
+    """What has its key needs Vault no more: calls go on. A key that could not be shredded is shredded later."""
+    with services.cluster.attach() as zone:
+        call = slowly.options(session=zone)
+        assert np.array_equal(call.map(_rows(zone), 0.0), _expected(zone))
+        keys = services.inside.lease_keys()
+        services.inside.close()
+        with services.vault_sealed():
+            assert np.array_equal(call.map(_rows(zone), 0.0), _expected(zone))
+            zone.close()
+        assert len(keys) == 2
+    # The fixture waits until no key is left.
+
+
+def test_wrong_password(services: Services) -> None:
+    """A login that Vault refuses opens no session, and the error says what to check."""
+    path = services.layout.person
+    right = path.read_text("utf-8")
+    path.write_text(json.dumps({**json.loads(right), "password": "wrong"}), encoding="utf-8")
+    try:
+        with pytest.raises(VaultDeniedError, match="check the login"):
+            services.cluster.attach()
+    finally:
+        path.write_text(right, encoding="utf-8")
+
+
+def test_gateway_that_lost_its_rights(services: Services) -> None:
+    """A gateway that Vault does not let make keys opens no lease; with its rights back it does."""
+    root = services.inside.vault().root_client()
+    path = "sys/policies/acl/gateway-clinic"
+    right = root.call("GET", path)["data"]["policy"]
+    with services.cluster.attach() as zone:
+        root.call("PUT", path, policy='path "nothing" { capabilities = ["deny"] }')
+        try:
+            with pytest.raises(VaultDeniedError, match="check the login, its policies"):
+                add.options(session=zone).remote(1, 2).result(timeout=90)
+        finally:
+            root.call("PUT", path, policy=right)
+            root.revoke()
+        assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
+
+
+@pytest.mark.parametrize("program", ["gateway", "custodian"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"secret_id": "some-secret"}, "VaultDeniedError: Vault refused POST auth/approle/login; check the login"),
+        ({"vault": "https://127.0.0.1:1"}, "VaultUnreachableError: no answer from Vault at https://127.0.0.1:1"),
+    ],
+    ids=["wrong credentials", "unreachable"],
+)
+def test_start_without_vault(
+    services: Services, tmp_path: Path, program: str, change: dict[str, str], says: str
+) -> None:
+    """A gateway or custodian that cannot log in does not start, and says why in one line without its secret."""
+    ran = _start_again(services, tmp_path, program, change)
+
+    assert ran.returncode == 1
+    assert len(ran.stderr.splitlines()) == 1
+    assert "did not start" in ran.stderr
+    assert says in ran.stderr
+    assert "some-secret" not in ran.stderr
+
+
+@pytest.mark.parametrize("program", ["gateway", "custodian"])
+def test_start_with_a_sealed_vault(services: Services, tmp_path: Path, program: str) -> None:
+    """The same for a Vault that is sealed."""
+    with services.vault_sealed():
+        ran = _start_again(services, tmp_path, program, {})
+
+    assert ran.returncode == 1
+    assert "VaultSealedError" in ran.stderr
+    assert "unseal it" in ran.stderr
+
+
+def test_start_beside_a_running_gateway(services: Services, tmp_path: Path) -> None:
+    """A second gateway on the same ledger does not start, so that nobody shreds the first one's keys."""
+    with services.cluster.attach() as zone:
+        assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
+        ran = _start_again(services, tmp_path, "gateway", {})
+
+        assert ran.returncode == 1
+        assert "LedgerUnavailableError" in ran.stderr
+        assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
+
+
+def _start_again(
+    services: Services, tmp_path: Path, program: str, change: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    place = services.layout.zone("clinic") if program == "gateway" else services.layout.node("gpu-1")
+    settings = json.loads((place / "settings.json").read_text("utf-8"))
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings | change), encoding="utf-8")
+    command = [sys.executable, "-m", f"ray_gpu.{program}", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+# -- the ledger -------------------------------------------------------------------------------------
+
+
+def test_full_disk_stops_everything(services: Services) -> None:
+    """When the ledger's disk is full nothing leaves, not even what was decided before; with room again it does."""
+    directory = services.layout.ledger("clinic").parent
+    if not os.path.ismount(directory):
+        pytest.skip("needs root, to put the ledger on a small disk")
+    with services.cluster.attach() as zone:
+        call = slowly.options(session=zone)
+        call.map(_rows(zone), 0.0)
+        with _filled(directory):
+            with pytest.raises(LedgerUnavailableError, match="disk is full; free space, then call again"):
+                call.map(_rows(zone), 0.0)
+            with pytest.raises(LedgerUnavailableError, match="free space"):
+                add.options(session=zone).remote(1, 2).result(timeout=60)
+            with pytest.raises(LedgerUnavailableError, match="free space"):
+                services.cluster.attach()
+        receipts = zone.close()
+    with services.cluster.attach() as zone:
+        call = slowly.options(session=zone)
+        call.map(_rows(zone), 0.0)
+        assert np.array_equal(call.map(_rows(zone), 0.0), _expected(zone))
+        control = zone.close()
+
+    # One map arrived at the nodes, and two of the same size in the session where both could be written down.
+    assert _received(receipts, "shards") * 2 == _received(control, "shards")
+    sent = 40_000 * 8 * len(COLUMNS)
+    assert sent < _received(receipts, "received_bytes") < 1.8 * sent < 2 * sent < _received(control, "received_bytes")
+
+
+def _received(receipts: list[dict[str, Any]], name: str) -> int:
+    return sum(int(signed["receipt"][name]) for signed in receipts)
+
+
+@contextlib.contextmanager
+def _filled(directory: Path) -> Iterator[None]:
+    """Fill a file system for a while."""
+    path = directory / "filler"
+    try:
+        with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            for size in (1 << 16, 1 << 12, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+        yield
+    finally:
+        path.unlink()
+
+
+def test_vanished_ledger_stops_everything(services: Services) -> None:
+    """When the ledger's file is gone nothing leaves, although it could still be written to; a restart mends it."""
+    with services.cluster.attach() as zone:
+        slowly.options(session=zone).map(_rows(zone), 0.0)
+        control = zone.close()
+    ledger = services.layout.ledger("clinic")
+    aside = ledger.with_suffix(".aside")
+    with services.cluster.attach() as zone:
+        call = slowly.options(session=zone)
+        call.map(_rows(zone), 0.0)
+        ledger.rename(aside)
+        with pytest.raises(LedgerUnavailableError, match="put it back, then restart the gateway"):
+            call.map(_rows(zone), 0.0)
+        aside.rename(ledger)
+        with pytest.raises(LedgerUnavailableError, match="restart the gateway"):
+            add.options(session=zone).remote(1, 2).result(timeout=60)
+        receipts = zone.close()
+    assert _received(receipts, "shards") == _received(control, "shards")
+
+    services.restart()
+
+
+# -- custodian, relay, gateway ----------------------------------------------------------------------
+
+
+def test_custodian_killed_mid_map(services: Services, wait_until: Callable[..., None]) -> None:
+    """A node without its custodian is out: its lease ends with its processes, and the other node carries on."""
+    inside = services.inside
+    with services.cluster.attach() as zone:
+        call = slowly.options(session=zone)
+        call.map(_rows(zone), 0.0)
+        lost = inside.lease("sandbox", "gpu-2") + inside.lease("keeper", "gpu-2")
+        running = Background(lambda: call.map(_rows(zone), 0.3))
+        inside.busy_node("gpu-2")
+        inside.kill([inside.custodian("gpu-2")])
+
+        assert np.array_equal(running.result(), _expected(zone))
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in lost), "the end of the lost lease")
+        assert {lease["node"] for lease in zone.status()["leases"]} == {"gpu-1"}
+    for _ in range(3):
+        with services.cluster.attach() as zone:
+            assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
+            assert np.array_equal(slowly.options(session=zone).map(_rows(zone), 0.0), _expected(zone))
+
+    services.restart()
+
+
+def test_relay_killed(services: Services, wait_until: Callable[..., None]) -> None:
+    """Without its relay a gateway reaches no node: calls say so at once, and no lease is left."""
+    inside = services.inside
+    with services.cluster.attach() as zone:
+        assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
+        inside.kill(inside.relay())
+        wait_until(lambda: not inside.leases("sandbox"), "the end of the leases")
+
+        with pytest.raises(GatewayError, match="ray-gpu up"):
+            add.options(session=zone).remote(1, 2).result(timeout=60)
+        assert zone.status()["nodes"] == []
+    wait_until(lambda: not inside.lease_keys(), "the end of the keys")
+
+    services.restart()
+
+
+def test_gateway_killed_mid_call(services: Services, wait_until: Callable[..., None]) -> None:
+    """A killed gateway ends its calls and leases; the next one writes down what may have left and shreds the keys."""
+    inside = services.inside
+    zone = services.cluster.attach()
+    calls = [spin.options(session=zone).remote(60.0) for _ in range(2)]
+    running = [Background(call.result) for call in calls]
+    inside.busy_node()
+    inside.kill([inside.gateway()])
+
+    for call in running:
+        with pytest.raises(GatewayUnavailableError, match="attach again"):
+            call.result()
+    with pytest.raises(GatewayUnavailableError, match="ray-gpu up"):
+        add.options(session=zone).remote(1, 2)
+    with pytest.raises(GatewayUnavailableError, match="ray-gpu up"):
+        services.cluster.attach()
+    assert zone.close() == []
+    wait_until(lambda: not inside.leases("sandbox") and not inside.leases("keeper"), "the end of the leases")
+    assert len(inside.lease_keys()) == 2
+
+    services.restart()
+    assert services.inside.lease_keys() == []
+    intents = {entry["seq"] for entry in services.cluster.entries("intent")}
+    finished = {entry["intent"] for entry in services.cluster.entries("completion")}
+    recovered = services.cluster.entries("recovered")
+    assert {entry["intent"] for entry in recovered} == intents - finished
+    assert all(entry["at_most_calls"] and entry["at_most_bytes"] and entry["node"] for entry in recovered)
