@@ -25,6 +25,7 @@ import msgpack
 
 from ray_gpu.frames import PlainBuffer, SealedSocket
 from ray_gpu.relay_link import RelayLink
+from ray_gpu.rooms import Rooms
 from zones.config import endpoint_allowed
 from zones.errors import (
     ClusterError,
@@ -51,14 +52,10 @@ from zones.model import (
 )
 from zones.vault import Vault, lease_name
 
-#: Ray label that says which pool a node belongs to.
-POOL_LABEL = "ray-gpu-pool"
 #: The keeper's hello must be there by then, seconds.
 HELLO_TIMEOUT_S = 10.0
 #: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
 HEARTBEAT_S = 3.0
-#: Nodes that may fail while one lease is opened.
-MAX_PASSED_OVER = 3
 #: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
 STALL_LIMIT_S = 20
 #: Memory limit of keeper and sandbox together, bytes.
@@ -148,13 +145,19 @@ class LeaseOpener:
         self._relay = relay
         self._node_ca = node_ca
         self._degradations = degradations
+        #: What the relay says of the nodes' room.
+        self.rooms = Rooms(relay)
         #: Node and lease of keys that Vault could not shred yet.
         self._to_shred: list[tuple[str, str]] = []
 
-    def open(self, terms: LeaseTerms, decision: Decision, *, timeout_s: float) -> Lease:
+    def open(self, terms: LeaseTerms, decision: Decision, *, timeout_s: float, patient: bool = True) -> Lease:
         """Place an actor, grant it a lease, and return the lease once its hello satisfied *decision*.
 
         Nothing has left while a lease is opened, so a node that fails meanwhile is passed over for another.
+
+        Args:
+            timeout_s: Longest wait for room.
+            patient: Whether to wait for room on the others when a node failed.
 
         Raises:
             PlacementError: No GPU node with room within *timeout_s*.
@@ -163,29 +166,24 @@ class LeaseOpener:
             LeaseLostError, ClusterError: Node after node went away meanwhile.
         """
         deadline = time.monotonic() + timeout_s
-        failed: dict[str, str] = {}
         while True:
+            avoid = self.rooms.passed_over(terms.pool)
             try:
-                return self._open(terms, decision, max(0.0, deadline - time.monotonic()), avoid=sorted(failed))
+                return self._open(terms, decision, max(0.0, deadline - time.monotonic()), avoid=sorted(avoid))
             except (ClusterError, LeaseLostError) as error:
-                if not error.node or len(failed) == MAX_PASSED_OVER or time.monotonic() > deadline:
+                if not error.node or time.monotonic() > deadline:
                     raise
-                failed[str(error.node)[:40]] = error.message
+                self.rooms.failed(str(error.node), error.message)
+                if patient and self.rooms.passed_over(terms.pool):
+                    continue
+                if patient or not self.rooms.has_room(terms.pool, terms.gpu_milli):
+                    raise
             except PlacementError as error:
-                if not failed:
+                if not avoid:
                     raise
                 raise PlacementError(
-                    f"{error.message}. Passed over: {'; '.join(failed.values())}", pool=error.pool, reason=error.reason
+                    f"{error.message}. Passed over: {'; '.join(avoid.values())}", pool=error.pool, reason=error.reason
                 ) from None
-
-    def has_room(self, terms: LeaseTerms) -> bool:
-        """Tell whether Ray counts a free GPU share for *terms* in its pool. A hint: true when nobody can tell."""
-        try:
-            found = list(self._relay.request({"op": "nodes"}, timeout_s=HELLO_TIMEOUT_S).get("nodes") or [])
-            members = [node for node in found if node["alive"] and node["labels"].get(POOL_LABEL) == terms.pool]
-            return any(float(node["gpus_free"]) * 1000 >= terms.gpu_milli - 0.5 for node in members)
-        except (ZoneError, TypeError, ValueError, LookupError, AttributeError):
-            return True
 
     def _open(self, terms: LeaseTerms, decision: Decision, timeout_s: float, avoid: list[str]) -> Lease:
         not_after = int(time.time()) + terms.max_lease_s

@@ -217,8 +217,8 @@ def free_base_port(first: int = 22000, *, last: int = 31000) -> int:
     )
 
 
-#: Hold this process's claims.
-_claims: dict[int, socket.socket] = {}
+#: Port ranges that are this process's.
+_claims: set[int] = set()
 
 
 def _claim(base_port: int) -> bool:
@@ -230,7 +230,8 @@ def _claim(base_port: int) -> bool:
         except OSError:
             claim.close()
             return False
-        _claims[base_port] = claim
+        claim.detach()  # open as long as this process lives
+        _claims.add(base_port)
     return True
 
 

@@ -22,6 +22,7 @@ from ray_gpu.request import Request
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
 from zones.errors import (
+    ClusterError,
     GrantRefusedError,
     LeaseLostError,
     LedgerError,
@@ -218,7 +219,7 @@ class Session:
             if not self._has_more_room(self.terms(allowed, request)):
                 return None
             return self.take(allowed, request, timeout_s=timeout_s, check=check)
-        except (PlacementError, LeaseLostError, GrantRefusedError, VaultError):
+        except (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError):
             return None
 
     def take(
@@ -263,17 +264,20 @@ class Session:
         if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
             return True
         self.services.reclaim(self)
-        return self.services.opener.has_room(terms)
+        return self.services.opener.rooms.has_room(terms.pool, terms.gpu_milli)
 
     def _open(self, terms: LeaseTerms, allowed: Allowed, request: Request, timeout_s: float | None) -> Lease:
         options = request.options
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
-            if not self.services.opener.has_room(terms):
+            if not self.services.opener.rooms.has_room(terms.pool, terms.gpu_milli):
                 self.services.reclaim(self)
             lease = self.services.opener.open(
-                terms, allowed.decision, timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s)
+                terms,
+                allowed.decision,
+                timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
+                patient=timeout_s is None,
             )
             lease.lock.acquire()
             with self._lock:

@@ -69,8 +69,9 @@ class Inside:
         return 0
 
     def busy_node(self, *nodes: str) -> str:
-        """Wait until a sandbox of one of *nodes*, all by default, computes; return its node."""
+        """Wait until a sandbox that runs on one of *nodes*, all by default, computes; return its node."""
         before = {pid: (self.cpu_ticks(pid), node) for node in nodes or NODES for pid in self.lease("sandbox", node)}
+        assert before
         busy: list[str] = []
 
         def one_is() -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from ray_gpu import Batch, gpu_remote
 from ray_gpu.job import MAX_ATTEMPTS
+from ray_gpu.session import FRESH_S
 from zones.errors import CallTimeoutError, LeaseLostError, PlacementError, SessionClosedError
 
 NODES = ("gpu-1", "gpu-2")
@@ -158,7 +159,9 @@ def test_part_killed_while_idle(zone: Any, inside: Any, wait_until: Callable[...
     before = set(_nodes(zone).values())
     for node in NODES:
         inside.kill(inside.actors(node) if part == "actor" else inside.lease(part, node))
+    idle = time.monotonic()
     wait_until(lambda: not inside.leases("sandbox") and not inside.leases("keeper"), "the end of both leases")
+    wait_until(lambda: time.monotonic() > idle + FRESH_S, "leases that were not used a moment ago")
 
     assert add.remote(1, 2).result(timeout=60) == 3
     assert not before & set(_nodes(zone).values())

@@ -406,7 +406,7 @@ def test_relay_killed(services: Services, wait_until: Callable[..., None]) -> No
     with services.cluster.attach() as zone:
         assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
         inside.kill(inside.relay())
-        wait_until(lambda: not inside.leases("sandbox"), "the end of the leases")
+        wait_until(lambda: not inside.leases("sandbox") and not inside.leases("keeper"), "the end of the leases")
 
         with pytest.raises(GatewayError, match="ray-gpu up"):
             add.options(session=zone).remote(1, 2).result(timeout=60)
@@ -420,6 +420,7 @@ def test_gateway_killed_mid_call(services: Services, wait_until: Callable[..., N
     """A killed gateway ends its calls and leases; the next one writes down what may have left and shreds the keys."""
     inside = services.inside
     zone = services.cluster.attach()
+    slowly.options(session=zone).map(_rows(zone), 0.0)
     calls = [spin.options(session=zone).remote(60.0) for _ in range(2)]
     running = [Background(call.result) for call in calls]
     inside.busy_node()
