@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ GPU_NODES = ("gpu-1", "gpu-2")
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1
+_MAX_SOCKET_PATH_BYTES = 107
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class Supervisor:
             path.mkdir(mode=0o711, parents=True, exist_ok=True)
         data = self._start_data()
         self._say("starting Vault (OpenBao, embedded)")
+        self._stop_vault()  # One that outlived a supervisor that was killed.
         self._vault = VaultServer.start(layout.vault)
         layout.vault_ca.write_bytes(self._vault.ca_file.read_bytes())
         layout.vault_ca.chmod(0o644)
@@ -97,6 +100,18 @@ class Supervisor:
             raise ClusterError(f"the data sets could not be written; see {layout.log}", node="", reason="data")
         self._publish()
         return self.document()
+
+    def lock(self) -> None:
+        """Keep the state directory for this process, as long as it lives.
+
+        Raises:
+            ClusterError: Another supervisor has it.
+        """
+        self._lock = os.open(self._layout.root, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _in_use(self._layout) from None
 
     def document(self) -> dict[str, Any]:
         """Return the condition of the cluster, as JSON types."""
@@ -313,10 +328,13 @@ class Supervisor:
         self._processes.clear()
         if self._cluster is not None:
             self._cluster.stop()
-        if self._vault is not None:
-            self._vault.stop()
+        self._stop_vault()
         with contextlib.suppress(FileNotFoundError):
             (self._layout.zone(self._plan.zone) / "zone.json").unlink()
+
+    def _stop_vault(self) -> None:
+        if server := self._vault or VaultServer.find(self._layout.vault):
+            server.stop()
 
 
 def _end(process: subprocess.Popen[bytes], *, first_child: bool = False) -> None:
@@ -386,6 +404,12 @@ def running(layout: Layout) -> dict[str, Any] | None:
     return document if b"ray_gpu.embedded" in command else None
 
 
+def _in_use(layout: Layout) -> ClusterError:
+    return ClusterError(
+        f"a cluster runs in {layout.root} already; use it, or stop it with `ray-gpu down`", node="", reason="running"
+    )
+
+
 def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Start an embedded cluster in the background and return when it serves.
 
@@ -397,13 +421,12 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
     known = zone_names(Path(plan.policies))
     if plan.zone not in known:
         raise UnknownNameError.of("zone", plan.zone, known)
+    # The supervisor runs elsewhere, so its paths are whole ones.
+    plan = replace(plan, state=str(Path(plan.state).absolute()), policies=str(Path(plan.policies).absolute()))
     layout = Layout(Path(plan.state))
+    _check_length(layout, plan.zone)
     if running(layout):
-        raise ClusterError(
-            f"a cluster runs in {layout.root} already; use it, or stop it with `ray-gpu down`",
-            node="",
-            reason="running",
-        )
+        raise _in_use(layout)
     layout.root.mkdir(mode=0o711, parents=True, exist_ok=True)
     layout.supervisor.unlink(missing_ok=True)
     read_fd, write_fd = os.pipe()
@@ -440,8 +463,23 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
     raise ClusterError(f"the supervisor ended while starting; see {layout.log}", node="", reason="ended")
 
 
+def _check_length(layout: Layout, zone: str) -> None:
+    sockets = [layout.gateway_socket(zone), layout.relay_dir(zone) / nodes.RELAY_SOCKET]
+    sockets += [layout.custodian_dir(node) / nodes.CUSTODIAN_SOCKET for node in GPU_NODES]
+    excess = max(len(os.fsencode(path)) for path in sockets) - _MAX_SOCKET_PATH_BYTES
+    if excess > 0:
+        raise ClusterError(
+            f"{layout.root} is {excess} bytes too long: it holds Unix sockets, whose paths end at "
+            f"{_MAX_SOCKET_PATH_BYTES}. Choose a shorter one with --state or RAY_GPU_STATE",
+            node="",
+            reason="path too long",
+        )
+
+
 def down(layout: Layout) -> bool:
     """End the cluster of a state directory; tell whether there was one. Returns when everything is gone."""
+    for pid in [pid for pid, child in _started.items() if child.poll() is not None]:
+        del _started[pid]  # Ended by somebody else; now reaped.
     document = running(layout)
     if document is None:
         return False
@@ -478,9 +516,12 @@ def main(argv: list[str]) -> int:
     report = os.fdopen(int(argv[1]), "w", encoding="utf-8")
 
     def tell(message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             report.write(json.dumps(message) + "\n")
             report.flush()
+        except OSError:
+            # Whoever wanted this cluster is gone before it is up, and knows nothing of it.
+            raise _Told from None
 
     def told(*_: object) -> None:
         raise _Told
@@ -488,6 +529,11 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     supervisor = Supervisor(plan, lambda text: tell({"say": text}))
+    try:
+        supervisor.lock()
+    except ClusterError as error:
+        tell({"failed": error.message})
+        return 1
     try:
         _write_private(Layout(Path(plan.state)).supervisor, {"pid": os.getpid(), "zone": plan.zone})
         document = supervisor.start()
@@ -501,7 +547,8 @@ def main(argv: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - told to whoever started this, and logged
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         traceback.print_exc()
-        tell({"failed": str(error)})
+        with contextlib.suppress(_Told):
+            tell({"failed": str(error)})
         return 1
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

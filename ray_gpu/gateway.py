@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu import job, source
+from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.leases import HEARTBEAT_S, LeaseOpener
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.request import Mode, Request, parse
@@ -101,20 +102,18 @@ class Gateway:
         self.watchdog = Watchdog()
         policy = Policy.load(settings.policies, zone)
         ledger = Ledger.open(settings.ledger, zone=zone.name)
+        # After the ledger, whose lock says that no other gateway uses these directories.
+        self._keys = LeaseKeys(self._vault, zone.name, settings.ledger.parent / "lease-keys")
         self._services = ZoneServices(
             zone=zone,
             policy=policy,
             ledger=ledger,
-            opener=LeaseOpener(zone, self._vault, self._relay, self._vault.node_ca(), settings.degradations),
+            opener=LeaseOpener(zone, self._keys, self._relay, self._vault.node_ca(), settings.degradations),
             data_dir=settings.data_dir,
             degradations=settings.degradations,
             reclaim=self.reclaim,
         )
-        # What a gateway before this one left behind: leases of its unfinished intents, and keys that outlived theirs.
-        self._services.opener.shred_later(
-            (entry["node"], entry["lease"]) for entry in ledger.recovered if entry["lease"]
-        )
-        self._services.opener.sweep(int(time.time()))
+        self._keys.sweep(int(time.time()))
 
     def serve(self) -> None:
         """Serve people and the relay until the process is told to end."""
@@ -150,7 +149,7 @@ class Gateway:
     def _sweep(self) -> None:
         while True:
             time.sleep(SWEEP_INTERVAL_S)
-            self._services.opener.sweep(int(time.time()))
+            self._keys.sweep(int(time.time()))
 
     def _on_lost(self, lease: str, reason: str) -> None:
         for session in list(self._sessions.values()):

@@ -17,13 +17,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
 from ray_gpu.frames import PlainBuffer, SealedSocket
+from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.rooms import Rooms
 from zones.config import endpoint_allowed
@@ -34,7 +34,6 @@ from zones.errors import (
     LeaseLostError,
     PlacementError,
     SandboxLevelError,
-    VaultError,
     ZoneError,
 )
 from zones.keys import ExchangeKey, derive_lease_key, verify_node_signature
@@ -50,7 +49,7 @@ from zones.model import (
     digest,
     sandbox_level,
 )
-from zones.vault import Vault, lease_name
+from zones.vault import lease_name
 
 #: The keeper's hello must be there by then, seconds.
 HELLO_TIMEOUT_S = 10.0
@@ -132,23 +131,21 @@ class LeaseOpener:
     """Opens and ends leases of one zone.
 
     Args:
-        vault: Logged in as the gateway.
+        keys: Makes and shreds the leases' keys.
         node_ca: PEM certificate that node certificates are checked against.
         degradations: What the zone's own side lacks; the zone must accept it as it must a node's.
     """
 
     def __init__(
-        self, zone: Zone, vault: Vault, relay: RelayLink, node_ca: str, degradations: tuple[str, ...] = ()
+        self, zone: Zone, keys: LeaseKeys, relay: RelayLink, node_ca: str, degradations: tuple[str, ...] = ()
     ) -> None:
         self._zone = zone
-        self._vault = vault
+        self._keys = keys
         self._relay = relay
         self._node_ca = node_ca
         self._degradations = degradations
         #: What the relay says of the nodes' room.
         self.rooms = Rooms(relay)
-        #: Node and lease of keys that Vault could not shred yet.
-        self._to_shred: list[tuple[str, str]] = []
 
     def open(self, terms: LeaseTerms, decision: Decision, *, timeout_s: float, patient: bool = True) -> Lease:
         """Place an actor, grant it a lease, and return the lease once its hello satisfied *decision*.
@@ -245,8 +242,7 @@ class LeaseOpener:
             policy_digest=decision.policy_digest,
             not_after=not_after,
         )
-        self._vault.create_lease_key(self._zone.name, offer.node, lease)
-        data_key, wrapped = self._vault.data_key(self._zone.name, offer.node, lease, grant.digest())
+        data_key, wrapped = self._keys.make(offer.node, lease, grant.digest())
         key = derive_lease_key(data_key, exchange.shared(offer.exchange_key), grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
         link = SealedSocket(
@@ -335,31 +331,7 @@ class LeaseOpener:
         with contextlib.suppress(ZoneError, OSError):
             self._relay.request({"op": "release", "lease": lease}, timeout_s=10)
         if node:
-            self._shred(node, lease)
-
-    def _shred(self, node: str, lease: str) -> None:
-        try:
-            self._vault.shred(self._zone.name, node, lease)
-        except VaultError:
-            self.shred_later([(node, lease)])
-
-    def shred_later(self, leases: Iterable[tuple[str, str]]) -> None:
-        """Note keys that :meth:`sweep` shall shred, as node and lease."""
-        self._to_shred.extend(leases)
-
-    def sweep(self, now: int) -> None:
-        """Shred what could not be shredded when its lease ended, and every key that outlived its lease.
-
-        A Vault that does not answer is asked again by the next sweep.
-
-        Args:
-            now: UTC seconds since the epoch.
-        """
-        pending, self._to_shred = self._to_shred, []
-        for node, lease in dict.fromkeys(pending):
-            self._shred(node, lease)
-        with contextlib.suppress(VaultError):
-            self._vault.prune(self._zone.name, now)
+            self._keys.shred(node, lease)
 
 
 def _parse_offer(document: Any) -> Offer:

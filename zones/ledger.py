@@ -86,8 +86,6 @@ class Ledger:
         self._files: dict[Path, tuple[int, int] | None] = {}
         self._allowed: set[int] = set()
         self._refusal = ""
-        #: What this start wrote about intents of the previous run that have no completion.
-        self.recovered: tuple[dict[str, Any], ...] = ()
         self._queue: list[_Pending] = []
         self._queue_guard = threading.Lock()
         self._commit_guard = threading.Lock()
@@ -226,8 +224,7 @@ class Ledger:
         else:
             self._chain = _Chain(hash=audit.genesis(zone))
         opened = {"kind": "opened", "zone": zone, "format": _FORMAT}
-        self.recovered = tuple(recovered(intent) for intent in self._chain.unfinished)
-        self._write([opened, *self.recovered])
+        self._write([opened, *(recovered(intent) for intent in self._chain.unfinished)])
         self._files = {path: _identity(path) for path in (self._path, audit.wal_path(self._path))}
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> int:

@@ -73,14 +73,15 @@ def cluster(console: Console, plan: embedded.Plan, *, stop: bool) -> Iterator[di
         yield document
         return
     started = time.monotonic()
-    with console.status("starting") as line:
-        document = embedded.up(plan, line.update)
+    document = None
     try:
+        with console.status("starting") as line:
+            document = embedded.up(plan, line.update)
         took = time.monotonic() - started
         console.print(f"\nstarted in {took:.1f} s: zone {document['zone']}, two nodes outside it, and a Vault")
         yield document
     finally:
-        if stop:
+        if stop and document is not None:
             with console.status("stopping: shredding lease keys, ending every process"):
                 embedded.down(layout)
 

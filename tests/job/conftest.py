@@ -46,7 +46,8 @@ class Inside:
 
     def gateway(self) -> int:
         """Return the gateway, behind what confines it."""
-        return max(_below(self.cluster.document["processes"]["gateway"]))
+        outside = int(self.cluster.document["processes"]["gateway"])
+        return next(pid for pid in {outside} | _below(outside) if _runs_module(pid, "ray_gpu.gateway"))
 
     def relay(self) -> list[int]:
         """Return the zone's relay."""

@@ -219,7 +219,7 @@ def test_root_needs_no_user_namespaces() -> None:
 
 
 ORPHAN = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 from ray_gpu.sandbox import boundary, profile
 code = '''
 from ray_gpu.sandbox.harden import harden_self; harden_self(kind="sandbox")
@@ -238,10 +238,15 @@ orphan = int(process.stdout.readline())
 assert process.mode == "none"
 assert os.path.exists(f"/proc/{orphan}")
 process.end()
-try:
-    state = open(f"/proc/{orphan}/stat").read().rpartition(")")[2].split()[0]
-except OSError:
-    state = "gone"
+# Killed by now; on a busy machine it is still there for a moment.
+deadline = time.monotonic() + 10
+state = ""
+while state not in ("Z", "X", "gone") and time.monotonic() < deadline:
+    time.sleep(0.01)
+    try:
+        state = open(f"/proc/{orphan}/stat").read().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "gone"
 print(state)
 """
 
