@@ -75,15 +75,17 @@ def recurses_natively() -> Any:
     """Recurse until the C stack ends."""
     sys.setrecursionlimit(1 << 30)
 
-    def again() -> Any:
-        return again()
+    def again(_: int) -> Any:
+        return max([1], key=again)  # through C each time
 
-    return again()
+    return again(1)
 
 
 @pytest.mark.parametrize("function", [leaves, crashes, closes_everything, recurses_natively, eats_memory])
 def test_function_that_ends_its_process(zone: Any, function: Callable[[], Any]) -> None:
     """The sandbox dies with it: the error says where to look, and the next call gets another sandbox."""
+    if function is eats_memory and "no-cgroup" in zone.degradations:
+        pytest.skip("memory is not limited here (degraded: no-cgroup), so that the whole machine would run out of it")
     with pytest.raises(LeaseLostError, match="run the call again") as raised:
         run(function)
 
