@@ -356,6 +356,10 @@ class Session:
     def heartbeat(self) -> None:
         """Keep idle leases alive, and give back those that nobody used for long. Called every few seconds."""
         for lease in list(self._leases):
+            if time.time() > lease.not_after and not lease.lost:
+                # Its keeper ends it too, unless that hangs.
+                lease.lost = "its time is over"
+                lease.link.shutdown()
             # While something is being sent, that says that we are here; and waiting for it could take long.
             if lease.lost or lease.link.sending:
                 continue

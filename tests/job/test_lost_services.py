@@ -438,14 +438,32 @@ def test_gateway_killed_mid_call(services: Services, wait_until: Callable[..., N
     assert zone.close() == []
     wait_until(lambda: not inside.leases("sandbox") and not inside.leases("keeper"), "the end of the leases")
     assert len(inside.lease_keys()) == 2
-
-    services.restart()
-    assert services.inside.lease_keys() == []
+    with _more_keys(services) as stays:
+        services.restart()
+        assert services.inside.lease_keys() == [stays]
     intents = {entry["seq"] for entry in services.cluster.entries("intent")}
     finished = {entry["intent"] for entry in services.cluster.entries("completion")}
     recovered = services.cluster.entries("recovered")
     assert {entry["intent"] for entry in recovered} == intents - finished
     assert all(entry["at_most_calls"] and entry["at_most_bytes"] and entry["node"] for entry in recovered)
+
+
+@contextlib.contextmanager
+def _more_keys(services: Services) -> Iterator[str]:
+    """Make the key of a lease that is over, and the key of a lease that another gateway of the zone might hold."""
+    server = services.inside.vault()
+    root = server.root_client()
+    later = int(time.time()) + 3600
+    root.create_lease_key("clinic", "gpu-1", f"{'ab' * 8}-{later - 7200}")
+    root.create_lease_key("clinic", "gpu-1", f"{'cd' * 8}-{later}")
+    root.revoke()
+    try:
+        yield f"gpu-1.{'cd' * 8}-{later}"
+    finally:
+        services.inside.close()
+        root = services.inside.vault().root_client()
+        root.shred("clinic", "gpu-1", f"{'cd' * 8}-{later}")
+        root.revoke()
 
 
 def test_supervisor_killed(services: Services, wait_until: Callable[..., None]) -> None:
@@ -460,6 +478,7 @@ def test_supervisor_killed(services: Services, wait_until: Callable[..., None]) 
 
     with pytest.raises((GatewayUnavailableError, LeaseLostError)):
         call.result()
+    zone.close()
     wait_until(lambda: not any(_runs(pid) for pid in [gateway, *custodians]), "the end of gateway and custodians")
     assert _runs(vault.pid)
     with pytest.raises(GatewayUnavailableError, match="ray-gpu up"):
