@@ -77,22 +77,7 @@ class Header:
         # struct would cut or fill a tag of another length in silence.
         if len(self.lease_tag) != _LEASE_TAG_BYTES:
             raise ValueError(f"a lease tag has {_LEASE_TAG_BYTES} bytes; build headers with header_for()")
-        try:
-            return _HEADER.pack(
-                _MAGIC,
-                DIRECTION_CODES[self.direction],
-                KIND_CODES[self.kind],
-                0,
-                self.call,
-                self.shard,
-                self.attempt,
-                0,
-                self.padded_bytes,
-                self.lease_tag,
-                bytes(8),
-            )
-        except struct.error:
-            raise ValueError("call and shard are below 2**64, attempt below 2**32, and none is negative") from None
+        return _pack(self, self.padded_bytes, self.lease_tag)
 
     @classmethod
     def decode(cls, raw: Buffer) -> Self:
@@ -155,18 +140,22 @@ def encode_header(slot: Slot, padded_bytes: int) -> bytes:
     """
     if not is_bucket(padded_bytes):
         raise ValueError(f"padded_bytes {padded_bytes} must be a result of padded_size()")
+    return _pack(slot, padded_bytes, _lease_tag(slot.lease))
+
+
+def _pack(place: Header | Slot, padded_bytes: int, lease_tag: bytes) -> bytes:
     try:
         return _HEADER.pack(
             _MAGIC,
-            DIRECTION_CODES[slot.direction],
-            KIND_CODES[slot.kind],
+            DIRECTION_CODES[place.direction],
+            KIND_CODES[place.kind],
             0,
-            slot.call,
-            slot.shard,
-            slot.attempt,
+            place.call,
+            place.shard,
+            place.attempt,
             0,
             padded_bytes,
-            _lease_tag(slot.lease),
+            lease_tag,
             _ZEROS,
         )
     except struct.error:

@@ -29,14 +29,14 @@ from typing import IO
 
 from ray_gpu.sandbox import bubblewrap, cgroup, seccomp
 from ray_gpu.sandbox import profile as profiles
-from ray_gpu.sandbox.harden import VARIABLE, Surroundings, harden_keeper, harden_sandbox, harden_self
+from ray_gpu.sandbox.harden import VARIABLE, Surroundings, harden_self
 from ray_gpu.sandbox.profile import Profile
 from ray_gpu.sandbox.survey import Mode, Survey, degradations, drop, survey
 from zones.errors import SandboxLevelError
 
 __all__ = [
-    "Confined", "Profile", "Survey", "degradations", "device_hint", "gpu_devices", "harden_keeper", "harden_sandbox",
-    "harden_self", "kill", "launch", "launch_keeper", "launch_sandbox", "peer_uid", "survey",
+    "Confined", "Profile", "Survey", "degradations", "device_hint", "gpu_devices", "harden_self",
+    "kill", "launch", "launch_keeper", "launch_sandbox", "peer_uid", "survey",
 ]  # fmt: skip
 
 #: What a stream of a launched process may be, as for :class:`subprocess.Popen`.

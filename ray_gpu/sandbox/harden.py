@@ -100,16 +100,6 @@ def harden_self(
     return tuple(missing)
 
 
-def harden_sandbox(*, keep_fds: Iterable[int]) -> tuple[str, ...]:
-    """Confine this process as a sandbox; see :func:`harden_self`."""
-    return harden_self(kind="sandbox", keep_fds=keep_fds)
-
-
-def harden_keeper(*, keep_fds: Iterable[int]) -> tuple[str, ...]:
-    """Confine this process as a keeper; see :func:`harden_self`."""
-    return harden_self(kind="keeper", keep_fds=keep_fds)
-
-
 def _unlaunched(kind: seccomp.Kind) -> Surroundings:
     """Return what holds for a process that no launcher prepared: it may touch nothing but its own /proc."""
     program = seccomp.compile_filter(kind) or b""
