@@ -1,13 +1,21 @@
-"""Looks into a running cluster from outside: which processes serve leases, which keys live, what is left over."""
+"""Looks into a running cluster from outside, and breaks it: what serves leases, which keys live, what is left over.
+
+Tests that kill what a cluster mends by itself take ``inside``; those that break its services take ``own_services``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import os
 import select
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,8 @@ import pytest
 #: Longest that anything may take to happen on a busy machine, seconds.
 PATIENCE_S = 60.0
 NODES = ("gpu-1", "gpu-2")
+#: Room for the ledger of a cluster that tests break, several times what they write.
+LEDGER_BYTES = 16 << 20
 _PROGRAMS = {"sandbox": "ray_gpu.sandbox.child", "keeper": "ray_gpu.keeper"}
 
 
@@ -150,6 +160,74 @@ def _below(root: int) -> set[int]:
     return {found for child in children for found in {child} | _below(child)}
 
 
+class Background:
+    """Runs one call in a thread, so that the test can do something to it."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self.future: Future[Any] = self._pool.submit(call)
+        self._pool.shutdown(wait=False)
+
+    def result(self) -> Any:
+        """Wait for what the call gives or raises."""
+        return self.future.result(timeout=120)
+
+
+class Services:
+    """A cluster that tests may break, and start again."""
+
+    def __init__(self, cluster: Any, look_inside: Callable[[Any], Any]) -> None:
+        self.cluster = cluster
+        self._look = look_inside
+        self.inside = look_inside(cluster)
+
+    def restart(self) -> None:
+        """Stop what is left and start all of it again, on the same state."""
+        from ray_gpu import embedded
+
+        self.inside.close()
+        embedded.down(self.layout)
+        plan = embedded.Plan(
+            state=str(self.cluster.state), zone=self.cluster.zone, policies=str(self.cluster.policies), data=False
+        )
+        self.cluster = dataclasses.replace(self.cluster, document=embedded.up(plan))
+        self.inside = self._look(self.cluster)
+
+    @property
+    def layout(self) -> Any:
+        """Paths of the cluster."""
+        from ray_gpu.state import Layout
+
+        return Layout(self.cluster.state)
+
+    def works(self) -> bool:
+        """Whether a new session makes a call."""
+        from ray_gpu import gpu_remote
+
+        with self.cluster.attach("does it work again") as zone:
+            return bool(gpu_remote(session=zone)(lambda: 3).remote().result(timeout=90) == 3)
+
+    @contextlib.contextmanager
+    def vault_sealed(self) -> Iterator[None]:
+        """Seal Vault for a while."""
+        server = self.inside.vault()
+        server.seal()
+        try:
+            yield
+        finally:
+            server.unseal()
+
+    @contextlib.contextmanager
+    def vault_frozen(self) -> Iterator[None]:
+        """Stop Vault's process for a while: connections open and nothing answers."""
+        pid = self.inside.vault().pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
 @pytest.fixture(scope="session")
 def look_inside() -> Iterator[Callable[[Any], Inside]]:
     """Return a function that looks into a cluster."""
@@ -178,3 +256,33 @@ def inside(cluster: Any, look_inside: Callable[[Any], Inside]) -> Iterator[Insid
 def wait_until() -> Callable[..., None]:
     """Return a function that waits for a condition, for tests in other files."""
     return until
+
+
+@pytest.fixture(scope="session")
+def in_background() -> type[Background]:
+    """Return what runs a call in a thread."""
+    return Background
+
+
+@pytest.fixture(scope="module")
+def own_services(start_cluster: Callable[..., Any], look_inside: Callable[[Any], Any]) -> Iterator[Services]:
+    """One cluster for this file. As root its ledger is on a small disk of its own."""
+    mounted: list[Path] = []
+
+    def small_disk(layout: Any) -> None:
+        if os.geteuid() == 0:
+            directory = layout.ledger("clinic").parent
+            directory.mkdir(mode=0o700, parents=True)
+            mounted.extend([directory] if _mount(directory) else [])
+
+    with start_cluster(prepare=small_disk) as cluster:
+        yield Services(cluster, look_inside)
+    for directory in mounted:
+        subprocess.run(["umount", str(directory)], check=True)
+        shutil.rmtree(directory.parents[3], ignore_errors=True)
+
+
+def _mount(directory: Path) -> bool:
+    options = f"mode=0700,size={LEDGER_BYTES}".encode()
+    failed = ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(directory), b"tmpfs", ctypes.c_ulong(0), options)
+    return not failed

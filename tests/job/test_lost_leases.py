@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -43,19 +42,6 @@ def slowly(batch: Batch, seconds: float) -> Any:
     return batch["mean_radius"] * 3 + batch["mean_texture"]
 
 
-class Background:
-    """Runs one call in a thread, so that the test can do something to it."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self.future: Future[Any] = self._pool.submit(call)
-        self._pool.shutdown(wait=False)
-
-    def result(self) -> Any:
-        """Wait for what the call gives or raises."""
-        return self.future.result(timeout=120)
-
-
 @pytest.fixture
 def zone(inside: Any) -> Iterator[Any]:
     """A session that holds a lease on each node, the function loaded."""
@@ -82,11 +68,11 @@ def _nodes(zone: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("part", ["sandbox", "keeper"])
-def test_process_killed_mid_shard(zone: Any, inside: Any, part: str) -> None:
+def test_process_killed_mid_shard(zone: Any, inside: Any, part: str, in_background: Any) -> None:
     """The shards of a lease whose sandbox or keeper is killed go to another lease; the result is exact, in order."""
     before = _nodes(zone)
     assert set(before) == set(NODES)
-    call = Background(lambda: slowly.map(_rows(zone), 0.3))
+    call = in_background(lambda: slowly.map(_rows(zone), 0.3))
     inside.busy_node("gpu-1")
     inside.kill(inside.lease(part, "gpu-1"))
 
@@ -96,10 +82,10 @@ def test_process_killed_mid_shard(zone: Any, inside: Any, part: str) -> None:
     assert add.remote(1, 2).result(timeout=60) == 3
 
 
-def test_actor_killed_mid_map(zone: Any, inside: Any) -> None:
+def test_actor_killed_mid_map(zone: Any, inside: Any, in_background: Any) -> None:
     """The shards of a lease whose Ray actor is killed go to the other actor; the result is exact, in order."""
     before = _nodes(zone)
-    call = Background(lambda: slowly.map(_rows(zone), 0.3))
+    call = in_background(lambda: slowly.map(_rows(zone), 0.3))
     inside.busy_node("gpu-2")
     inside.kill(inside.actors("gpu-2"))
 
@@ -108,10 +94,10 @@ def test_actor_killed_mid_map(zone: Any, inside: Any) -> None:
     assert add.remote(1, 2).result(timeout=60) == 3
 
 
-def test_both_sandboxes_killed(zone: Any, inside: Any) -> None:
+def test_both_sandboxes_killed(zone: Any, inside: Any, in_background: Any) -> None:
     """When no lease is left, the call gets others and goes on; the result is exact, in order."""
     before = _nodes(zone)
-    call = Background(lambda: slowly.map(_rows(zone), 0.2))
+    call = in_background(lambda: slowly.map(_rows(zone), 0.2))
     inside.busy_node()
     inside.kill(inside.leases())
 
@@ -119,9 +105,9 @@ def test_both_sandboxes_killed(zone: Any, inside: Any) -> None:
     assert not set(before.values()) & set(_nodes(zone).values())
 
 
-def test_killed_again_and_again(zone: Any, inside: Any, wait_until: Callable[..., None]) -> None:
+def test_killed_again_and_again(zone: Any, inside: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """A call whose leases are lost every time ends, with an error that says so and where to look."""
-    call = Background(lambda: slowly.map(_rows(zone), 30.0))
+    call = in_background(lambda: slowly.map(_rows(zone), 30.0))
     killed: set[int] = set()
 
     def kill_what_computes() -> bool:
@@ -129,7 +115,7 @@ def test_killed_again_and_again(zone: Any, inside: Any, wait_until: Callable[...
         for pid in {pid for pid in inside.leases() if inside.cpu_ticks(pid) > 130} - killed:
             inside.kill([pid])
             killed.add(pid)
-        return call.future.done()
+        return bool(call.future.done())
 
     wait_until(kill_what_computes, "the end of the call", timeout_s=150)
     with pytest.raises(LeaseLostError, match=rf"sent {MAX_ATTEMPTS} times.*ray-gpu status"):
@@ -139,10 +125,10 @@ def test_killed_again_and_again(zone: Any, inside: Any, wait_until: Callable[...
 
 
 @pytest.mark.parametrize("part", ["sandbox", "keeper", "actor"])
-def test_part_killed_during_a_call(zone: Any, inside: Any, part: str) -> None:
+def test_part_killed_during_a_call(zone: Any, inside: Any, part: str, in_background: Any) -> None:
     """A call on arguments alone is not repeated, since it may have had an effect: the error says to run it again."""
     call = spin.options(concurrency=1).remote(60.0)
-    busy = Background(call.result)
+    busy = in_background(call.result)
     used = inside.busy_node()
     inside.kill(inside.actors(used) if part == "actor" else inside.lease(part, used))
 
@@ -227,9 +213,9 @@ def test_timeout_while_waiting_for_another_call(zone: Any) -> None:
     assert [call.result(timeout=60) for call in holders] == [5.0, 5.0]
 
 
-def test_maps_at_once_share_the_leases(zone: Any) -> None:
+def test_maps_at_once_share_the_leases(zone: Any, in_background: Any) -> None:
     """Several maps of one session at once come to an end, each exact."""
-    calls = [Background(lambda: slowly.map(_rows(zone), 0.02)) for _ in range(3)]
+    calls = [in_background(lambda: slowly.map(_rows(zone), 0.02)) for _ in range(3)]
 
     for call in calls:
         assert np.array_equal(call.result(), _expected(zone))
@@ -239,9 +225,9 @@ def test_maps_at_once_share_the_leases(zone: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["map", "remote"])
-def test_session_closed_while_a_call_runs(zone: Any, inside: Any, how: str) -> None:
+def test_session_closed_while_a_call_runs(zone: Any, inside: Any, how: str, in_background: Any) -> None:
     """Closing the session ends its calls with an error that says so, soon, and nothing stays behind."""
-    call = Background(lambda: slowly.map(_rows(zone), 60.0) if how == "map" else spin.remote(60.0).result())
+    call = in_background(lambda: slowly.map(_rows(zone), 60.0) if how == "map" else spin.remote(60.0).result())
     inside.busy_node()
     started = time.monotonic()
     zone.close()

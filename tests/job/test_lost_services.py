@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +28,6 @@ from zones.errors import (
 )
 
 COLUMNS = ["mean_radius", "mean_texture"]
-#: Room for the ledger, several times what these tests write.
-LEDGER_BYTES = 16 << 20
 
 
 @gpu_remote
@@ -61,102 +54,12 @@ def slowly(batch: Batch, seconds: float) -> Any:
     return batch["mean_radius"] * 3 + batch["mean_texture"]
 
 
-class Services:
-    """A cluster that tests may break, and start again."""
-
-    def __init__(self, cluster: Any, look_inside: Callable[[Any], Any]) -> None:
-        self.cluster = cluster
-        self._look = look_inside
-        self.inside = look_inside(cluster)
-
-    def restart(self) -> None:
-        """Stop what is left and start all of it again, on the same state."""
-        from ray_gpu import embedded
-
-        self.inside.close()
-        embedded.down(self.layout)
-        plan = embedded.Plan(
-            state=str(self.cluster.state), zone=self.cluster.zone, policies=str(self.cluster.policies), data=False
-        )
-        self.cluster = dataclasses.replace(self.cluster, document=embedded.up(plan))
-        self.inside = self._look(self.cluster)
-
-    @property
-    def layout(self) -> Any:
-        """Paths of the cluster."""
-        from ray_gpu.state import Layout
-
-        return Layout(self.cluster.state)
-
-    def works(self) -> bool:
-        """Whether a new session makes a call."""
-        with self.cluster.attach("does it work again") as zone:
-            return bool(add.options(session=zone).remote(1, 2).result(timeout=90) == 3)
-
-    @contextlib.contextmanager
-    def vault_sealed(self) -> Iterator[None]:
-        """Seal Vault for a while."""
-        server = self.inside.vault()
-        server.seal()
-        try:
-            yield
-        finally:
-            server.unseal()
-
-    @contextlib.contextmanager
-    def vault_frozen(self) -> Iterator[None]:
-        """Stop Vault's process for a while: connections open and nothing answers."""
-        pid = self.inside.vault().pid
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
-
-
-@pytest.fixture(scope="module")
-def own_services(start_cluster: Callable[..., Any], look_inside: Callable[[Any], Any]) -> Iterator[Services]:
-    """One cluster for this file. As root its ledger is on a small disk of its own."""
-    mounted: list[Path] = []
-
-    def small_disk(layout: Any) -> None:
-        if os.geteuid() == 0:
-            directory = layout.ledger("clinic").parent
-            directory.mkdir(mode=0o700, parents=True)
-            mounted.extend([directory] if _mount(directory) else [])
-
-    with start_cluster(prepare=small_disk) as cluster:
-        yield Services(cluster, look_inside)
-    for directory in mounted:
-        subprocess.run(["umount", str(directory)], check=True)
-        shutil.rmtree(directory.parents[3], ignore_errors=True)
-
-
-def _mount(directory: Path) -> bool:
-    options = f"mode=0700,size={LEDGER_BYTES}".encode()
-    failed = ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(directory), b"tmpfs", ctypes.c_ulong(0), options)
-    return not failed
-
-
 @pytest.fixture
-def services(own_services: Services) -> Iterator[Services]:
+def services(own_services: Any) -> Iterator[Any]:
     """The cluster; when the test is over it works, and nothing is left over."""
     yield own_services
     assert own_services.works()
     own_services.inside.nothing_left()
-
-
-class Background:
-    """Runs one call in a thread, so that the test can do something to it."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self.future: Future[Any] = self._pool.submit(call)
-        self._pool.shutdown(wait=False)
-
-    def result(self) -> Any:
-        """Wait for what the call gives or raises."""
-        return self.future.result(timeout=120)
 
 
 def _rows(zone: Any) -> Any:
@@ -178,7 +81,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("how", "error", "says"), FAILURES, ids=["sealed", "unreachable"])
-def test_vault_fails_at_attach(services: Services, how: str, error: type[VaultError], says: str) -> None:
+def test_vault_fails_at_attach(services: Any, how: str, error: type[VaultError], says: str) -> None:
     """Nobody gets a session while Vault cannot say who they are; the gateway asks it too, and says the same."""
     from ray_gpu.api import _login
 
@@ -196,9 +99,7 @@ def test_vault_fails_at_attach(services: Services, how: str, error: type[VaultEr
 
 
 @pytest.mark.parametrize(("how", "error", "says"), FAILURES, ids=["sealed", "unreachable"])
-def test_vault_fails_at_the_opening_of_a_lease(
-    services: Services, how: str, error: type[VaultError], says: str
-) -> None:
+def test_vault_fails_at_the_opening_of_a_lease(services: Any, how: str, error: type[VaultError], says: str) -> None:
     """No lease without a key; afterwards the same session gets one."""
     with services.cluster.attach() as zone:
         with getattr(services, how)(), pytest.raises(error, match=says):
@@ -207,7 +108,7 @@ def test_vault_fails_at_the_opening_of_a_lease(
         assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
 
 
-def test_held_leases_outlive_a_sealed_vault(services: Services) -> None:
+def test_held_leases_outlive_a_sealed_vault(services: Any) -> None:
     """What has its key needs Vault no more: calls go on. A key that could not be shredded is shredded later."""
     with services.cluster.attach() as zone:
         call = slowly.options(session=zone)
@@ -221,7 +122,7 @@ def test_held_leases_outlive_a_sealed_vault(services: Services) -> None:
     # The fixture waits until no key is left.
 
 
-def test_wrong_password(services: Services) -> None:
+def test_wrong_password(services: Any) -> None:
     """A login that Vault refuses opens no session, and the error says what to check."""
     path = services.layout.person
     right = path.read_text("utf-8")
@@ -233,7 +134,7 @@ def test_wrong_password(services: Services) -> None:
         path.write_text(right, encoding="utf-8")
 
 
-def test_gateway_that_lost_its_rights(services: Services) -> None:
+def test_gateway_that_lost_its_rights(services: Any) -> None:
     """A gateway that Vault does not let make keys opens no lease; with its rights back it does."""
     root = services.inside.vault().root_client()
     path = "sys/policies/acl/gateway-clinic"
@@ -258,9 +159,7 @@ def test_gateway_that_lost_its_rights(services: Services) -> None:
     ],
     ids=["wrong credentials", "unreachable"],
 )
-def test_start_without_vault(
-    services: Services, tmp_path: Path, program: str, change: dict[str, str], says: str
-) -> None:
+def test_start_without_vault(services: Any, tmp_path: Path, program: str, change: dict[str, str], says: str) -> None:
     """A gateway or custodian that cannot log in does not start, and says why in one line without its secret."""
     ran = _start_again(services, tmp_path, program, change)
 
@@ -272,7 +171,7 @@ def test_start_without_vault(
 
 
 @pytest.mark.parametrize("program", ["gateway", "custodian"])
-def test_start_with_a_sealed_vault(services: Services, tmp_path: Path, program: str) -> None:
+def test_start_with_a_sealed_vault(services: Any, tmp_path: Path, program: str) -> None:
     """The same for a Vault that is sealed."""
     with services.vault_sealed():
         ran = _start_again(services, tmp_path, program, {})
@@ -282,7 +181,7 @@ def test_start_with_a_sealed_vault(services: Services, tmp_path: Path, program: 
     assert "unseal it" in ran.stderr
 
 
-def test_start_beside_a_running_gateway(services: Services, tmp_path: Path) -> None:
+def test_start_beside_a_running_gateway(services: Any, tmp_path: Path) -> None:
     """A second gateway on the same ledger does not start, so that nobody shreds the first one's keys."""
     with services.cluster.attach() as zone:
         assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
@@ -294,7 +193,7 @@ def test_start_beside_a_running_gateway(services: Services, tmp_path: Path) -> N
 
 
 def _start_again(
-    services: Services, tmp_path: Path, program: str, change: dict[str, str]
+    services: Any, tmp_path: Path, program: str, change: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
     place = services.layout.zone("clinic") if program == "gateway" else services.layout.node("gpu-1")
     settings = json.loads((place / "settings.json").read_text("utf-8"))
@@ -307,7 +206,7 @@ def _start_again(
 # -- the ledger -------------------------------------------------------------------------------------
 
 
-def test_full_disk_stops_everything(services: Services) -> None:
+def test_full_disk_stops_everything(services: Any) -> None:
     """When the ledger's disk is full nothing leaves, not even what was decided before; with room again it does."""
     directory = services.layout.ledger("clinic").parent
     if not os.path.ismount(directory):
@@ -354,7 +253,7 @@ def _filled(directory: Path) -> Iterator[None]:
         path.unlink()
 
 
-def test_vanished_ledger_stops_everything(services: Services) -> None:
+def test_vanished_ledger_stops_everything(services: Any) -> None:
     """When the ledger's file is gone nothing leaves, although it could still be written to; a restart mends it."""
     with services.cluster.attach() as zone:
         slowly.options(session=zone).map(_rows(zone), 0.0)
@@ -379,14 +278,14 @@ def test_vanished_ledger_stops_everything(services: Services) -> None:
 # -- custodian, relay, gateway ----------------------------------------------------------------------
 
 
-def test_custodian_killed_mid_map(services: Services, wait_until: Callable[..., None]) -> None:
+def test_custodian_killed_mid_map(services: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """A node without its custodian is out: its lease ends with its processes, and the other node carries on."""
     inside = services.inside
     with services.cluster.attach() as zone:
         call = slowly.options(session=zone)
         call.map(_rows(zone), 0.0)
         lost = inside.lease("sandbox", "gpu-2") + inside.lease("keeper", "gpu-2")
-        running = Background(lambda: call.map(_rows(zone), 0.3))
+        running = in_background(lambda: call.map(_rows(zone), 0.3))
         inside.busy_node("gpu-2")
         inside.kill([inside.custodian("gpu-2")])
 
@@ -402,7 +301,7 @@ def test_custodian_killed_mid_map(services: Services, wait_until: Callable[..., 
     services.restart()
 
 
-def test_relay_killed(services: Services, wait_until: Callable[..., None]) -> None:
+def test_relay_killed(services: Any, wait_until: Callable[..., None]) -> None:
     """Without its relay a gateway reaches no node: calls say so at once, and no lease is left."""
     inside = services.inside
     with services.cluster.attach() as zone:
@@ -418,13 +317,13 @@ def test_relay_killed(services: Services, wait_until: Callable[..., None]) -> No
     services.restart()
 
 
-def test_gateway_killed_mid_call(services: Services, wait_until: Callable[..., None]) -> None:
+def test_gateway_killed_mid_call(services: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """A killed gateway ends its calls and leases; the next one writes down what may have left and shreds the keys."""
     inside = services.inside
     zone = services.cluster.attach()
     slowly.options(session=zone).map(_rows(zone), 0.0)
     calls = [spin.options(session=zone).remote(60.0) for _ in range(2)]
-    running = [Background(call.result) for call in calls]
+    running = [in_background(call.result) for call in calls]
     inside.busy_node()
     inside.kill([inside.gateway()])
 
@@ -449,7 +348,7 @@ def test_gateway_killed_mid_call(services: Services, wait_until: Callable[..., N
 
 
 @contextlib.contextmanager
-def _more_keys(services: Services) -> Iterator[str]:
+def _more_keys(services: Any) -> Iterator[str]:
     """Make the key of a lease that is over, and the key of a lease that another gateway of the zone might hold."""
     server = services.inside.vault()
     root = server.root_client()
@@ -466,11 +365,11 @@ def _more_keys(services: Services) -> Iterator[str]:
         root.revoke()
 
 
-def test_supervisor_killed(services: Services, wait_until: Callable[..., None]) -> None:
+def test_supervisor_killed(services: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """With a killed supervisor everything ends but Vault; the next start ends that too, and shreds what was left."""
     inside = services.inside
     zone = services.cluster.attach()
-    call = Background(spin.options(session=zone).remote(60.0).result)
+    call = in_background(spin.options(session=zone).remote(60.0).result)
     wait_until(lambda: inside.leases("sandbox"), "a sandbox")
     vault = inside.vault()
     gateway, custodians = inside.gateway(), [inside.custodian("gpu-1"), inside.custodian("gpu-2")]
