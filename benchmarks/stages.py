@@ -142,7 +142,7 @@ def of_call(gate: Gate, value: bytes, *, repeats: int = 300) -> list[Stage]:
     entry = gate.decided(question, gate.decide(question))
     budget = gate.intend(question, entry)
     answer = memoryview(bytearray(64 << 10))
-    used = write_outcome(answer, {"status": "ok", "printed": ""}, value)
+    used = write_outcome(answer, {"status": "ok", "printed": ""}, value, values.encode_into)
     key = LeaseKey(secrets.token_bytes(32))
     sealed = [
         seal(payload, key=key, grant_digest=_GRANT_DIGEST, slot=_slot(Kind.CALL, 1))
@@ -184,7 +184,7 @@ def of_call(gate: Gate, value: bytes, *, repeats: int = 300) -> list[Stage]:
 
 def _run(arguments: bytes, answer: memoryview) -> None:
     args, kwargs = values.decode(arguments)
-    write_outcome(answer, {"status": "ok", "printed": ""}, echo(*args, **kwargs))
+    write_outcome(answer, {"status": "ok", "printed": ""}, echo(*args, **kwargs), values.encode_into)
 
 
 def _message_seconds(pair: tuple[socket.socket, socket.socket], message: dict[str, Any], repeats: int) -> float:
@@ -339,7 +339,7 @@ class _Path:
             value = score_batch(batch, *coefficients)
             del batch
         with stage("encode the result", "sandbox"):
-            used = write_outcome(self._shared, {"status": "ok", "printed": ""}, value)
+            used = write_outcome(self._shared, {"status": "ok", "printed": ""}, value, values.encode_into)
         back = ("seal, send, receive, open the result", "keeper, gateway")
         with stage(*back):
             self._plain[LENGTH_BYTES : LENGTH_BYTES + used] = self._shared[:used]

@@ -8,26 +8,32 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
 
 from zones.errors import ValueRefusedError
+from zones.packing import pack
 
 #: A traceback or print longer than this is cut, with a line that says so. Bytes.
 MAX_TEXT_BYTES = 64 << 10
 _META = struct.Struct("!I")
 
 
-def write_outcome(view: memoryview, outcome: dict[str, Any], value: Any) -> int:
-    """Write ``u32 length | msgpack outcome | padding to 64 | encoded value`` and return its length in bytes."""
-    from zones import values  # noqa: PLC0415 - the sandbox hardens itself before NumPy and Arrow start threads
+def write_outcome(
+    view: memoryview, outcome: dict[str, Any], value: Any, encode_into: Callable[[Any, memoryview], int]
+) -> int:
+    """Write ``u32 length | msgpack outcome | padding to 64 | encoded value`` and return its length in bytes.
 
-    meta = msgpack.packb(outcome, use_bin_type=True)
+    *encode_into* is ``zones.values.encode_into``: the sandbox imports this module before it hardens itself, and that
+    one afterwards.
+    """
+    meta = pack(outcome)
     start = value_offset(len(meta))
     view[: _META.size] = _META.pack(len(meta))
     view[_META.size : _META.size + len(meta)] = meta
-    return start + values.encode_into(value, view[start:])
+    return start + encode_into(value, view[start:])
 
 
 def value_offset(meta_bytes: int) -> int:

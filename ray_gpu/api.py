@@ -15,6 +15,7 @@ from ray_gpu.call import Call, as_table, is_data
 from ray_gpu.client import Session
 from ray_gpu.handle import Handle
 from ray_gpu.options import FunctionOptions, with_options
+from ray_gpu.request import pack_work
 from ray_gpu.state import default_state_dir
 from zones import values
 from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ValueRefusedError
@@ -94,6 +95,8 @@ class RemoteFunction(Generic[P, R]):
         self._options = options
         self._packed = functions.PackedFunction(function)
         self._name = functions.name_of(function)
+        #: Function, whether it gets all rows at once, and both packed with the options.
+        self._packed_work: tuple[bytes, bool, bytes] = (b"", False, b"")
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -164,16 +167,17 @@ class RemoteFunction(Generic[P, R]):
     ) -> Call[Any]:
         table = None if mode == "call" else as_table(data, self._options.columns)
         session = self._session(table)
-        request = {
-            "op": "call",
-            "mode": mode,
-            "name": self._name,
-            "function": bytes(self._packed),
-            "arguments": _encode(args, kwargs),
-            "options": {**self._options.document(), "whole": whole},
-        }
+        request = {"op": "call", "mode": mode, "work": self._work(whole=whole), "arguments": _encode(args, kwargs)}
         show = progress.Progress(self._name) if mode != "call" and progress.wanted() else None
-        return Call(session, request, table, show=show)
+        return Call(session, request, table, show=show, one=whole or mode == "call")
+
+    def _work(self, *, whole: bool) -> bytes:
+        """Return what to run and how, packed; the same bytes as last time when nothing of it has changed."""
+        function = bytes(self._packed)
+        if (function, whole) != self._packed_work[:2]:
+            packed = pack_work(function, self._name, {**self._options.document(), "whole": whole})
+            self._packed_work = function, whole, packed
+        return self._packed_work[2]
 
     def _session(self, data: Any) -> Session:
         """Return the session to use: that of the option, else that of the handle, else the one attached last."""

@@ -49,7 +49,10 @@ def device() -> str:
 
 def to_host(value: Any) -> Any:
     """Return *value* with every CuPy array inside lists, tuples and dicts copied to NumPy."""
-    if _cupy() is not None and isinstance(value, _cupy().ndarray):  # type: ignore[union-attr]  # checked on the left
+    cupy = _cupy()
+    if cupy is None:
+        return value
+    if isinstance(value, cupy.ndarray):
         return value.get()
     if type(value) is dict:
         return {key: to_host(item) for key, item in value.items()}

@@ -20,7 +20,7 @@ from ray_gpu.handle import Handle, column_names
 from ray_gpu.progress import Progress
 from ray_gpu.remote_error import rebuild
 from ray_gpu.share import open_sealed, share_table
-from ray_gpu.wire import MalformedMessageError, close_fds, raise_for_error, recv_message, send_message
+from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, raise_for_error, send_message
 from zones import values
 from zones.errors import (
     CallCancelledError,
@@ -44,9 +44,12 @@ class Call(Generic[R]):
         request: The message for the gateway.
         data: A handle, a table for a memory file, or ``None``.
         show: Where progress goes.
+        one: The function is called once, so there is one value.
     """
 
-    def __init__(self, session: Session, request: dict[str, Any], data: Any, *, show: Progress | None) -> None:
+    def __init__(
+        self, session: Session, request: dict[str, Any], data: Any, *, show: Progress | None, one: bool
+    ) -> None:
         self._session = session
         self._show = show
         self._lock = threading.RLock()
@@ -55,12 +58,12 @@ class Call(Generic[R]):
         self._error: BaseException | None = None
         #: Once done: shards by node, rows, bytes sent.
         self.report: dict[str, Any] = {}
-        self._one = request["mode"] == "call" or bool(request["options"]["whole"])
+        self._one = one
         message, fds = _with_data(request, data)
         try:
-            self._sock = session.begin(self)
+            self._connection = session.begin(self)
             try:
-                send_message(self._sock, message, fds)
+                send_message(self._connection.sock, message, fds)
             except ValueError:
                 self._close(reusable=True)
                 raise ValueRefusedError(
@@ -70,7 +73,8 @@ class Call(Generic[R]):
                 self._close(reusable=False)
                 raise gone() from None
         finally:
-            close_fds(fds)
+            if fds:
+                close_fds(fds)
 
     def done(self) -> bool:
         """Tell whether :meth:`result` would return, or raise, at once."""
@@ -113,13 +117,13 @@ class Call(Generic[R]):
         if not self._done:
             self._cancelled = True
             with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_WR)
+                self._connection.sock.shutdown(socket.SHUT_WR)
 
     def _advance(self, deadline: float | None) -> bool:
         """Take what the gateway said, up to *deadline* (``None``: however long it takes); tell whether that is all."""
-        while not self._done and (deadline is None or _readable(self._sock, deadline)):
+        while not self._done and (deadline is None or self._connection.wait(deadline)):
             try:
-                reply, fds = recv_message(self._sock, max_fds=1)
+                reply, fds = self._connection.receive()
             except (OSError, MalformedMessageError):
                 self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
                 break
@@ -153,7 +157,7 @@ class Call(Generic[R]):
 
     def _close(self, *, reusable: bool) -> None:
         self._done = True
-        self._session.end(self, self._sock, reusable=reusable)
+        self._session.end(self, self._connection, reusable=reusable)
 
     def _interrupted(self) -> None:
         """Ctrl-C: closing the connection ends the call, its sandbox is killed."""
@@ -169,9 +173,9 @@ class Call(Generic[R]):
             self._show.update(event)
 
     def __del__(self) -> None:
-        sock = getattr(self, "_sock", None)
-        if sock is not None and not self._done:
-            sock.close()
+        connection = getattr(self, "_connection", None)
+        if connection is not None and not self._done:
+            connection.sock.close()
 
     def __repr__(self) -> str:
         return f"<Call {'done' if self._done else 'running'}>"
@@ -255,23 +259,15 @@ def _show_printed(text: Any) -> None:
         sys.stdout.flush()
 
 
-def _readable(sock: socket.socket, deadline: float | None) -> bool:
-    """Wait until there is something to read, or until *deadline* on the monotonic clock; say which."""
-    # Not select(), which knows no descriptor above 1023.
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-    return bool(poller.poll(left))
-
-
-def advance_any(calls: list[tuple[Call[Any], socket.socket]]) -> None:
+def advance_any(calls: list[tuple[Call[Any], Inbox]]) -> None:
     """Wait a moment until the gateway said something to one of *calls*, and take it."""
     poller = select.poll()
     by_fd = {}
-    for call, sock in calls:
-        if sock.fileno() >= 0:
-            by_fd[sock.fileno()] = call
-            poller.register(sock, select.POLLIN)
+    for call, connection in calls:
+        fd = connection.sock.fileno()
+        if fd >= 0:
+            by_fd[fd] = call
+            poller.register(fd, select.POLLIN)
     # Not for ever: a call may end in another thread meanwhile.
     for fd, _ in poller.poll(100):
         by_fd[fd].done()

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray_gpu.call import Call, advance_any, gone
 from ray_gpu.handle import Handle
-from ray_gpu.wire import MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
+from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
 from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ZoneError
 
 #: Idle connections that a session keeps for its next calls.
@@ -35,9 +35,9 @@ class Session:
     def __init__(self, socket_path: Path, token: str, purpose: str) -> None:
         self._path = socket_path
         self._lock = threading.Lock()
-        self._idle: list[socket.socket] = []
+        self._idle: list[Inbox] = []
         self._closed = False
-        self._calls: weakref.WeakKeyDictionary[Call[Any], socket.socket] = weakref.WeakKeyDictionary()
+        self._calls: weakref.WeakKeyDictionary[Call[Any], Inbox] = weakref.WeakKeyDictionary()
         self._main = _connect(socket_path)
         self._card = self._attach(token, purpose)
         self._secret = self._card.pop("secret")
@@ -112,84 +112,82 @@ class Session:
 
     # -- talking to the gateway -----------------------------------------------------------------
 
-    def ask(self, message: dict[str, Any], *, max_fds: int = 0) -> tuple[dict[str, Any], list[int]]:
+    def ask(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request on a connection of its own and return the reply with its descriptors.
 
         Raises:
             GatewayUnavailableError: The gateway is gone.
             SessionClosedError: The session has ended.
         """
-        with self.connection() as sock:
-            send_message(sock, message)
-            reply, fds = recv_message(sock, max_fds=max_fds)
+        with self.connection() as connection:
+            send_message(connection.sock, message)
+            reply, fds = connection.receive()
             return raise_for_error(reply), fds
 
     @contextlib.contextmanager
-    def connection(self) -> Iterator[socket.socket]:
+    def connection(self) -> Iterator[Inbox]:
         """Lend a connection of this session for one exchange; after an error it is not used again."""
-        sock = self.take_connection()
+        connection = self.take_connection()
         try:
-            yield sock
+            yield connection
         except (OSError, MalformedMessageError):
-            sock.close()
+            connection.sock.close()
             raise gone() from None
         except BaseException:
-            sock.close()
+            connection.sock.close()
             raise
-        self.give_connection(sock)
+        self.give_connection(connection)
 
-    def take_connection(self) -> socket.socket:
+    def take_connection(self) -> Inbox:
         """Return a connection that joined this session; hand it back with :meth:`give_connection`."""
         with self._lock:
             if self._closed:
                 raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
             if self._idle:
                 return self._idle.pop()
-        sock = _connect(self._path)
+        connection = Inbox(_connect(self._path), max_fds=1)
         try:
-            send_message(sock, {"op": "join", "session": self._card["session"], "secret": self._secret})
-            reply, _ = recv_message(sock)
+            send_message(connection.sock, {"op": "join", "session": self._card["session"], "secret": self._secret})
+            reply, _ = connection.receive()
             raise_for_error(reply)
         except (OSError, MalformedMessageError):
-            sock.close()
+            connection.sock.close()
             raise gone() from None
-        return sock
+        return connection
 
-    def give_connection(self, sock: socket.socket) -> None:
+    def give_connection(self, connection: Inbox) -> None:
         """Keep a connection for the next call."""
         with self._lock:
             if not self._closed and len(self._idle) < _KEPT_CONNECTIONS:
-                self._idle.append(sock)
+                self._idle.append(connection)
                 return
-        sock.close()
+        connection.sock.close()
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def begin(self, call: Call[Any]) -> socket.socket:
+    def begin(self, call: Call[Any]) -> Inbox:
         """Return a connection for *call*; while too many calls are open, first wait until one of them is done.
 
         Raises:
             GatewayUnavailableError, SessionClosedError: As :meth:`take_connection`.
         """
-        while True:
+        while len(self._calls) >= MAX_OPEN_CALLS:
             with self._lock:
                 waiting = list(self._calls.items())
-            if len(waiting) < MAX_OPEN_CALLS:
-                break
             advance_any(waiting)
-        sock = self.take_connection()
+        connection = self.take_connection()
         with self._lock:
-            self._calls[call] = sock
-        return sock
+            self._calls[call] = connection
+        return connection
 
-    def end(self, call: Call[Any], sock: socket.socket, *, reusable: bool) -> None:
+    def end(self, call: Call[Any], connection: Inbox, *, reusable: bool) -> None:
         """Take back the connection of *call*."""
         with self._lock:
             self._calls.pop(call, None)
         if reusable:
-            self.give_connection(sock)
+            self.give_connection(connection)
         else:
-            sock.close()
+            connection.sock.close()
 
     def close(self) -> list[dict[str, Any]]:
         """End the session: leases, GPU actors and keys are gone when this returns. Returns the receipts."""
@@ -198,8 +196,8 @@ class Session:
                 return self.receipts
             self._closed = True
             idle, self._idle = self._idle, []
-        for sock in idle:
-            sock.close()
+        for connection in idle:
+            connection.sock.close()
         with contextlib.suppress(OSError, MalformedMessageError):
             send_message(self._main, {"op": "close"})
             reply, _ = recv_message(self._main)

@@ -7,11 +7,15 @@ Rules:
 2. A header is believed only after the body opened: it is part of the context.
 3. A slot opens once (:class:`zones.envelope.ReplayGuard`).
 4. Buffers are kept and reused; a body moves in pieces of at most 1 MiB.
+5. Whoever waits may derive the keys of the messages that come next meanwhile
+   (:meth:`SealedSocket.get_ready`). A wrong guess costs that time and nothing else: what was
+   prepared serves one message with exactly its header, or none.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import socket
 import struct
 import threading
@@ -21,6 +25,7 @@ from zones.envelope import (
     HEADER_BYTES,
     LENGTH_BYTES,
     MAX_PADDED_BYTES,
+    MIN_PADDED_BYTES,
     OPEN_SLACK_BYTES,
     PIECE_BYTES,
     SEAL_SLACK_BYTES,
@@ -29,6 +34,7 @@ from zones.envelope import (
     Opener,
     ReplayGuard,
     Sealer,
+    header_for,
     padded_size,
     split_payload,
 )
@@ -92,6 +98,10 @@ class SealedSocket:
         self._start = self._end = 0
         self._plain = PlainBuffer()
         self._opened = memoryview(b"")
+        self._prepared: tuple[Slot, int, Sealer] | None = None
+        self._expected: tuple[bytes, Header, Slot, Opener] | None = None
+        #: Padded sizes of the last messages: the likeliest of the next.
+        self._sent_padded = self._received_padded = MIN_PADDED_BYTES
         #: Bytes put on and taken from the connection, headers included.
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -109,6 +119,25 @@ class SealedSocket:
         """Return the outgoing slot of a message."""
         return Slot(lease=self._lease, direction=self._outgoing, kind=kind, call=call, shard=shard, attempt=attempt)
 
+    def incoming_slot(self, kind: Kind, *, call: int, shard: int = 0, attempt: int = 0) -> Slot:
+        """Return the slot of a message from the peer."""
+        return Slot(lease=self._lease, direction=self._incoming, kind=kind, call=call, shard=shard, attempt=attempt)
+
+    def get_ready(self, *, receive: Slot, send: Slot) -> None:
+        """Derive the keys of the messages that likely come next, each of the padded size of the last one.
+
+        For a moment when there is nothing else to do: whoever was woken by the last message, and waits for this
+        processor, goes first.
+        """
+        os.sched_yield()
+        padded = self._received_padded
+        header = header_for(receive, padded)
+        self._expected = header.encode(), header, receive, Opener(self._key, self._grant_digest, receive, padded)
+        padded = self._sent_padded
+        sealer = Sealer(self._key, self._grant_digest, send, padded)
+        with self._send_lock:
+            self._prepared = send, padded, sealer
+
     def send(self, slot: Slot, payload: bytes | bytearray | memoryview) -> None:
         """Seal and send a payload. *payload* may be shared memory: it is copied to private memory first."""
         with self._send_lock:
@@ -122,7 +151,7 @@ class SealedSocket:
             self._send_padded(slot, plaintext)
 
     def _send_padded(self, slot: Slot, plaintext: memoryview) -> None:
-        sealer = Sealer(self._key, self._grant_digest, slot, len(plaintext))
+        sealer = self._sealer(slot, len(plaintext))
         sealed = memoryview(self._sealed)
         sealed[:HEADER_BYTES] = sealer.header
         filled = HEADER_BYTES
@@ -135,6 +164,14 @@ class SealedSocket:
         tail = sealer.finalize()
         sealed[filled : filled + len(tail)] = tail
         self._flush(sealed[: filled + len(tail)])
+
+    def _sealer(self, slot: Slot, padded_bytes: int) -> Sealer:
+        """Return what was prepared, once, if it is for this very message; else prepare it now. Holds the lock."""
+        prepared, self._prepared = self._prepared, None
+        self._sent_padded = padded_bytes
+        if prepared is not None and prepared[0] == slot and prepared[1] == padded_bytes:
+            return prepared[2]
+        return Sealer(self._key, self._grant_digest, slot, padded_bytes)
 
     def _flush(self, view: memoryview) -> None:
         self._sock.sendall(view)
@@ -154,16 +191,24 @@ class SealedSocket:
             EnvelopeError: The message did not open, or its slot was seen before.
             ConnectionError: The connection ended.
         """
-        header = Header.decode(self._head())
-        if header.padded_bytes > most_bytes:
-            raise EnvelopeError
-        slot = header.slot(lease=self._lease, direction=self._incoming)
-        opener = Opener(self._key, self._grant_digest, slot, header.padded_bytes)
+        header, slot, opener = self._opener(self._head(), most_bytes)
         target = self._target(header.padded_bytes, keep=keep)
         self._open_body(opener, header.padded_bytes, target)
         self._guard.accept(slot)
         self.received_bytes += HEADER_BYTES + opener.body_bytes
+        self._received_padded = header.padded_bytes
         return header, split_payload(target[: header.padded_bytes])
+
+    def _opener(self, raw: bytes, most_bytes: int) -> tuple[Header, Slot, Opener]:
+        """Return what a header claims, and what opens its body: made ready if this very header was expected."""
+        expected, self._expected = self._expected, None
+        if expected is not None and expected[0] == raw and expected[1].padded_bytes <= most_bytes:
+            return expected[1:]
+        header = Header.decode(raw)
+        if header.padded_bytes > most_bytes:
+            raise EnvelopeError
+        slot = header.slot(lease=self._lease, direction=self._incoming)
+        return header, slot, Opener(self._key, self._grant_digest, slot, header.padded_bytes)
 
     def _head(self) -> bytes:
         """Return the next header. One system call brings as much of a small message as is there."""
@@ -192,9 +237,9 @@ class SealedSocket:
         return received
 
     def _target(self, padded_bytes: int, *, keep: bool) -> memoryview:
-        size = padded_bytes + OPEN_SLACK_BYTES
         if keep:
-            return memoryview(bytearray(size))
+            return memoryview(bytearray(padded_bytes))
+        size = padded_bytes + OPEN_SLACK_BYTES
         if len(self._opened) < size:
             self._opened = memoryview(mmap.mmap(-1, 2 * size, flags=_PRIVATE))
         return self._opened

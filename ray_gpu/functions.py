@@ -319,12 +319,12 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name in _global_names(function.__code__):
         if name in function.__globals__:
             yield name, function.__globals__[name]
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    defaults = function.__defaults__ or ()
-    yield from (
-        (f"default of {name}", value) for name, value in zip(names[len(names) - len(defaults) :], defaults, strict=True)
-    )
-    yield from ((f"default of {name}", value) for name, value in (function.__kwdefaults__ or {}).items())
+    if defaults := function.__defaults__:
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        for name, value in zip(names[len(names) - len(defaults) :], defaults, strict=True):
+            yield f"default of {name}", value
+    if function.__kwdefaults__:
+        yield from ((f"default of {name}", value) for name, value in function.__kwdefaults__.items())
     yield from function.__dict__.items()
 
 

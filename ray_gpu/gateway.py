@@ -286,16 +286,19 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - whatever a notebook's words cause, it gets an answer
             self._send(error_reply(error))
         finally:
-            with contextlib.suppress(OSError):
+            if fds:
                 close_fds(fds)
 
     def _send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-        with self._send_lock, contextlib.suppress(OSError):
+        with self._send_lock:
             try:
                 send_message(self._sock, message, fds)
             except ValueError:
                 too_large = GatewayError("the answer does not fit one message; return, print or raise less")
-                send_message(self._sock, error_reply(too_large))
+                with contextlib.suppress(OSError):
+                    send_message(self._sock, error_reply(too_large))
+            except OSError:
+                return  # the notebook is gone, as serve() finds out
 
     def _need_no_session(self) -> None:
         if self._session is not None:
@@ -352,8 +355,12 @@ class Connection:
         request = parse(message)
         found = self._source(request, fds)
         cancelled = job.Cancel()
-        with self._gateway.watchdog.watching(self._sock, request.options.timeout_s, cancelled):
+        watchdog = self._gateway.watchdog
+        watchdog.watch(self._sock, request.work.options.timeout_s, cancelled)
+        try:
             result = job.run(session, request, found, self._send, cancelled)
+        finally:
+            watchdog.leave(cancelled)
         self._reply(request, result)
 
     def _source(self, request: Request, fds: list[int]) -> source.Source | None:
@@ -363,8 +370,8 @@ class Connection:
         if request.data.get("memory"):
             if not fds:
                 raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
-            return source.from_memory(fds.pop(), request.options.columns)
-        return source.from_catalog(services.zone, services.data_dir, request.data, request.options.columns)
+            return source.from_memory(fds.pop(), request.work.options.columns)
+        return source.from_catalog(services.zone, services.data_dir, request.data, request.work.options.columns)
 
     def _reply(self, request: Request, result: job.Result) -> None:
         head = {"ok": True, "printed": result.printed, "report": result.report}

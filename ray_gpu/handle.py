@@ -97,7 +97,7 @@ class Handle:
 
     def to_arrow(self) -> pa.Table:
         """Return the rows, inside the zone."""
-        _, fds = self.session.ask({"op": "read", "data": self.document()}, max_fds=1)
+        _, fds = self.session.ask({"op": "read", "data": self.document()})
         return open_table(fds[0], trusted=True)
 
     def __len__(self) -> int:

@@ -127,11 +127,17 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
     spending.draw(1, _wire_bytes(len(request.arguments)))
     try:
         current = lease.next_call()
-        lease.link.send(lease.link.slot(Kind.CALL, call=current, shard=number), request.arguments)
+        link = lease.link
+        link.send(link.slot(Kind.CALL, call=current, shard=number), request.arguments)
+        # From here to the answer there is time.
+        link.finish_call(current - 1)
+        link.get_ready(
+            receive=link.incoming_slot(Kind.RESULT, call=current, shard=number),
+            send=link.slot(Kind.CALL, call=current + 1, shard=number),
+        )
         header, payload = _receive(lease)
         if (header.call, header.shard) != (current, number):
             raise EnvelopeError
-        lease.link.finish_call(current)
     except (OSError, EnvelopeError) as error:
         cancelled.check()
         raise _lost(lease, error) from None
@@ -141,16 +147,16 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
 
 def prepare(request: Request, lease: Lease, spending: Spending) -> int:
     """Send the function unless the lease has it; return the number that it is known by there."""
-    known = lease.functions.get(request.function_digest)
+    known = lease.functions.get(request.work.digest)
     if known is not None:
         return known
-    spending.draw(0, _wire_bytes(len(request.function)))
+    spending.draw(0, _wire_bytes(len(request.work.function)))
     number = lease.next_call()
     try:
-        lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.function)
+        lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.work.function)
     except OSError as error:
         raise _lost(lease, error) from None
-    lease.functions[request.function_digest] = number
+    lease.functions[request.work.digest] = number
     return number
 
 
@@ -200,7 +206,7 @@ class ShardRun:
         self._events, self._cancelled = events, cancelled
         self._table = shards.strip(source.table)
         obligations = allowed.decision.obligations
-        options = request.options
+        options = request.work.options
         self._plan = plan.make_plan(
             source.rows,
             plan.row_bytes(self._table),
@@ -220,7 +226,7 @@ class ShardRun:
         #: Leases that work on this call now.
         self._serving = 0
         self._failure: BaseException | None = None
-        self._opened = threading.Barrier(min(request.options.concurrency, max(1, self._count)))
+        self._opened = threading.Barrier(min(request.work.options.concurrency, max(1, self._count)))
 
     def run(self) -> Result:
         """Run until every shard has one accepted result."""
@@ -342,7 +348,7 @@ class ShardRun:
         framing = len(self._plan) * ((16 << 10) + 1024 * self._table.num_columns)
         return (
             (self._table.nbytes + framing) * 9 // 8
-            + _wire_bytes(len(self._request.function))
+            + _wire_bytes(len(self._request.work.function))
             + _wire_bytes(len(self._request.arguments))
         )
 

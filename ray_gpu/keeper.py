@@ -51,6 +51,8 @@ class Work:
     slot: int
     #: Slot of the answer: (call, shard, attempt), or ``None`` when the sandbox only acknowledges.
     answer: tuple[int, int, int] | None
+    #: Whether it is a call on arguments alone: another one likely follows.
+    call: bool
 
 
 class Keeper:
@@ -131,7 +133,7 @@ class Keeper:
             slot = self._free.get()
             message, answer = self._message(link, header, slot, len(payload))
             self._memory.payload(slot, len(payload))[:] = payload
-            self._pending.put(Work(slot=slot, answer=answer))
+            self._pending.put(Work(slot=slot, answer=answer, call=header.kind is Kind.CALL))
             self._tell(message)
 
     def _message(
@@ -150,7 +152,6 @@ class Keeper:
             return base | {"op": "arguments", "id": header.call, "function": header.shard}, None
         if header.kind is Kind.CALL:
             self.calls += 1
-            link.finish_call(header.call)
             return base | {"op": "call", "function": header.shard}, where
         if header.kind is Kind.SHARD:
             self.shards += 1
@@ -187,6 +188,13 @@ class Keeper:
                 if work.answer is not None:
                     self._send_result(link, message, work.answer)
                 self._free.put(work.slot)
+                if work.call and work.answer is not None:
+                    call, shard, _ = work.answer
+                    link.finish_call(call)
+                    link.get_ready(
+                        receive=link.incoming_slot(Kind.CALL, call=call + 1, shard=shard),
+                        send=link.slot(Kind.RESULT, call=call + 1, shard=shard),
+                    )
         except (ZoneError, OSError, ValueError, KeyError, TypeError, queue.Empty) as error:
             leave(f"sandbox: {type(error).__name__}")
 

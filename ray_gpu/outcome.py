@@ -22,7 +22,7 @@ class RowsExpected:
     rows: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Outcome:
     """A checked answer."""
 

@@ -7,10 +7,13 @@ that the gateway never unpickles.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+import msgpack
 
 from zones.errors import FunctionRefusedError
 
@@ -39,6 +42,9 @@ class Mode(StrEnum):
     CALL = "call"
 
 
+_MODES = {mode.value: mode for mode in Mode}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of a call, as ``@gpu_remote`` and ``.options`` take them."""
@@ -60,19 +66,26 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is to run and how: the same for many calls."""
+
+    function: bytes
+    #: SHA-256 of the function's bytes, hexadecimal.
+    digest: str
+    #: Qualified name, for the screen only; the ledger has the digest.
+    name: str
+    options: Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One call."""
 
     mode: Mode
-    function: bytes
-    #: Qualified name, for the screen only; the ledger has the digest.
-    function_name: str
+    work: Work
     arguments: bytes
     #: A catalog handle's document, ``{"memory": true}`` for a memory file, or ``None`` without data.
     data: dict[str, Any] | None
-    options: Options
-    #: SHA-256 of the function's bytes, hexadecimal.
-    function_digest: str
 
 
 def parse(message: dict[str, Any]) -> Request:
@@ -82,15 +95,9 @@ def parse(message: dict[str, Any]) -> Request:
         FunctionRefusedError: Function or arguments are over their caps.
         ValueError: A field is missing or of another type.
     """
-    function, arguments = message.get("function"), message.get("arguments")
-    if not isinstance(function, bytes) or not isinstance(arguments, bytes):
-        raise ValueError("function and arguments must be bytes")
-    if len(function) > MAX_FUNCTION_BYTES:
-        raise FunctionRefusedError(
-            f"the function with everything it captures has {len(function)} bytes, over the cap of "
-            f"{MAX_FUNCTION_BYTES}; pass large values as arguments or read them from a data set",
-            variable=None,
-        )
+    work, arguments = message.get("work"), message.get("arguments")
+    if not isinstance(work, bytes) or not isinstance(arguments, bytes):
+        raise ValueError("work and arguments must be bytes")
     if len(arguments) > MAX_ARGUMENT_BYTES:
         raise FunctionRefusedError(
             f"the arguments have {len(arguments)} bytes, over the cap of {MAX_ARGUMENT_BYTES}; "
@@ -98,20 +105,41 @@ def parse(message: dict[str, Any]) -> Request:
             variable=None,
         )
     data = None if message.get("data") is None else _map(message["data"])
-    try:
-        mode = Mode(str(message.get("mode")))
-    except ValueError:
-        raise ValueError("mode must be map, shards or call") from None
+    mode = _MODES.get(str(message.get("mode")))
+    if mode is None:
+        raise ValueError("mode must be map, shards or call")
     if (data is None) != (mode is Mode.CALL):
         raise ValueError("map and shards need data; call takes none")
-    return Request(
-        mode=mode,
+    return Request(mode=mode, work=_work(work), arguments=arguments, data=data)
+
+
+def pack_work(function: bytes, name: str, options: dict[str, Any]) -> bytes:
+    """Return what :func:`parse` finds in a message's ``work``."""
+    packed: bytes = msgpack.packb({"function": function, "name": name, "options": options})
+    return packed
+
+
+@functools.lru_cache(maxsize=64)
+def _work(packed: bytes) -> Work:
+    """Parse what stays the same from call to call, once."""
+    try:
+        given = _map(msgpack.unpackb(packed))
+    except (ValueError, msgpack.UnpackException, RecursionError):
+        raise ValueError("work is no msgpack map") from None
+    function = given.get("function")
+    if not isinstance(function, bytes):
+        raise ValueError("function must be bytes")
+    if len(function) > MAX_FUNCTION_BYTES:
+        raise FunctionRefusedError(
+            f"the function with everything it captures has {len(function)} bytes, over the cap of "
+            f"{MAX_FUNCTION_BYTES}; pass large values as arguments or read them from a data set",
+            variable=None,
+        )
+    return Work(
         function=function,
-        function_digest=hashlib.sha256(function).hexdigest(),
-        function_name=str(message.get("name", "function"))[:120],
-        arguments=arguments,
-        data=data,
-        options=_options(_map(message.get("options", {}))),
+        digest=hashlib.sha256(function).hexdigest(),
+        name=str(given.get("name", "function"))[:120],
+        options=_options(_map(given.get("options", {}))),
     )
 
 

@@ -93,7 +93,10 @@ class Session:
         self._room = threading.Condition(self._lock)
         self._leases: list[Lease] = []
         self._opening = 0
+        #: Calls that wait for a lease.
+        self._waiting = 0
         self._allowed: dict[Any, Allowed] = {}
+        self._terms: dict[tuple[int, int], LeaseTerms] = {}
         self._standing: dict[tuple[str, int], Spending] = {}
         self._functions_seen: set[str] = set()
         self._small_bytes = 0
@@ -116,12 +119,12 @@ class Session:
         """
         self.check_open()
         zone = self.services.zone
-        pool = request.options.pool or (zone.pools[0] if zone.pools else "")
+        pool = request.work.options.pool or (zone.pools[0] if zone.pools else "")
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
         small = self._count_small_bytes(request)
         what = (source.dataset, tuple(source.columns), source.filter_columns) if source else None
-        key = (request.function_digest, pool, small, what)
+        key = (request.work.digest, pool, small, what)
         found = self._allowed.get(key)
         if found is None:
             try:
@@ -136,17 +139,17 @@ class Session:
     def _count_small_bytes(self, request: Request) -> frozenset[str]:
         """Count the function, once, and the arguments towards the session's cap; return their class."""
         with self._lock:
-            new = 0 if request.function_digest in self._functions_seen else len(request.function)
+            new = 0 if request.work.digest in self._functions_seen else len(request.work.function)
             small = classify(
                 self.services.zone,
                 dataset="",
                 columns=None,
                 # The function's own cap holds each time that it is asked for, not only the first time.
-                function_bytes=len(request.function),
+                function_bytes=len(request.work.function),
                 argument_bytes=len(request.arguments),
-                session_bytes=self._small_bytes - (len(request.function) - new),
+                session_bytes=self._small_bytes - (len(request.work.function) - new),
             )
-            self._functions_seen.add(request.function_digest)
+            self._functions_seen.add(request.work.digest)
             self._small_bytes += new + len(request.arguments)
         return small
 
@@ -163,7 +166,7 @@ class Session:
             dataset=source.dataset if source else "",
             columns=frozenset(source.columns) if source else ARGUMENTS,
             classes=small | set(labels(zone, source.dataset, columns).values()) if source else small,
-            function_digest=request.function_digest,
+            function_digest=request.work.digest,
         )
         decision = policy.decide(question)
         rows = source.rows if source else 0
@@ -203,13 +206,17 @@ class Session:
 
     def terms(self, allowed: Allowed, request: Request) -> LeaseTerms:
         """Return what leases a call needs."""
-        obligations = allowed.decision.obligations
-        return LeaseTerms(
-            pool=allowed.request.pool,
-            gpu_milli=request.options.gpu_milli,
-            accepted_degradations=tuple(sorted(obligations.accepted_degradations)),
-            max_lease_s=obligations.max_lease_s,
-        )
+        key = (allowed.entry, request.work.options.gpu_milli)
+        found = self._terms.get(key)
+        if found is None:
+            obligations = allowed.decision.obligations
+            found = self._terms[key] = LeaseTerms(
+                pool=allowed.request.pool,
+                gpu_milli=request.work.options.gpu_milli,
+                accepted_degradations=tuple(sorted(obligations.accepted_degradations)),
+                max_lease_s=obligations.max_lease_s,
+            )
+        return found
 
     def try_lease(
         self, allowed: Allowed, request: Request, *, timeout_s: float, check: Callable[[], None]
@@ -238,15 +245,15 @@ class Session:
         terms = self.terms(allowed, request)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            with self._room:
+            with self._lock:
                 check()
                 self.check_open()
                 self._drop_lost()
-                same = [lease for lease in self._leases if lease.terms == terms]
+                same = [lease for lease in self._leases if lease.terms is terms or lease.terms == terms]
                 for lease in same:
                     if lease.lock.acquire(blocking=False):
                         return lease
-                if len(same) + self._opening < request.options.concurrency:
+                if len(same) + self._opening < request.work.options.concurrency:
                     self._opening += 1
                     break
                 if deadline is not None and time.monotonic() > deadline:
@@ -256,7 +263,9 @@ class Session:
                         pool=terms.pool,
                         reason="in use",
                     )
+                self._waiting += 1
                 self._room.wait(timeout=WAKE_S)
+                self._waiting -= 1
         return self._open(terms, allowed, request, timeout_s)
 
     def _has_more_room(self, terms: LeaseTerms) -> bool:
@@ -267,7 +276,7 @@ class Session:
         return self.services.opener.rooms.has_room(terms.pool, terms.gpu_milli)
 
     def _open(self, terms: LeaseTerms, allowed: Allowed, request: Request, timeout_s: float | None) -> Lease:
-        options = request.options
+        options = request.work.options
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
@@ -284,7 +293,7 @@ class Session:
                 closed = self._closed
                 self._leases.append(lease)
         finally:
-            with self._room:
+            with self._lock:
                 self._opening -= 1
                 self._room.notify_all()
         if closed:
@@ -296,8 +305,9 @@ class Session:
         """Give a lease back after a call."""
         lease.idle_since = time.monotonic()
         lease.lock.release()
-        with self._room:
-            self._room.notify_all()
+        with self._lock:
+            if self._waiting:
+                self._room.notify_all()
 
     def _drop_lost(self) -> None:
         """Give back, in the background, leases that were lost, are about to end, or idled long. Holds the lock."""
@@ -368,7 +378,7 @@ class Session:
             except (OSError, ZoneError, ValueError):
                 lease.lost = lease.lost or "connection lost"
                 lease.link.shutdown()
-        with self._room:
+        with self._lock:
             if not self._closed:
                 self._drop_lost()
 
@@ -383,7 +393,7 @@ class Session:
 
     def close(self) -> None:
         """End every lease, shred every key, and write the session's end. Running calls fail."""
-        with self._room:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 from ray_gpu import job
 from zones.errors import CallCancelledError, CallTimeoutError
@@ -26,18 +24,17 @@ class Watchdog:
         self._lock = threading.Lock()
         self._calls: dict[job.Cancel, tuple[socket.socket, float | None]] = {}
 
-    @contextlib.contextmanager
-    def watching(self, sock: socket.socket, timeout_s: float | None, cancelled: job.Cancel) -> Iterator[None]:
-        """Watch the call that runs inside this context."""
+    def watch(self, sock: socket.socket, timeout_s: float | None, cancelled: job.Cancel) -> None:
+        """Watch a call from now on."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             self._calls[cancelled] = (sock, deadline)
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._calls[cancelled]
-            cancelled.finish()
+
+    def leave(self, cancelled: job.Cancel) -> None:
+        """Watch a call no more: it is over."""
+        with self._lock:
+            del self._calls[cancelled]
+        cancelled.finish()
 
     def run(self) -> None:
         """Look at every running call, for ever."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,38 +24,31 @@ from zones.errors import FunctionRefusedError
 
 
 def _message(**changes: Any) -> dict[str, Any]:
-    base = {
-        "op": "call",
-        "mode": "map",
-        "name": "score",
-        "function": b"f",
-        "arguments": b"a",
-        "data": {"dataset": "randhie"},
-        "options": FunctionOptions().document(),
-    }
-    return {**base, **changes}
+    work: dict[str, Any] = {"name": "score", "function": b"f", "options": FunctionOptions().document()}
+    work |= {name: changes.pop(name) for name in work if name in changes}
+    base = {"op": "call", "mode": "map", "arguments": b"a", "data": {"dataset": "randhie"}}
+    return {**base, "work": msgpack.packb(work), **changes}
 
 
 def test_whole_request() -> None:
     """A client's message becomes a request with the digest of the function's bytes."""
     request = parse(_message(options={**FunctionOptions(columns=("a", "b"), timeout_s=2).document(), "whole": True}))
 
-    assert (request.mode, request.function_name, request.arguments) == (Mode.MAP, "score", b"a")
-    assert request.function_digest == hashlib.sha256(b"f").hexdigest()
-    assert request.options == Options(columns=("a", "b"), timeout_s=2, whole=True)
+    assert (request.mode, request.work.name, request.arguments) == (Mode.MAP, "score", b"a")
+    assert request.work.digest == hashlib.sha256(b"f").hexdigest()
+    assert request.work.options == Options(columns=("a", "b"), timeout_s=2, whole=True)
 
 
 def test_no_options_are_the_defaults() -> None:
     """Options may be left out, each by itself or all."""
-    message = _message()
-    del message["options"]
+    message = _message(work=msgpack.packb({"name": "score", "function": b"f"}))
 
-    assert parse(message).options == parse(_message(options={})).options == Options()
+    assert parse(message).work.options == parse(_message(options={})).work.options == Options()
 
 
 def test_defaults_of_client_and_gateway_agree() -> None:
     """A call without options asks for what the gateway would assume."""
-    assert parse(_message()).options == Options()
+    assert parse(_message()).work.options == Options()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +60,12 @@ def test_defaults_of_client_and_gateway_agree() -> None:
         {"mode": ["map"]},
         {"function": "text"},
         {"function": None},
+        {"work": None},
+        {"work": {"function": b"f"}},
+        {"work": b""},
+        {"work": msgpack.packb([b"f"])},
+        {"work": msgpack.packb({"function": b"f"}) + b"\0"},
+        {"work": b"\x91" * 5000},
         {"arguments": "text"},
         {"arguments": 5},
         {"data": None},
@@ -76,11 +76,11 @@ def test_defaults_of_client_and_gateway_agree() -> None:
         {"options": [1]},
         {"options": "x"},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:60],
 )
 def test_malformed_request(changes: dict[str, Any]) -> None:
     """A field of another kind, or data where none belongs, is refused."""
-    with pytest.raises(ValueError, match=r"must be|need data"):
+    with pytest.raises(ValueError, match=r"must be|need data|no msgpack map"):
         parse(_message(**changes))
 
 
@@ -135,38 +135,39 @@ def test_unknown_option() -> None:
 @pytest.mark.parametrize(("field", "cap"), [("function", MAX_FUNCTION_BYTES), ("arguments", MAX_ARGUMENT_BYTES)])
 def test_caps(field: str, cap: int) -> None:
     """Function and arguments have caps; the last byte that fits is accepted."""
-    assert len(getattr(parse(_message(**{field: bytes(cap)})), field)) == cap
+    request = parse(_message(**{field: bytes(cap)}))
+    assert len(request.work.function if field == "function" else request.arguments) == cap
     with pytest.raises(FunctionRefusedError, match=f"{cap + 1} bytes, over the cap of {cap}"):
         parse(_message(**{field: bytes(cap + 1)}))
 
 
 def test_long_name_is_cut() -> None:
     """The name is for the screen and no place to put data."""
-    assert len(parse(_message(name="x" * 1000)).function_name) == 120
+    assert len(parse(_message(name="x" * 1000)).work.name) == 120
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
 
 
-@given(field=st.sampled_from(["mode", "function", "arguments", "data", "options", "name"]), value=_json)
+@given(field=st.sampled_from(["mode", "work", "function", "arguments", "data", "options", "name"]), value=_json)
 def test_any_value_in_any_field(field: str, value: Any) -> None:
     """Whatever a message holds, it is a request or an error that the gateway answers with."""
     try:
         request = parse(_message(**{field: value}))
     except (ValueError, FunctionRefusedError):
         return
-    assert isinstance(request.options, Options)
+    assert isinstance(request.work.options, Options)
 
 
 @given(options=st.dictionaries(st.sampled_from(sorted(Options.__dataclass_fields__)), _json))
 def test_any_value_in_any_option(options: dict[str, Any]) -> None:
     """The same for options."""
     try:
-        parsed = parse(_message(options=options)).options
+        parsed = parse(_message(options=options)).work.options
     except ValueError:
         return
     assert type(parsed.gpu_milli) is int

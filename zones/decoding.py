@@ -8,6 +8,7 @@ whatever goes wrong is a ``ValueRefusedError``.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import math
 import re
 import struct
@@ -33,6 +34,7 @@ DTYPE = re.compile(
 )
 #: Bytes of a skeleton. Parsing msgpack may take 70 times its size in memory; large data belongs in arrays.
 MAX_SKELETON_BYTES = 1 << 24
+_SHORT_SKELETON_BYTES = 2048
 MAX_DIMENSIONS = 32
 #: Exponents of decimals: beyond them one short string turns into gigabytes of digits.
 MAX_EXPONENT = 6144
@@ -68,7 +70,8 @@ def decode(
         view = memoryview(data).cast("B")
         if len(view) > max_bytes:
             raise ValueRefusedError(f"an encoded value of {len(view)} bytes is above the limit of {max_bytes}")
-        reader = _Reader(view if zero_copy else _copied(view), max_depth, max_rows, max_bytes)
+        # The copy lies where malloc() puts it, aligned to 16 bytes as NumPy's own arrays are.
+        reader = _Reader(view if zero_copy else memoryview(bytearray(view)), max_depth, max_rows, max_bytes)
         return reader.read()
     except ValueRefusedError:
         raise
@@ -79,14 +82,6 @@ def decode(
 
 def _refused(why: str) -> ValueRefusedError:
     return ValueRefusedError(f"an encoded value was refused because {why}; run the call again")
-
-
-def _copied(view: memoryview) -> memoryview:
-    # Aligned, so that arrays inside are aligned too; NumPy itself promises 16 bytes.
-    room = np.empty(len(view) + ALIGN, np.uint8)
-    start = -room.ctypes.data % ALIGN
-    room[start : start + len(view)] = np.frombuffer(view, np.uint8)
-    return room[start : start + len(view)].data
 
 
 class _Reader:
@@ -119,10 +114,10 @@ class _Reader:
     def node(self, node: Any, depth: int) -> Any:
         if depth > self.max_depth:
             raise _refused(f"it is nested more than {self.max_depth} deep")
-        if type(node) is not list:
-            if type(node) not in _PLAIN:
-                raise _refused("its skeleton holds an unknown type")
+        if type(node) in _PLAIN:
             return node
+        if type(node) is not list:
+            raise _refused("its skeleton holds an unknown type")
         tag, *rest = node
         if tag in ("l", "t"):
             items = [self.node(item, depth + 1) for item in rest]
@@ -171,13 +166,15 @@ class _Reader:
 
 
 def _unpack(skeleton: bytes) -> Any:
-    # A first pass that builds nothing: afterwards every length in the skeleton is known to be true, and
-    # unpacking allocates no list that its bytes do not fill.
-    scan = msgpack.Unpacker(max_buffer_size=max(1, len(skeleton)))
-    scan.feed(skeleton)
-    scan.skip()
-    if scan.tell() != len(skeleton):
-        raise _refused("its skeleton is malformed")
+    if len(skeleton) > _SHORT_SKELETON_BYTES:
+        # A first pass that builds nothing: afterwards every length in the skeleton is known to be true, and
+        # unpacking allocates no list that its bytes do not fill. What a short one can claim is little: nested lists
+        # of its own length each, 11 MB.
+        scan = msgpack.Unpacker(max_buffer_size=len(skeleton))
+        scan.feed(skeleton)
+        scan.skip()
+        if scan.tell() != len(skeleton):
+            raise _refused("its skeleton is malformed")
     return msgpack.unpackb(skeleton, raw=False, strict_map_key=True, ext_hook=_no_extension)
 
 
@@ -186,10 +183,16 @@ def _no_extension(code: int, data: bytes) -> Any:
 
 
 def _dtype(name: Any) -> np.dtype[Any]:
-    # fullmatch first: NumPy evaluates some texts as Python literals.
-    if type(name) is not str or DTYPE.fullmatch(name) is None:
+    dtype = _plain_dtype(name) if type(name) is str else None
+    if dtype is None:
         raise _refused("it holds an array of a dtype that is not plain data")
-    return np.dtype(name)
+    return dtype
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_dtype(name: str) -> np.dtype[Any] | None:
+    # fullmatch first: NumPy evaluates some texts as Python literals.
+    return None if DTYPE.fullmatch(name) is None else np.dtype(name)
 
 
 def _check_cells(array: Any) -> None:
@@ -233,7 +236,7 @@ def _one(items: Any) -> Any:
     return items[0]
 
 
-_PLAIN = (type(None), bool, int, float, str, bytes)
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 _ARROW = ("T", "B", "C", "A", "S")
 _SCALARS: dict[str, Callable[..., Any]] = {
     "s": _numpy_scalar,

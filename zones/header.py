@@ -185,6 +185,7 @@ def header_for(slot: Slot, padded_bytes: int) -> Header:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def padded_size(n: int) -> int:
     """Return the padded plaintext's length for a payload of *n* bytes (3).
 
@@ -205,6 +206,7 @@ def _bucket(size: int) -> int:
     return -(-size // step) * step
 
 
+@functools.lru_cache(maxsize=256)
 def is_bucket(size: int) -> bool:
     """Say whether *size* is a length that :func:`padded_size` can return."""
     return MIN_PADDED_BYTES <= size <= MAX_PADDED_BYTES and _bucket(size) == size

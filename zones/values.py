@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import msgpack
 import numpy as np
 import pyarrow as pa
 
@@ -28,11 +27,13 @@ from zones.decoding import DTYPE, HEADER, MAGIC, MAX_DEPTH, MAX_EXPONENT, MAX_SK
 from zones.decoding import decode as decode
 from zones.errors import ResultTooLargeError, ValueRefusedError
 from zones.ipc import ipc_size, plain_table, write_ipc_into
+from zones.packing import pack
 
+_AS_THEY_ARE = frozenset({type(None), bool, float, str, bytes})
 _KEYS = (str, bytes, bool, int, float, type(None))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Encoded:
     """A value that is ready to be written. Keeps the value's memory alive; nothing large was copied yet."""
 
@@ -52,7 +53,8 @@ class Encoded:
         """
         _check_size(self.size_bytes, len(out))
         HEADER.pack_into(out, 0, MAGIC, len(self._skeleton), self.size_bytes)
-        at = _put(out, HEADER.size, self._skeleton)
+        at = HEADER.size + len(self._skeleton)
+        out[HEADER.size : at] = self._skeleton
         for length, write in self._buffers:
             start = aligned(at)
             out[at:start] = bytes(start - at)
@@ -75,7 +77,7 @@ def prepare(value: Any) -> Encoded:
     """
     writer = _Writer()
     try:
-        skeleton = msgpack.packb(writer.node(value, "result", 0), use_bin_type=True)
+        skeleton = pack(writer.node(value, "result", 0))
     except (UnicodeEncodeError, OverflowError, ValueError):
         raise ValueRefusedError("result holds text that is not valid Unicode, or is too long; encode it") from None
     if len(skeleton) > MAX_SKELETON_BYTES:
@@ -116,11 +118,6 @@ def _check_size(size: int, limit: int) -> None:
         )
 
 
-def _put(out: memoryview, at: int, data: bytes) -> int:
-    out[at : at + len(data)] = data
-    return at + len(data)
-
-
 class _Writer:
     """Turns a value into skeleton nodes and collects the buffers in the order of their mention."""
 
@@ -130,17 +127,17 @@ class _Writer:
     def node(self, value: Any, path: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise ValueRefusedError(f"{path[:200]} is nested more than {MAX_DEPTH} deep; return a flatter value")
-        if value is None or isinstance(value, bool):
+        if type(value) in _AS_THEY_ARE:
             return value
+        if isinstance(value, (list, tuple)):
+            tag = "t" if isinstance(value, tuple) else "l"
+            return [tag, *[self.node(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]]
+        if isinstance(value, dict):
+            return ["d", *self._pairs(value, path, depth)]
         if isinstance(value, (np.ndarray, np.generic)) and not isinstance(value, (str, bytes)):
             return self._numpy(value, path)
         if isinstance(value, (int, float, str, bytes, bytearray, complex, Decimal, dt.date, dt.time, dt.timedelta)):
             return _scalar(value, path)
-        if isinstance(value, (list, tuple)):
-            tag = "t" if isinstance(value, tuple) else "l"
-            return [tag, *(self.node(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value))]
-        if isinstance(value, dict):
-            return ["d", *self._pairs(value, path, depth)]
         if isinstance(value, (pa.Table, pa.RecordBatch, pa.ChunkedArray, pa.Array, pa.Scalar)):
             return self._arrow(value, path)
         kind = type(value)

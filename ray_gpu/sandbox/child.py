@@ -22,7 +22,6 @@ Any message to the sandbox may also carry ``free``: out slots whose results the 
 from __future__ import annotations
 
 import builtins
-import contextlib
 import gc
 import io
 import mmap
@@ -46,10 +45,25 @@ from zones.errors import ResultTooLargeError, ValueRefusedError, ZoneError
 MAX_NAME_CHARS = 200
 
 
+class _Libraries:
+    """What works on data. Imported once this process is hardened, and bound once: NumPy and Arrow start threads."""
+
+    def __init__(self) -> None:
+        import cloudpickle  # noqa: PLC0415 - after hardening; only the sandbox ever unpickles
+
+        from ray_gpu import arrays  # noqa: PLC0415 - after hardening
+        from zones import ipc, values  # noqa: PLC0415 - after hardening
+
+        self.unpickle = cloudpickle.loads
+        self.batch, self.to_host, self.device = arrays.Batch, arrays.to_host, arrays.device
+        self.read_ipc = ipc.read_ipc
+        self.decode, self.encode_into = values.decode, values.encode_into
+
+
 class Sandbox:
     """Runs one message after another until the keeper closes the socket."""
 
-    def __init__(self, sock: socket.socket, memory: SlotMap, output_fd: int) -> None:
+    def __init__(self, sock: socket.socket, memory: SlotMap, output_fd: int, libraries: _Libraries) -> None:
         self._pid = os.getpid()
         self._sock = sock
         self._inbox = Inbox(sock)
@@ -59,6 +73,7 @@ class Sandbox:
         self._arguments: dict[int, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {}
         self._load_errors: dict[int, BaseException] = {}
         self._free_out = deque(range(OUT_SLOTS))
+        self._libraries = libraries
         self._waiting: deque[dict[str, Any]] = deque()
 
     def serve(self) -> None:
@@ -84,10 +99,8 @@ class Sandbox:
         """Do nothing: the slots that any message frees are taken from it first."""
 
     def _on_function(self, message: dict[str, Any]) -> None:
-        import cloudpickle  # noqa: PLC0415 - only the sandbox ever unpickles
-
         try:
-            self._functions[message["id"]] = cloudpickle.loads(bytes(self._payload(message)))
+            self._functions[message["id"]] = self._libraries.unpickle(bytes(self._payload(message)))
         except BaseException as error:  # noqa: BLE001 - user code; raised again by the call
             self._load_errors[message["id"]] = error
         send_message(self._sock, {"op": "done"})
@@ -109,21 +122,19 @@ class Sandbox:
         return self._functions[identifier]
 
     def _decode_arguments(self, message: dict[str, Any], *, copy: bool) -> tuple[list[Any], dict[str, Any]]:
-        from zones import values  # noqa: PLC0415 - imported after hardening
-
         payload: Any = self._payload(message)
-        args, kwargs = values.decode(bytes(payload) if copy else payload)
+        args, kwargs = self._libraries.decode(bytes(payload) if copy else payload)
         return list(args), dict(kwargs)
 
     def _on_run(self, message: dict[str, Any]) -> None:
-        from ray_gpu.arrays import Batch  # noqa: PLC0415 - imported after hardening
-        from zones import shards  # noqa: PLC0415 - imported after hardening
+        libraries = self._libraries
 
         def work() -> Any:
             if -message["arguments"] in self._load_errors:
                 raise self._load_errors[-message["arguments"]]
             function, args, kwargs = self._arguments[message["arguments"]]
-            return function(Batch(shards.read_ipc(self._payload(message), trusted=True)), *args, **kwargs)
+            table = libraries.read_ipc(self._payload(message), trusted=True)
+            return function(libraries.batch(table), *args, **kwargs)
 
         self._answer(work)
 
@@ -136,10 +147,8 @@ class Sandbox:
 
     def _answer(self, work: Callable[[], Any]) -> None:
         """Run *work*; write its value or its error, and what it printed, into an out slot."""
-        from ray_gpu.arrays import to_host  # noqa: PLC0415 - imported after hardening
-
         try:
-            value = to_host(work())
+            value = self._libraries.to_host(work())
             outcome: dict[str, Any] = {"status": "ok"}
         except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
             value, outcome = None, _describe(error)
@@ -152,7 +161,7 @@ class Sandbox:
     def _write(self, slot: int, outcome: dict[str, Any], value: Any) -> int:
         view = self._memory.out_view(slot)
         try:
-            return write_outcome(view, outcome, value)
+            return write_outcome(view, outcome, value, self._libraries.encode_into)
         except (ValueRefusedError, ResultTooLargeError) as error:
             refused = {
                 "status": "refused",
@@ -161,9 +170,10 @@ class Sandbox:
                 "fields": error.fields,
                 "printed": outcome["printed"],
             }
-            return write_outcome(view, refused, None)
+            return write_outcome(view, refused, None, self._libraries.encode_into)
         except Exception as error:  # noqa: BLE001 - objects of the user's own may raise anything while they are read
-            return write_outcome(view, _describe(error) | {"printed": outcome["printed"]}, None)
+            failed = _describe(error) | {"printed": outcome["printed"]}
+            return write_outcome(view, failed, None, self._libraries.encode_into)
 
     def _out_slot(self) -> int:
         while not self._free_out:
@@ -178,8 +188,10 @@ class Sandbox:
     def _take_printed(self) -> str:
         """Return what the function wrote to standard output and error, and forget it."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            try:
                 stream.flush()
+            except Exception:  # noqa: BLE001 - the function may have put anything there
+                pass
         if getattr(sys.stdout, "closed", True) or getattr(sys.stderr, "closed", True):
             # The function closed or replaced them; the next one may print all the same.
             _open_streams()
@@ -254,17 +266,12 @@ def main(argv: list[str]) -> None:
     os.close(memory_fd)
     missing = harden_self(kind="sandbox", keep_fds=(sock_fd,))
     output_fd = _capture_output()
-    import cloudpickle  # noqa: F401, PLC0415 - warm before the first call
-    import numpy  # noqa: F401, ICN001, PLC0415 - warm before the first call
-    import pyarrow  # noqa: F401, ICN001, PLC0415 - warm before the first call
-
-    from ray_gpu import arrays  # noqa: PLC0415 - warm before the first call
-
+    libraries = _Libraries()
     gc.freeze()
     sock = socket.socket(fileno=sock_fd)
-    send_message(sock, {"op": "ready", "device": arrays.device(), "missing": list(missing)})
+    send_message(sock, {"op": "ready", "device": libraries.device(), "missing": list(missing)})
     try:
-        Sandbox(sock, memory, output_fd).serve()
+        Sandbox(sock, memory, output_fd, libraries).serve()
     finally:
         # Threads that the function left behind would keep this process, and with it the call, for ever.
         os._exit(1)

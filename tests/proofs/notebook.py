@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import cloudpickle
+import msgpack
 import pyarrow as pa
 
 from ray_gpu.wire import raise_for_error, recv_message, send_message, unix_connect
@@ -55,7 +56,7 @@ class Notebook:
 
     def call(self, fds: Sequence[int] = (), **changes: Any) -> dict[str, Any]:
         """Make a call that is honest but for *changes*."""
-        return self.ask({**honest(), **changes}, fds)
+        return self.ask(honest(**changes), fds)
 
     def close(self) -> list[dict[str, Any]]:
         """End the session and return its receipts."""
@@ -78,12 +79,19 @@ def count(batch: Any, *_: Any) -> int:
     return len(batch)
 
 
-def honest() -> dict[str, Any]:
-    """Return a request that is allowed: rows of a column that may leave."""
+def honest(**changes: Any) -> dict[str, Any]:
+    """Return a request that is allowed but for *changes*: rows of a column that may leave."""
+    work = {"name": "count", "function": pickled(), "options": {"concurrency": 1, "gpu_milli": 100}}
+    work |= {name: changes.pop(name) for name in work if name in changes}
+    data = {"dataset": "visits", "columns": ["cost"]}
     return {
-        "op": "call", "mode": "shards", "name": "count", "function": pickled(), "arguments": encoded(),
-        "data": {"dataset": "visits", "columns": ["cost"]}, "options": {"concurrency": 1, "gpu_milli": 100},
-    }  # fmt: skip
+        "op": "call",
+        "mode": "shards",
+        "work": msgpack.packb(work),
+        "arguments": encoded(),
+        "data": data,
+        **changes,
+    }
 
 
 def pickled(captured: bytes = b"") -> bytes:

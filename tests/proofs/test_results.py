@@ -225,7 +225,7 @@ def forge(payload: bytes) -> int:
     program: Any = sys.modules["__main__"]
     honest = program.write_outcome
 
-    def forged(view: memoryview, outcome: Any, value: Any) -> int:
+    def forged(view: memoryview, *_: Any) -> int:
         program.write_outcome = honest
         view[: len(payload)] = payload
         return len(payload)
