@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_gpu import nodes
+from ray_gpu import nodes, raylet
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 from ray_gpu.state import Layout
@@ -129,7 +129,7 @@ class Supervisor:
     def _degradations(self) -> tuple[str, ...]:
         own = () if os.geteuid() == 0 else ("self-enforced",)
         # Known before the cluster runs: the gateway is started first, and must refuse what is not accepted.
-        cage = nodes.degradations()
+        cage = raylet.degradations()
         return ("embedded-vault", *own, *cage)
 
     def _start_data(self) -> subprocess.Popen[bytes] | None:
@@ -166,7 +166,7 @@ class Supervisor:
                 "node": node,
                 "pool": POOL,
                 "gpu_milli": 1000,
-                "socket": str(directory / nodes.CUSTODIAN_SOCKET),
+                "socket": str(directory / raylet.CUSTODIAN_SOCKET),
                 "uid_base": LEASE_UID + index * LEASE_UIDS_PER_NODE,
                 "uid_count": LEASE_UIDS_PER_NODE,
                 "actor_uid": CAGE_UID + index,
@@ -204,7 +204,7 @@ class Supervisor:
                 "data_dir": str(layout.data(zone)),
                 "ledger": str(layout.ledger(zone)),
                 "socket_path": str(layout.gateway_socket(zone)),
-                "relay_socket": str(layout.relay_dir(zone) / nodes.RELAY_SOCKET),
+                "relay_socket": str(layout.relay_dir(zone) / raylet.RELAY_SOCKET),
                 "relay_uid": CAGE_UID + len(GPU_NODES),
                 "vault": self._vault.address,
                 "vault_ca": str(layout.vault_ca),
@@ -229,7 +229,7 @@ class Supervisor:
     def _start_cluster(self) -> None:
         plan, layout = self._plan, self._layout
         specs = [
-            nodes.NodeSpec(
+            raylet.NodeSpec(
                 name=node,
                 address=f"127.0.{plan.net}.{index + 1}",
                 role="gpu",
@@ -240,7 +240,7 @@ class Supervisor:
             for index, node in enumerate(GPU_NODES)
         ]
         specs.append(
-            nodes.NodeSpec(
+            raylet.NodeSpec(
                 name=f"zone-{plan.zone}",
                 address=f"127.0.{plan.net}.{len(specs) + 1}",
                 role="zone",
@@ -256,7 +256,7 @@ class Supervisor:
     def _await_sockets(self) -> None:
         """Wait until custodians and gateway listen; whatever ended meanwhile is named."""
         layout = self._layout
-        sockets = [layout.custodian_dir(node) / nodes.CUSTODIAN_SOCKET for node in GPU_NODES]
+        sockets = [layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET for node in GPU_NODES]
         sockets.append(layout.gateway_socket(self._plan.zone))
         deadline = time.monotonic() + START_TIMEOUT_S
         while not all(_listens(path) for path in sockets):
@@ -464,8 +464,8 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
 
 
 def _check_length(layout: Layout, zone: str) -> None:
-    sockets = [layout.gateway_socket(zone), layout.relay_dir(zone) / nodes.RELAY_SOCKET]
-    sockets += [layout.custodian_dir(node) / nodes.CUSTODIAN_SOCKET for node in GPU_NODES]
+    sockets = [layout.gateway_socket(zone), layout.relay_dir(zone) / raylet.RELAY_SOCKET]
+    sockets += [layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET for node in GPU_NODES]
     excess = max(len(os.fsencode(path)) for path in sockets) - _MAX_SOCKET_PATH_BYTES
     if excess > 0:
         raise ClusterError(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ray_gpu import embedded
-from ray_gpu.nodes import Cluster, NodeSpec, free_base_port
+from ray_gpu.nodes import Cluster, free_base_port
+from ray_gpu.raylet import NodeSpec
 from zones.errors import ClusterError
 
 ASK = "from ray_gpu.nodes import free_base_port; print(free_base_port())"

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from ray_gpu.nodes import Cluster, NodeSpec, free_base_port
+from ray_gpu.nodes import Cluster, free_base_port
+from ray_gpu.raylet import NodeSpec
 from ray_gpu.wire import recv_message, send_message, unix_listen
 from zones.errors import ClusterError
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import msgpack
 
-from ray_gpu import nodes
+from ray_gpu import raylet
 from ray_gpu.frames import SealedSocket
 from ray_gpu.wire import call, unix_connect
 from tests.proofs.attacked import Attacked
@@ -32,7 +32,7 @@ class Lessee:
         self._exchange = ExchangeKey()
         self._closing = contextlib.ExitStack()
         self.vault: Vault = self._closing.enter_context(attacked.vault("gateway"))
-        self._path = custodian or attacked.layout.custodian_dir(node) / nodes.CUSTODIAN_SOCKET
+        self._path = custodian or attacked.layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET
         self.actor = self.another_actor()
         self.data_key = b""
         #: The message that an actor hands to its custodian, as whoever sits in a cage can record it.

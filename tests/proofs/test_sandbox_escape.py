@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import ray_gpu
-from ray_gpu import nodes
+from ray_gpu import raylet
 from tests.proofs.attacked import Attacked, all_powerful
 
 #: Attempts that need no privilege outside.
@@ -170,7 +170,7 @@ def _lease(attacked: Attacked, session: ray_gpu.Session) -> dict[str, Any]:
     return {
         "custodian": [attacked.custodian(node)],
         "keeper": attacked.leases(node, "ray_gpu.keeper")[-1:],
-        "custodian_socket": str(attacked.layout.custodian_dir(node) / nodes.CUSTODIAN_SOCKET),
+        "custodian_socket": str(attacked.layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET),
     }
 
 

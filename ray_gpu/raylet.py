@@ -1,0 +1,316 @@
+"""One Ray node in its cage: what it is, how it starts, how it ends. This module does I/O and starts processes.
+
+A node is ``ray start --block`` behind :mod:`ray_gpu.sandbox.boundary`, with a uid, PID
+namespace, /dev/shm and session directory (tmpfs) of its own. It can read Python, this
+project's two packages, its credentials for Ray and one directory with one Unix socket, and
+nothing else: whatever Ray is made to run there finds nothing worth having. A zone's node
+runs the relay in the same cage, since a Ray driver must share PID namespace and uid with
+its raylet.
+
+Ray is kept from writing what passes it: no usage statistics, metrics, task events, log
+monitor or dashboard, no spilling, output read and forgotten, no core dumps.
+
+Call :func:`start_node` on the main thread: a cage dies with the thread that started it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ray_gpu import actor, cage
+from ray_gpu.sandbox import boundary
+from ray_gpu.sandbox import profile as profiles
+from zones.errors import ClusterError
+
+#: A cluster takes about 7 s on two idle cores; a busy machine gets several times that.
+START_TIMEOUT_S = 60.0
+#: Object store, bytes. Payload never goes through it; Ray refuses less than about 75 MB.
+_OBJECT_STORE_BYTES = 80_000_000
+#: Name of a custodian's socket in its node's ``socket_dir``.
+CUSTODIAN_SOCKET = "custodian.sock"
+#: Name of a gateway's socket for its relay in the zone node's ``socket_dir``.
+RELAY_SOCKET = "relay.sock"
+#: Paths inside a cage. The session is below its tmpfs, so that it can be private to the cage's uid.
+_CAGE_SESSION = Path("/s/ray")
+_CAGE_SOCKETS = Path("/run/ray-gpu")
+#: What Ray reads of the host where no namespace replaces it: its processes, memory limits, file types.
+_PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"), Path("/etc/mime.types"))
+#: tmpfs of a cage and their sizes, bytes. Only what is used counts.
+_TMPFS_BYTES = {"/s": 256 << 20, "/tmp": 16 << 20, "/dev/shm": 2 * _OBJECT_STORE_BYTES}
+#: Each node's share of the port range, from ``base_port + 10`` on.
+_PORTS_PER_NODE = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoscaler:
+    """What Ray's autoscaler reads: ``ray up`` copies it to the head."""
+
+    config: Path
+    #: SSH key that opens the GPU nodes, and no machine in a zone.
+    key: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """What a node shows to other nodes of its cluster. The files belong to the cage's uid."""
+
+    files: tuple[Path, ...]
+    #: Where Ray finds them. No secret is in it.
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSpec:
+    """One node as it shall be."""
+
+    #: Node id, also the value of its ``ray-gpu-node`` label.
+    name: str
+    #: Address of its own. On one host: in 127.0.0.0/8, but not 127.0.0.1, which Ray rewrites itself.
+    address: str
+    #: What runs beside Ray: a custodian (gpu), a relay in the cage (zone), nothing.
+    role: Literal["head", "gpu", "zone"]
+    #: Zone of a ``"zone"`` node.
+    zone: str | None = None
+    #: GPUs that Ray may hand out; purely a number without hardware.
+    num_gpus: int = 0
+    #: Ray labels on top of node and zone, such as ``{"ray-gpu-pool": "shared"}``.
+    labels: Mapping[str, str]
+    #: Host directory that holds ``custodian.sock`` (role gpu) or ``relay.sock`` (role zone).
+    socket_dir: Path
+    #: What the autoscaler on Ray's head works with; only for a head that ``ray up`` started.
+    autoscaler: Autoscaler | None = None
+
+    def all_labels(self) -> dict[str, str]:
+        """Return every label of the node."""
+        zone = {"ray-gpu-zone": self.zone} if self.zone else {}
+        return {**self.labels, "ray-gpu-node": self.name, **zone}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePorts:
+    """The ports of one node. gRPC listens on every address, so no two nodes share one."""
+
+    gcs: int
+    first: int
+
+    @classmethod
+    def of(cls, base_port: int, index: int) -> NodePorts:
+        """Return the ports of the node with this index in a cluster."""
+        return cls(gcs=base_port, first=base_port + 10 + index * _PORTS_PER_NODE)
+
+    @property
+    def last_to_open(self) -> int:
+        """Port of the runtime-env agent: a raylet joins the cluster once its agents are up."""
+        return self.first + 2
+
+    @property
+    def endpoints(self) -> str:
+        """Ports for data connections, ``"lowest-highest"``."""
+        return f"{self.first + 110}-{self.first + 199}"
+
+    def fixed(self) -> list[int]:
+        """Return the ports that must be free at start."""
+        return [self.gcs, *range(self.first, self.first + 6)]
+
+    def flags(self) -> list[str]:
+        """Return ``ray start`` flags that leave no port to chance."""
+        names = ["node-manager", "object-manager", "runtime-env-agent", "metrics-export"]
+        names += ["dashboard-agent-listen", "dashboard-agent-grpc"]
+        flags = [f"--{name}-port={self.first + i}" for i, name in enumerate(names)]
+        return [*flags, f"--min-worker-port={self.first + 10}", f"--max-worker-port={self.first + 109}"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """A node that was started."""
+
+    spec: NodeSpec
+    ports: NodePorts
+    process: boundary.Confined
+    #: Session directory to remove; ``None`` in a cage, whose tmpfs goes with it.
+    leftover: Path | None
+    #: Refer to the first process inside the cage; known once the node serves.
+    inside: Sequence[int] = ()
+    #: What it says while it starts.
+    words: cage.LastWords
+
+    def alive(self) -> bool:
+        """Whether the node's processes run."""
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """End every process of the node, and return when they are gone."""
+        cage.stop(self.process, self.inside or cage.first_processes(self.process))
+        if self.leftover is not None:
+            shutil.rmtree(self.leftover, ignore_errors=True)
+
+    def await_port(self, port: int, deadline: float) -> None:
+        """Wait until a port of the node accepts connections.
+
+        Args:
+            deadline: On the monotonic clock.
+
+        Raises:
+            ClusterError: The node ended, or *deadline* passed.
+        """
+        name = self.spec.name
+        while not _answers(self.spec.address, port):
+            if not self.alive():
+                raise ClusterError(
+                    f"node {name} ended while starting (exit status {self.process.returncode}), and said: "
+                    f"{self.words.last_line()}. Start again; other processes may have had its ports or the machine",
+                    node=name,
+                    reason=f"exit status {self.process.returncode}",
+                )
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"node {name} did not serve within {START_TIMEOUT_S:g} s; free the machine and start again",
+                    node=name,
+                    reason="start timed out",
+                )
+            time.sleep(0.02)
+
+    def await_ready(self, deadline: float) -> None:
+        """Wait until the node has joined. From then on nothing that it says is kept. Raises as :meth:`await_port`."""
+        self.await_port(self.ports.last_to_open, deadline)
+        self.inside = cage.first_processes(self.process)
+        self.words.forget()
+
+
+def _answers(address: str, port: int) -> bool:
+    """Whether something accepts connections there."""
+    try:
+        socket.create_connection((address, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """How one node starts: paths as its processes see them, command lines, environment."""
+
+    spec: NodeSpec
+    #: ``host:port`` of the cluster's GCS.
+    gcs: str
+    ports: NodePorts
+    uid: int
+    #: Directory on a tmpfs for all that Ray writes.
+    session: Path
+    #: Directory with the node's one Unix socket.
+    sockets: Path
+    credentials: Credentials
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this node runs the GCS."""
+        return self.gcs == f"{self.spec.address}:{self.ports.gcs}"
+
+    def environment(self) -> dict[str, str]:
+        """Return what the environment adds to a confined Python's; each closes a leak or says where the node is."""
+        return {
+            "HOME": str(self.session),
+            "USER": "cage",
+            **self.credentials.environment,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_enable_metrics_collection": "0",
+            "RAY_task_events_report_interval_ms": "0",
+            # Workers would otherwise write prints to files; ours go where the raylet's output is forgotten.
+            "RAY_LOG_TO_STDERR": "1",
+            "RAY_LOG_TO_DRIVER": "0",
+            actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),
+            actor.NODE_VARIABLE: self.spec.name,
+            actor.ADDRESS_VARIABLE: self.spec.address,
+            actor.PORTS_VARIABLE: self.ports.endpoints,
+        }
+
+    def ray_command(self) -> list[str]:
+        """Return ``ray start`` with nothing left to its defaults that opens a port or writes a file."""
+        labels = ",".join(f"{key}={value}" for key, value in self.spec.all_labels().items())
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command += [f"--node-ip-address={self.spec.address}", f"--node-name={self.spec.name}", *self.ports.flags()]
+        command += [f"--temp-dir={self.session}/ray", f"--object-spilling-directory={self.session}/spill"]
+        command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--include-log-monitor=false"]
+        command += ["--num-cpus=0", f"--num-gpus={self.spec.num_gpus}", f"--labels={labels}"]
+        if self.session != _CAGE_SESSION:
+            # Landlock leaves the session alone of the shared /dev/shm, which is where it is.
+            command += [f"--plasma-directory={self.session}"]
+        if self.is_head:
+            # Ray ignores the environment variable of the same name.
+            no_spill = json.dumps({"automatic_object_spilling_enabled": False})
+            head = ["--head", f"--port={self.ports.gcs}", "--include-dashboard=false"]
+            scaler = self.spec.autoscaler
+            head += [f"--autoscaling-config={scaler.config}"] if scaler else ["--no-monitor"]
+            return [*command, *head, f"--system-config={no_spill}"]
+        return [*command, f"--address={self.gcs}"]
+
+    def init_command(self) -> list[str]:
+        """Return the node's first program: Ray, and the relay beside it on a zone's node."""
+        relay: list[str] = []
+        if self.spec.role == "zone":
+            relay = [sys.executable, "-m", "ray_gpu.relay", f"--socket={self.sockets / RELAY_SOCKET}"]
+            relay += [f"--address={self.gcs}", f"--node-address={self.spec.address}"]
+            relay += [f"--node-port={self.ports.last_to_open}"]
+        return [sys.executable, "-m", "ray_gpu.cage", str(self.session), json.dumps(relay), *self.ray_command()]
+
+
+def _can_cage() -> bool:
+    return boundary.survey().mode != "none"
+
+
+def degradations() -> tuple[str, ...]:
+    """Return the ids of the controls that nodes started here lack."""
+    return () if _can_cage() else ("uncaged-ray",)
+
+
+def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credentials: Credentials) -> Node:
+    """Start a node, caged where that is possible. It has not joined when this returns; see :meth:`Node.await_ready`.
+
+    Args:
+        spec: The node.
+        gcs: ``host:port`` of the cluster's GCS; the head's own makes the node the head.
+        ports: The node's ports, which are free.
+        uid: Uid of the cage when root.
+        credentials: Files that *uid* can read.
+    """
+    caged = _can_cage()
+    if caged:
+        session, sockets = _CAGE_SESSION, _CAGE_SOCKETS
+    else:
+        # Short, for the socket paths below it, and memory, not disk.
+        session, sockets = Path(tempfile.mkdtemp(prefix="rg-", dir="/dev/shm")), spec.socket_dir
+        if os.geteuid() == 0:
+            os.chown(session, uid, uid)
+    plan = _Plan(spec=spec, gcs=gcs, ports=ports, uid=uid, session=session, sockets=sockets, credentials=credentials)
+    roots = {path.parent for path in profiles.package_paths() if not path.is_relative_to(sys.prefix)}
+    writable = [(spec.socket_dir, sockets)] + ([] if caged else [(session, session)])
+    profile = profiles.cage(
+        spec.name,
+        uid=uid if os.geteuid() == 0 else None,
+        bind_rw=tuple(writable),
+        # Python lists the directory that a package is in to find it, and Landlock shows the packages
+        # alone. An empty tmpfs below them can be listed and holds nothing else of a checkout.
+        tmpfs=_TMPFS_BYTES | {str(root): 1 << 12 for root in roots} if caged else {},
+        env=plan.environment(),
+    )
+    extra = credentials.files if caged else (*credentials.files, *roots, *_PLAIN_PATHS)
+    if spec.autoscaler:
+        extra += (spec.autoscaler.config, spec.autoscaler.key)
+    profile = dataclasses.replace(profile, bind_ro=(*profile.bind_ro, *extra))
+    words = cage.LastWords()
+    try:
+        process = boundary.launch(plan.init_command(), profile, stdout=words.write_fd, stderr=words.write_fd)
+    finally:
+        words.listen()
+    return Node(spec=spec, ports=ports, process=process, leftover=None if caged else session, words=words)
