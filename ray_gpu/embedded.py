@@ -8,25 +8,18 @@ do both. This module does I/O and starts processes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import json
 import os
-import secrets
-import select
-import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_gpu import nodes, raylet
+from ray_gpu import background, nodes, raylet, services
 from ray_gpu.sandbox import boundary
-from ray_gpu.sandbox import profile as profiles
 from ray_gpu.state import Layout
 from ray_gpu.vault_server import VaultServer
 from ray_gpu.vault_setup import AppRole, PersonSpec, setup
@@ -34,13 +27,12 @@ from zones.config import zone_names
 from zones.errors import ClusterError, UnknownNameError
 from zones.model import check_id
 
-#: Uids as root: gateway, Ray cages, then two for each lease. Below 65534: a container may have no more.
-GATEWAY_UID, CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61100, 61001, 62000, 1600
+#: Uids as root: Ray cages, then two for each lease. Below 65534: a container may have no more.
+CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61001, 62000, 1600
 POOL = "shared"
 GPU_NODES = ("gpu-1", "gpu-2")
 #: All processes are up by then, seconds.
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH_BYTES = 107
 
@@ -72,6 +64,7 @@ class Supervisor:
         self._plan = plan
         self._say = say
         self._layout = Layout(Path(plan.state))
+        self.state_file = self._layout.supervisor
         self._log_start = self._layout.log.stat().st_size if self._layout.log.exists() else 0
         self._vault: VaultServer | None = None
         self._cluster: nodes.Cluster | None = None
@@ -101,23 +94,10 @@ class Supervisor:
         self._publish()
         return self.document()
 
-    def lock(self) -> None:
-        """Keep the state directory for this process, as long as it lives.
-
-        Raises:
-            ClusterError: Another supervisor has it.
-        """
-        self._lock = os.open(self._layout.root, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _in_use(self._layout) from None
-
     def document(self) -> dict[str, Any]:
         """Return the condition of the cluster, as JSON types."""
         assert self._cluster is not None
         return {
-            "pid": os.getpid(),
             "zone": self._plan.zone,
             "degradations": list(self._degradations()),
             "sandbox_degradations": list(boundary.degradations()),
@@ -137,7 +117,8 @@ class Supervisor:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self._plan.data:
             return None
-        return self._spawn("data", [sys.executable, "-m", "ray_gpu.demo_data", self._plan.zone, str(directory)])
+        command = [sys.executable, "-m", "ray_gpu.demo_data", self._plan.zone, str(directory)]
+        return services.spawn(command, log=self._layout.log)
 
     def _setup_vault(self, server: VaultServer) -> dict[str, Any]:
         root = server.root_client()
@@ -152,79 +133,49 @@ class Supervisor:
             )
         finally:
             root.revoke()
-        _write_private(self._layout.person, {"user": person.name, "password": made.people[person.name]})
+        background.write_private(self._layout.person, {"user": person.name, "password": made.people[person.name]})
         return {"gateway": made.gateways[self._plan.zone], "custodians": made.custodians}
 
     def _start_custodian(self, index: int, node: str, role: AppRole) -> None:
-        directory = self._layout.custodian_dir(node)
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        settings = self._layout.node(node) / "settings.json"
         assert self._vault is not None
-        _write_private(
-            settings,
-            {
-                "node": node,
-                "pool": POOL,
-                "gpu_milli": 1000,
-                "socket": str(directory / raylet.CUSTODIAN_SOCKET),
-                "uid_base": LEASE_UID + index * LEASE_UIDS_PER_NODE,
-                "uid_count": LEASE_UIDS_PER_NODE,
-                "actor_uid": CAGE_UID + index,
-                "vault": self._vault.address,
-                "vault_ca": str(self._layout.vault_ca),
-                "policies": self._plan.policies,
-                "role_id": role.role_id,
-                "secret_id": role.secret_id,
-            },
-        )
-        self._processes[f"custodian-{node}"] = self._spawn(
-            f"custodian-{node}", [sys.executable, "-m", "ray_gpu.custodian", str(settings)]
+        settings = {
+            "node": node,
+            "pool": POOL,
+            "gpu_milli": 1000,
+            "socket": str(self._layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET),
+            "uid_base": LEASE_UID + index * LEASE_UIDS_PER_NODE,
+            "uid_count": LEASE_UIDS_PER_NODE,
+            "actor_uid": CAGE_UID + index,
+            "vault": self._vault.address,
+            "vault_ca": str(self._layout.vault_ca),
+            "policies": self._plan.policies,
+            "role_id": role.role_id,
+            "secret_id": role.secret_id,
+        }
+        self._processes[f"custodian-{node}"] = services.start_custodian(
+            settings, self._layout.node(node) / "settings.json", log=self._layout.log
         )
 
     def _start_gateway(self, role: AppRole) -> None:
-        """Start the gateway, under its own uid when root: it alone can read the zone's data and ledger."""
         layout, zone = self._layout, self._plan.zone
-        uid = GATEWAY_UID if os.geteuid() == 0 else None
-        settings = layout.zone(zone) / "settings.json"
         assert self._vault is not None
-        owned = [
-            layout.data(zone),
-            layout.ledger(zone).parent,
-            layout.gateway_socket(zone).parent,
-            layout.relay_dir(zone),
-        ]
-        for path, mode in zip(owned, (0o700, 0o700, 0o711, 0o711), strict=True):
-            path.mkdir(mode=mode, parents=True, exist_ok=True)
-            _give(path, uid)
-        _write_private(
-            settings,
-            {
-                "zone": zone,
-                "policies": self._plan.policies,
-                "data_dir": str(layout.data(zone)),
-                "ledger": str(layout.ledger(zone)),
-                "socket_path": str(layout.gateway_socket(zone)),
-                "relay_socket": str(layout.relay_dir(zone) / raylet.RELAY_SOCKET),
-                "relay_uid": CAGE_UID + len(GPU_NODES),
-                "vault": self._vault.address,
-                "vault_ca": str(layout.vault_ca),
-                "role_id": role.role_id,
-                "secret_id": role.secret_id,
-                "degradations": list(self._degradations()),
-            },
+        settings = {
+            "zone": zone,
+            "policies": self._plan.policies,
+            "data_dir": str(layout.data(zone)),
+            "ledger": str(layout.ledger(zone)),
+            "socket_path": str(layout.gateway_socket(zone)),
+            "relay_socket": str(layout.relay_dir(zone) / raylet.RELAY_SOCKET),
+            "relay_uid": CAGE_UID + len(GPU_NODES),
+            "vault": self._vault.address,
+            "vault_ca": str(layout.vault_ca),
+            "role_id": role.role_id,
+            "secret_id": role.secret_id,
+            "degradations": list(self._degradations()),
+        }
+        self._processes["gateway"] = services.start_gateway(
+            settings, layout.zone(zone) / "settings.json", log=layout.log
         )
-        _give(settings, uid)
-        profile = profiles.gateway(
-            f"gateway-{zone}",
-            uid=uid,
-            bind_ro=(settings, layout.vault_ca, Path(self._plan.policies)),
-            bind_rw=tuple((path, path) for path in owned),
-            caged=boundary.survey().mode != "none",
-        )
-        with layout.log.open("ab") as log:
-            self._processes["gateway"] = boundary.launch(
-                [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings)], profile, stdout=log, stderr=log
-            )
 
     def _start_cluster(self) -> None:
         plan, layout = self._plan, self._layout
@@ -259,8 +210,8 @@ class Supervisor:
         sockets = [layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET for node in GPU_NODES]
         sockets.append(layout.gateway_socket(self._plan.zone))
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not all(_listens(path) for path in sockets):
-            self.check()
+        while not all(services.listens(path) for path in sockets):
+            self._check_all()
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"the cluster did not come up in {START_TIMEOUT_S:.0f} s; see {layout.log}",
@@ -282,20 +233,10 @@ class Supervisor:
         path.write_text(json.dumps(public), encoding="utf-8")
         path.chmod(0o644)
 
-    def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        with self._layout.log.open("ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env=_plain_environment(),
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-
     def check(self) -> None:
+        """Do nothing: what has ended shows in ``ray-gpu status``, and the rest goes on without it."""
+
+    def _check_all(self) -> None:
         """Raise if a process that should run has ended.
 
         Raises:
@@ -322,9 +263,9 @@ class Supervisor:
         """End everything: the gateway first, so that it ends its leases and shreds their keys."""
         gateway = self._processes.pop("gateway", None)
         if gateway is not None:
-            _end(gateway, first_child=True)
+            services.end(gateway, first_child=True)
         for process in self._processes.values():
-            _end(process)
+            services.end(process)
         self._processes.clear()
         if self._cluster is not None:
             self._cluster.stop()
@@ -337,77 +278,12 @@ class Supervisor:
             server.stop()
 
 
-def _end(process: subprocess.Popen[bytes], *, first_child: bool = False) -> None:
-    """Ask a process to end, then make it. Behind bubblewrap the program is its child's child."""
-    pids = _descendants(process.pid) if first_child else [process.pid]
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_TIMEOUT_S / 2)
-    boundary.kill(process)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Return the innermost processes below *pid*, or itself."""
-    try:
-        children = [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
-    except OSError:
-        children = []
-    return [found for child in children for found in _descendants(child)] or [pid]
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def _plain_environment() -> dict[str, str]:
-    """Return the environment of our own unconfined processes: nothing of the caller's but its time zone and PATH."""
-    return {**profiles.python_env(), **{name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ}}
-
-
-def _give(path: Path, uid: int | None) -> None:
-    if uid is None:
-        return
-    for item in [path, *(path.iterdir() if path.is_dir() else ())]:
-        os.chown(item, uid, uid)
-
-
-def _write_private(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump(document, file)
-    os.replace(partial, path)
-
-
-def _listens(path: Path) -> bool:
-    import socket  # noqa: PLC0415 - the one place that probes
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0
-
-
 # -- starting and ending the supervisor from another process ------------------------------------
-
-#: Supervisors that this process started and must reap.
-_started: dict[int, subprocess.Popen[bytes]] = {}
 
 
 def running(layout: Layout) -> dict[str, Any] | None:
     """Return the condition of the cluster in a state directory, if its supervisor runs."""
-    try:
-        document: dict[str, Any] = json.loads(layout.supervisor.read_text(encoding="utf-8"))
-        command = Path(f"/proc/{document['pid']}/cmdline").read_bytes()
-    except (OSError, ValueError, KeyError):
-        return None
-    return document if b"ray_gpu.embedded" in command else None
-
-
-def _in_use(layout: Layout) -> ClusterError:
-    return ClusterError(
-        f"a cluster runs in {layout.root} already; use it, or stop it with `ray-gpu down`", node="", reason="running"
-    )
+    return background.running(layout.supervisor, __name__ if __name__ != "__main__" else "ray_gpu.embedded")
 
 
 def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -426,41 +302,14 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
     layout = Layout(Path(plan.state))
     _check_length(layout, plan.zone)
     if running(layout):
-        raise _in_use(layout)
+        raise ClusterError(
+            f"a cluster runs in {layout.root} already; use it, or stop it with `ray-gpu down`",
+            node="",
+            reason="running",
+        )
     layout.root.mkdir(mode=0o711, parents=True, exist_ok=True)
     layout.supervisor.unlink(missing_ok=True)
-    read_fd, write_fd = os.pipe()
-    with layout.log.open("ab") as log:
-        layout.log.chmod(0o600)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ray_gpu.embedded", json.dumps(asdict(plan)), str(write_fd)],
-            pass_fds=(write_fd,),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            env=_plain_environment(),
-            start_new_session=True,
-        )
-    os.close(write_fd)
-    try:
-        with os.fdopen(read_fd, encoding="utf-8") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if "say" in message:
-                    say(message["say"])
-                elif "ready" in message:
-                    ready: dict[str, Any] = message["ready"]
-                    _started[process.pid] = process
-                    return ready
-                else:
-                    raise ClusterError(message["failed"], node="", reason="start")
-    except BaseException:
-        _started[process.pid] = process
-        _terminate(process.pid)
-        raise
-    process.wait()
-    raise ClusterError(f"the supervisor ended while starting; see {layout.log}", node="", reason="ended")
+    return background.launch("ray_gpu.embedded", json.dumps(asdict(plan)), log=layout.log, say=say)
 
 
 def _check_length(layout: Layout, zone: str) -> None:
@@ -478,81 +327,19 @@ def _check_length(layout: Layout, zone: str) -> None:
 
 def down(layout: Layout) -> bool:
     """End the cluster of a state directory; tell whether there was one. Returns when everything is gone."""
-    for pid in [pid for pid, child in _started.items() if child.poll() is not None]:
-        del _started[pid]  # Ended by somebody else; now reaped.
+    background.reap()
     document = running(layout)
     if document is None:
         return False
-    _terminate(int(document["pid"]))
+    background.terminate(int(document["pid"]))
     layout.supervisor.unlink(missing_ok=True)
     return True
-
-
-def _terminate(pid: int) -> None:
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(handle, signal.SIGTERM)
-        if not select.select([handle], [], [], STOP_TIMEOUT_S)[0]:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            select.select([handle], [], [], STOP_TIMEOUT_S)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(handle)
-        if child := _started.pop(pid, None):
-            child.wait(STOP_TIMEOUT_S)
-
-
-class _Told(BaseException):
-    """SIGTERM came."""
 
 
 def main(argv: list[str]) -> int:
     """Be the supervisor. ``argv``: the plan as JSON, and the descriptor to report on."""
     plan = Plan(**json.loads(argv[0]))
-    report = os.fdopen(int(argv[1]), "w", encoding="utf-8")
-
-    def tell(message: dict[str, Any]) -> None:
-        try:
-            report.write(json.dumps(message) + "\n")
-            report.flush()
-        except OSError:
-            # Whoever wanted this cluster is gone before it is up, and knows nothing of it.
-            raise _Told from None
-
-    def told(*_: object) -> None:
-        raise _Told
-
-    signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    supervisor = Supervisor(plan, lambda text: tell({"say": text}))
-    try:
-        supervisor.lock()
-    except ClusterError as error:
-        tell({"failed": error.message})
-        return 1
-    try:
-        _write_private(Layout(Path(plan.state)).supervisor, {"pid": os.getpid(), "zone": plan.zone})
-        document = supervisor.start()
-        _write_private(Layout(Path(plan.state)).supervisor, document)
-        tell({"ready": document})
-        report.close()
-        while True:
-            signal.pause()
-    except _Told:
-        return 0
-    except Exception as error:  # noqa: BLE001 - told to whoever started this, and logged
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        traceback.print_exc()
-        with contextlib.suppress(_Told):
-            tell({"failed": str(error)})
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        supervisor.stop()
+    return background.serve(lambda say: Supervisor(plan, say), int(argv[1]))
 
 
 if __name__ == "__main__":
