@@ -21,8 +21,9 @@ from typing import Any
 from ray_gpu import background, nodes, raylet, services
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
+from ray_gpu.vault_declaration import Declaration, NodeSpec, PersonSpec
 from ray_gpu.vault_server import VaultServer
-from ray_gpu.vault_setup import AppRole, PersonSpec, setup
+from ray_gpu.vault_setup import AppRole, setup
 from zones.config import zone_names
 from zones.errors import ClusterError, UnknownNameError
 from zones.model import check_id
@@ -123,18 +124,23 @@ class Supervisor:
     def _setup_vault(self, server: VaultServer) -> dict[str, Any]:
         root = server.root_client()
         person = PersonSpec(name="dana", zone=self._plan.zone, groups=("research",))
+        declaration = Declaration(
+            zones=(self._plan.zone,),
+            nodes=tuple(
+                NodeSpec(name=node, role="gpu", addresses=(self._address(index),))
+                for index, node in enumerate(GPU_NODES)
+            ),
+            people=(person,),
+        )
         try:
-            made = setup(
-                root,
-                zones=[self._plan.zone],
-                nodes=list(GPU_NODES),
-                people=[person],
-                policies=Path(self._plan.policies) / "vault",
-            )
+            made = setup(root, declaration, policies=Path(self._plan.policies) / "vault")
         finally:
             root.revoke()
         background.write_private(self._layout.person, {"user": person.name, "password": made.people[person.name]})
-        return {"gateway": made.gateways[self._plan.zone], "custodians": made.custodians}
+        return {"gateway": made.gateways[self._plan.zone], "custodians": made.nodes}
+
+    def _address(self, index: int) -> str:
+        return f"127.0.{self._plan.net}.{index + 1}"
 
     def _start_custodian(self, index: int, node: str, role: AppRole) -> None:
         assert self._vault is not None
@@ -182,7 +188,7 @@ class Supervisor:
         specs = [
             raylet.NodeSpec(
                 name=node,
-                address=f"127.0.{plan.net}.{index + 1}",
+                address=self._address(index),
                 role="gpu",
                 num_gpus=1,
                 labels={"ray-gpu-pool": POOL},
@@ -193,7 +199,7 @@ class Supervisor:
         specs.append(
             raylet.NodeSpec(
                 name=f"zone-{plan.zone}",
-                address=f"127.0.{plan.net}.{len(specs) + 1}",
+                address=self._address(len(specs)),
                 role="zone",
                 zone=plan.zone,
                 labels={},

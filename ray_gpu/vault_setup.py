@@ -1,12 +1,13 @@
 """Everything this project needs inside a Vault.
 
-Writes to the Vault it is given and reads policies/vault/*.hcl. Two steps, so that a node
-can join without anybody else's credentials changing: :func:`install` may run at any time,
-and running it again changes nothing; :func:`issue` makes new credentials for the names it
-is given and ends their older ones. :func:`setup` is both.
+Reads policies/vault/*.hcl and the Vault that it is given, and writes to that Vault. Two steps, so that a node can
+join without anybody else's credentials changing: :func:`install` may run at any time, and running it again changes
+nothing; :func:`issue` makes new credentials for the names it is given and ends their older ones. :func:`setup` is
+both. :func:`plan` says what :func:`install` would do.
 
-Identity is one entity per name (node, zone or person), because policies are templated
-on ``{{identity.entity.name}}``; so no two of them may share a name.
+Identity is one entity per name (node, zone or person), because policies go by ``{{identity.entity.name}}``; so no two
+of them may share a name. Set-up adds and corrects. It removes nothing but a role that a declared node has no longer:
+who leaves the declaration keeps its login until an administrator deletes it.
 """
 
 from __future__ import annotations
@@ -14,34 +15,28 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from string import Template
 
-from zones.errors import ConfigError
+from ray_gpu.node_identity import joined_addresses
+from ray_gpu.vault_declaration import Declaration, NodeSpec, OidcSpec, PersonSpec
+from ray_gpu.vault_pki import node_pki, ray_pki, ray_token
+from ray_gpu.vault_plan import Change, Planner
+from zones.errors import ConfigError, UnknownNameError
 from zones.model import check_id
-from zones.vault import NODE_PKI, Vault, zone_mount
+from zones.vault import Vault, zone_mount
 
-#: How long a gateway's or custodian's token lives; it logs in again by itself.
-_TOKEN_TTL = "1h"
+_HOUR_S = 3600
+#: How long a gateway's or node's token lives; it logs in again by itself.
+_TOKEN_TTL_S = _HOUR_S
 #: How long a person's login lasts: a working day.
-_PERSON_TTL = "12h"
-_CA_TTL = "87600h"
-#: A custodian asks for a certificate at each start, and a node may stay up for weeks.
-_NODE_CERTIFICATE_TTL = "2160h"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PersonSpec:
-    """One person to create."""
-
-    name: str
-    zone: str
-    groups: tuple[str, ...] = ()
+_PERSON_TTL_S = 12 * _HOUR_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppRole:
-    """What a gateway or custodian logs in with."""
+    """What a gateway or node logs in with."""
 
     role_id: str
     secret_id: str = field(repr=False)
@@ -53,50 +48,71 @@ class Credentials:
 
     #: By zone.
     gateways: Mapping[str, AppRole]
-    #: By node.
-    custodians: Mapping[str, AppRole]
+    #: By node: the custodian's on GPU nodes, the node's own on others.
+    nodes: Mapping[str, AppRole]
     #: Password by name.
     people: Mapping[str, str] = field(repr=False)
 
 
-def setup(
-    vault: Vault, *, zones: Sequence[str], nodes: Sequence[str], people: Sequence[PersonSpec], policies: Path
-) -> Credentials:
+def setup(vault: Vault, declaration: Declaration, *, policies: Path) -> Credentials:
     """Run :func:`install`, then :func:`issue` for everybody. Arguments and errors are theirs."""
-    install(vault, zones=zones, nodes=nodes, people=people, policies=policies)
-    return issue(vault, zones=zones, nodes=nodes, people=[person.name for person in people])
+    install(vault, declaration, policies=policies)
+    return issue(
+        vault,
+        zones=declaration.zones,
+        nodes=[node.name for node in declaration.nodes],
+        people=[person.name for person in declaration.people],
+    )
 
 
-def install(
-    vault: Vault, *, zones: Sequence[str], nodes: Sequence[str], people: Sequence[PersonSpec], policies: Path
-) -> None:
-    """Install mounts, policies, roles, identities and the node CA; nobody's credentials change.
+def install(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token: bool = False) -> list[Change]:
+    """Install what :func:`plan` finds missing or different, and return it. Arguments and errors are the plan's."""
+    changes = plan(vault, declaration, policies=policies, rotate_token=rotate_token)
+    for change in changes:
+        change.apply()
+    return changes
+
+
+def plan(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token: bool = False) -> list[Change]:
+    """Return what would have to be done, in order; nothing is changed.
+
+    Mounts, policies, roles, identities, two CAs and the Ray token; nobody's credentials change.
 
     Args:
         vault: Logged in with a token that may do all this. The caller revokes it afterwards.
-        zones: Zone names.
-        nodes: Ids of GPU nodes; each serves exactly the zones in *zones*.
-        people: Those who are new get a password that nobody knows. Groups get exactly the members named here.
-        policies: Directory with gateway.hcl, custodian.hcl and person.hcl.
+        declaration: GPU nodes serve exactly its zones. People who are new get a password that nobody knows. Groups
+            have exactly the members named.
+        policies: Directory with the policies, ``*.hcl``.
+        rotate_token: Make a new Ray token although there is one. Nodes that run keep the old one until restarted.
 
     Raises:
-        ConfigError: A policy file is missing, or two names are the same.
-        ValueError: A name is no valid id.
+        ConfigError: A policy file is missing, something else is mounted where this belongs, or the audit device that
+            the declaration names is not on.
         VaultDeniedError: The token may not do this.
     """
-    _check_names([*zones, *nodes, *(person.name for person in people)])
-    _mounts(vault, zones)
-    _policies(vault, zones, policies)
-    _node_pki(vault)
-    accessors = {str(path): str(mount["accessor"]) for path, mount in vault.call("GET", "sys/auth")["data"].items()}
-    for zone in zones:
-        _approle(vault, _gateway(zone), zone, [f"gateway-{zone}"], accessors["approle/"])
-    for node in nodes:
-        _approle(vault, _custodian(node), node, [f"custodian-{zone}" for zone in zones], accessors["approle/"])
-    known = vault.call("LIST", "auth/userpass/users").get("data", {}).get("keys", [])
-    for person in people:
-        _person(vault, person, accessors["userpass/"], new=person.name not in known)
-    _groups(vault, people)
+    planner = Planner(vault)
+    if declaration.audit_file is not None:
+        _check_audit(vault, declaration.audit_file)
+    for zone in declaration.zones:
+        planner.want_mount(zone_mount(zone), "transit")
+    for kind in ("approle", "userpass", *(["oidc"] if declaration.oidc else [])):
+        planner.want_auth(kind)
+    _policies(planner, declaration, policies)
+    node_pki(planner)
+    ray_pki(planner, declaration.nodes)
+    ray_token(planner, rotate=rotate_token)
+    for zone in declaration.zones:
+        _approle(planner, _gateway(zone), zone, [f"gateway-{zone}"])
+    for node in declaration.nodes:
+        _node(planner, node, declaration.zones)
+    for person in declaration.people:
+        _person(planner, person, oidc=declaration.oidc is not None)
+    if declaration.oidc is not None:
+        _oidc(planner, declaration, declaration.oidc)
+    for group in sorted({group for person in declaration.people for group in person.groups}):
+        members = [person.name for person in declaration.people if group in person.groups]
+        planner.want_group(check_id(group, what="group"), members)
+    return planner.changes
 
 
 def issue(
@@ -105,74 +121,59 @@ def issue(
     """Return new credentials for names that :func:`install` made. Their older ones end; tokens in use run out.
 
     Raises:
-        VaultDeniedError: The token may not do this, or a name is not installed.
+        UnknownNameError: A node or zone is not installed.
+        VaultDeniedError: The token may not do this, or a person is not installed.
     """
     return Credentials(
-        gateways={zone: _issue(vault, _gateway(zone)) for zone in zones},
-        custodians={node: _issue(vault, _custodian(node)) for node in nodes},
+        gateways={zone: issue_role(vault, zone) for zone in zones},
+        nodes={node: issue_role(vault, node) for node in nodes},
         people={name: _new_password(vault, name) for name in people},
     )
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
-        check_id(name, what="name")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"zones, nodes and people share one name space in Vault; rename one of each: {twice}")
+def issue_role(vault: Vault, name: str) -> AppRole:
+    """Return new credentials of the gateway of zone *name*, or of node *name*; its older ones end.
+
+    Raises:
+        UnknownNameError: No AppRole is installed under this name.
+        VaultDeniedError: The token may not do this.
+    """
+    for path in (_gateway(name), _custodian(name), _plain_node(name)):
+        found = vault.find(f"{path}/role-id")
+        if found is not None:
+            return _issue(vault, path, str(found["data"]["role_id"]))
+    roles = (vault.find("auth/approle/role", method="LIST") or {"data": {"keys": []}})["data"]["keys"]
+    known = {role.partition("-")[2] for role in roles if role.startswith(("gateway-", "custodian-", "node-"))}
+    raise UnknownNameError.of("zone or node with an AppRole", name, known)
 
 
-def _mounts(vault: Vault, zones: Sequence[str]) -> None:
-    mounted = vault.call("GET", "sys/mounts")["data"]
-    for path, kind in {**{zone_mount(zone): "transit" for zone in zones}, NODE_PKI: "pki"}.items():
-        if f"{path}/" not in mounted:
-            vault.call("POST", f"sys/mounts/{path}", type=kind)
-    enabled = vault.call("GET", "sys/auth")["data"]
-    for kind in ("approle", "userpass"):
-        if f"{kind}/" not in enabled:
-            vault.call("POST", f"sys/auth/{kind}", type=kind)
-
-
-def _policies(vault: Vault, zones: Sequence[str], directory: Path) -> None:
+def _policies(planner: Planner, declaration: Declaration, directory: Path) -> None:
     for kind in ("gateway", "custodian", "person"):
-        path = directory / f"{kind}.hcl"
-        try:
-            template = Template(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is missing; restore it from the repository", file=str(path)) from None
-        for zone in zones:
-            vault.call("PUT", f"sys/policies/acl/{kind}-{zone}", policy=template.substitute(zone=zone))
+        template = _template(directory / f"{kind}.hcl")
+        for zone in declaration.zones:
+            _policy(planner, f"{kind}-{zone}", template.substitute(zone=zone))
+    template = _template(directory / "ray-node.hcl")
+    for node in declaration.nodes:
+        addresses = joined_addresses(node.addresses)
+        _policy(planner, _ray_policy(node.name), template.substitute(node=node.name, addresses=addresses))
 
 
-def _node_pki(vault: Vault) -> None:
-    if not vault.call("LIST", f"{NODE_PKI}/issuers"):
-        vault.call("POST", f"sys/mounts/{NODE_PKI}/tune", max_lease_ttl=_CA_TTL)
-        vault.call(
-            "POST",
-            f"{NODE_PKI}/root/generate/internal",
-            common_name="ray-gpu nodes",
-            key_type="ed25519",
-            ttl=_CA_TTL,
-            max_path_length=0,
-        )
-    vault.call(
-        "POST",
-        f"{NODE_PKI}/roles/node",
-        # The one name that a caller can get is its own entity's.
-        allowed_domains=["{{identity.entity.name}}"],
-        allowed_domains_template=True,
-        allow_bare_domains=True,
-        allow_subdomains=False,
-        allow_localhost=False,
-        allow_ip_sans=False,
-        use_csr_sans=False,
-        key_type="ed25519",
-        key_usage=["DigitalSignature"],
-        server_flag=False,
-        client_flag=False,
-        ttl=_NODE_CERTIFICATE_TTL,
-        max_ttl=_NODE_CERTIFICATE_TTL,
-    )
+def _template(path: Path) -> Template:
+    try:
+        return Template(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; restore it from the repository", file=str(path)) from None
+
+
+def _policy(planner: Planner, name: str, text: str) -> None:
+    planner.want(f"policy {name}", f"sys/policies/acl/{name}", {"policy": text})
+
+
+def _ray_policy(node: str) -> str:
+    return f"ray-node-{node}"
+
+
+# -- who logs in ------------------------------------------------------------------------------------
 
 
 def _gateway(zone: str) -> str:
@@ -183,13 +184,34 @@ def _custodian(node: str) -> str:
     return f"auth/approle/role/custodian-{check_id(node, what='node')}"
 
 
-def _approle(vault: Vault, path: str, entity: str, policies: Sequence[str], accessor: str) -> None:
-    vault.call("POST", path, token_policies=list(policies), token_ttl=_TOKEN_TTL, token_no_default_policy=True)
-    _entity(vault, entity, str(vault.call("GET", f"{path}/role-id")["data"]["role_id"]), accessor)
+def _plain_node(node: str) -> str:
+    return f"auth/approle/role/node-{check_id(node, what='node')}"
 
 
-def _issue(vault: Vault, path: str) -> AppRole:
-    role_id = str(vault.call("GET", f"{path}/role-id")["data"]["role_id"])
+def _approle(planner: Planner, path: str, entity: str, policies: Sequence[str]) -> None:
+    body = {"token_policies": list(policies), "token_ttl": _TOKEN_TTL_S, "token_no_default_policy": True}
+    planner.want(f"AppRole {path.rpartition('/')[2]}", path, body)
+    planner.want_identity(entity, {"approle": partial(_role_id, planner.vault, path)})
+
+
+def _role_id(vault: Vault, path: str) -> str | None:
+    found = vault.find(f"{path}/role-id")
+    return None if found is None else str(found["data"]["role_id"])
+
+
+def _node(planner: Planner, node: NodeSpec, zones: Sequence[str]) -> None:
+    """Want the node's one AppRole: a custodian's for GPU nodes, else one that unwraps nothing."""
+    ray = _ray_policy(node.name)
+    wanted, other = _custodian(node.name), _plain_node(node.name)
+    policies = [*(f"custodian-{zone}" for zone in zones), ray]
+    if node.role != "gpu":
+        wanted, other, policies = other, wanted, [ray]
+    # First: what a node was before it changed its role, it must not stay.
+    planner.unwanted(f"AppRole {other.rpartition('/')[2]}", other)
+    _approle(planner, wanted, node.name, policies)
+
+
+def _issue(vault: Vault, path: str, role_id: str) -> AppRole:
     older = vault.call("LIST", f"{path}/secret-id").get("data", {}).get("keys", [])
     secret_id = str(vault.call("POST", f"{path}/secret-id")["data"]["secret_id"])
     for secret_accessor in older:
@@ -197,17 +219,19 @@ def _issue(vault: Vault, path: str) -> AppRole:
     return AppRole(role_id=role_id, secret_id=secret_id)
 
 
-def _person(vault: Vault, person: PersonSpec, accessor: str, *, new: bool) -> None:
-    vault.call(
-        "POST",
-        f"auth/userpass/users/{person.name}",
-        token_policies=[f"person-{check_id(person.zone, what='zone')}"],
-        token_ttl=_PERSON_TTL,
-        token_no_default_policy=True,
-        # Vault makes no user without a password.
-        **({"password": secrets.token_urlsafe(24)} if new else {}),
-    )
-    _entity(vault, person.name, person.name, accessor)
+def _person_login(zone: str) -> dict[str, object]:
+    return {"token_policies": [f"person-{zone}"], "token_ttl": _PERSON_TTL_S, "token_no_default_policy": True}
+
+
+def _person(planner: Planner, person: PersonSpec, *, oidc: bool) -> None:
+    # Vault makes no user without a password.
+    password = {"password": secrets.token_urlsafe(24)}
+    path = f"auth/userpass/users/{person.name}"
+    planner.want(f"person {person.name}", path, _person_login(person.zone), new=password)
+    aliases = {"userpass": person.name}
+    if oidc and person.oidc_subject is not None:
+        aliases["oidc"] = person.oidc_subject
+    planner.want_identity(person.name, {kind: partial(str, alias) for kind, alias in aliases.items()})
 
 
 def _new_password(vault: Vault, name: str) -> str:
@@ -216,15 +240,57 @@ def _new_password(vault: Vault, name: str) -> str:
     return password
 
 
-def _entity(vault: Vault, name: str, alias: str, accessor: str) -> str:
-    vault.call("POST", f"identity/entity/name/{name}")
-    entity_id = str(vault.call("GET", f"identity/entity/name/{name}")["data"]["id"])
-    vault.call("POST", "identity/entity-alias", name=alias, canonical_id=entity_id, mount_accessor=accessor)
-    return entity_id
+def _oidc(planner: Planner, declaration: Declaration, oidc: OidcSpec) -> None:
+    """Want login by the identity provider, with one role for each zone that admits the zone's people by name.
+
+    A role without bound claims would make everybody whom the provider knows a person of the zone, so a zone none of
+    whose people has a subject gets no role.
+    """
+    planner.want(
+        "identity provider",
+        "auth/oidc/config",
+        {
+            "oidc_discovery_url": oidc.discovery_url,
+            "oidc_client_id": oidc.client_id,
+            "oidc_discovery_ca_pem": oidc.ca_pem,
+        },
+        unread={"oidc_client_secret": oidc.client_secret},
+    )
+    for zone in declaration.zones:
+        subjects = [p.oidc_subject for p in declaration.people if p.zone == zone and p.oidc_subject is not None]
+        path = f"auth/oidc/role/person-{zone}"
+        if not subjects:
+            planner.unwanted(f"OIDC role person-{zone}", path)
+            continue
+        body = {
+            **_person_login(zone),
+            "role_type": "oidc",
+            "user_claim": oidc.user_claim,
+            "bound_claims": {oidc.user_claim: subjects},
+            "bound_claims_type": "string",
+            "allowed_redirect_uris": list(oidc.redirect_uris),
+        }
+        planner.want(f"OIDC role person-{zone}", path, body)
 
 
-def _groups(vault: Vault, people: Sequence[PersonSpec]) -> None:
-    for group in sorted({group for person in people for group in person.groups}):
-        members = [person.name for person in people if group in person.groups]
-        ids = [str(vault.call("GET", f"identity/entity/name/{name}")["data"]["id"]) for name in members]
-        vault.call("POST", f"identity/group/name/{check_id(group, what='group')}", member_entity_ids=ids)
+def _check_audit(vault: Vault, path: str) -> None:
+    """Check that the server writes its audit log to *path*, with no value in clear.
+
+    OpenBao turns audit devices on in its configuration only: whoever may make one by request can write to any file
+    of the server. So set-up asks for that, whatever the server is.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    devices = vault.call("GET", "sys/audit")["data"].values()
+    options = [device["options"] or {} for device in devices if device["type"] == "file"]
+    found = [option for option in options if option.get("file_path") == path]
+    if not found:
+        raise ConfigError(
+            f"Vault writes no audit log to {path}. OpenBao: add to the server's configuration\n"
+            f'audit "file" "ray-gpu" {{\n  description = "requests"\n  options {{\n    file_path = "{path}"\n  }}\n}}\n'
+            f"and send it SIGHUP. HashiCorp Vault: vault audit enable file file_path={path}. Then run set-up again",
+            file=None,
+        )
+    if any(option.get("log_raw", "false").lower() != "false" for option in found):
+        raise ConfigError(f"the audit log {path} has secrets in clear; take log_raw out of its options", file=None)

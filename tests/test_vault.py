@@ -20,11 +20,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from ray_gpu.vault_declaration import Declaration, NodeSpec, PersonSpec
 from ray_gpu.vault_server import VaultServer
-from ray_gpu.vault_setup import AppRole, Credentials, PersonSpec, install, issue, setup
+from ray_gpu.vault_setup import AppRole, Credentials, install, issue, setup
 from zones.errors import (
     ConfigError,
     GrantRefusedError,
+    UnknownNameError,
     VaultDeniedError,
     VaultError,
     VaultSealedError,
@@ -73,8 +75,9 @@ def installed(state_dir: Path) -> Iterator[Installed]:
     try:
         root = server.root_client()
         token = root.token
-        setup(root, zones=["clinic", "trading"], nodes=["gpu-1", "gpu-2"], people=PEOPLE, policies=POLICIES)
-        made = setup(root, zones=["clinic", "trading"], nodes=["gpu-1", "gpu-2"], people=PEOPLE, policies=POLICIES)
+        wanted = _declare(["clinic", "trading"], ["gpu-1", "gpu-2"], PEOPLE)
+        setup(root, wanted, policies=POLICIES)
+        made = setup(root, wanted, policies=POLICIES)
         assert root.call("GET", "sys/mounts")["data"]["zone-clinic/"]["type"] == "transit"
         root.revoke()
         yield Installed(
@@ -83,12 +86,17 @@ def installed(state_dir: Path) -> Iterator[Installed]:
             root_token=token,
             gateway=_login(server, made.gateways["clinic"]),
             trading=_login(server, made.gateways["trading"]),
-            gpu_1=_login(server, made.custodians["gpu-1"]),
-            gpu_2=_login(server, made.custodians["gpu-2"]),
+            gpu_1=_login(server, made.nodes["gpu-1"]),
+            gpu_2=_login(server, made.nodes["gpu-2"]),
             dana=server.client().login_userpass("dana", made.people["dana"]),
         )
     finally:
         server.stop()
+
+
+def _declare(zones: list[str], gpu_nodes: list[str], people: list[PersonSpec]) -> Declaration:
+    nodes = [NodeSpec(name=name, role="gpu", addresses=(f"10.9.0.{i}",)) for i, name in enumerate(gpu_nodes)]
+    return Declaration(zones=tuple(zones), nodes=tuple(nodes), people=tuple(people))
 
 
 def _login(server: VaultServer, role: AppRole) -> Vault:
@@ -390,38 +398,37 @@ def test_gateway_and_person_get_no_certificate(installed: Installed) -> None:
 def test_install_changes_no_credentials(installed: Installed) -> None:
     """Installing everything again, with one more node, leaves every login as it was."""
     root = installed.server.root_client()
-    zones = ["clinic", "trading"]
-    install(root, zones=zones, nodes=["gpu-1", "gpu-2", "gpu-3"], people=PEOPLE, policies=POLICIES)
+    install(root, _declare(["clinic", "trading"], ["gpu-1", "gpu-2", "gpu-3"], PEOPLE), policies=POLICIES)
     joined = issue(root, nodes=["gpu-3"])
     root.revoke()
 
     made = installed.credentials
-    for role in (*made.gateways.values(), *made.custodians.values(), *joined.custodians.values()):
+    for role in (*made.gateways.values(), *made.nodes.values(), *joined.nodes.values()):
         _login(installed.server, role)
     for name, password in made.people.items():
         installed.server.client().login_userpass(name, password)
-    assert (list(joined.gateways), list(joined.custodians), list(joined.people)) == ([], ["gpu-3"], [])
+    assert (list(joined.gateways), list(joined.nodes), list(joined.people)) == ([], ["gpu-3"], [])
 
 
 def test_issue_ends_older_credentials(installed: Installed) -> None:
     """New credentials end the same name's older ones and nobody else's; an unknown name gets none."""
     root = installed.server.root_client()
-    install(root, zones=["trading"], nodes=["gpu-9"], people=[*PEOPLE, GIL], policies=POLICIES)
+    install(root, _declare(["clinic", "trading"], ["gpu-9"], [*PEOPLE, GIL]), policies=POLICIES)
     first = issue(root, nodes=["gpu-9"], people=["gil"])
-    _login(installed.server, first.custodians["gpu-9"])
+    _login(installed.server, first.nodes["gpu-9"])
     installed.server.client().login_userpass("gil", first.people["gil"])
     second = issue(root, nodes=["gpu-9"], people=["gil"])
-    with pytest.raises(VaultDeniedError):
+    with pytest.raises(UnknownNameError, match="gpu-9"):
         issue(root, nodes=["gpu-10"])
     root.revoke()
 
     with pytest.raises(VaultDeniedError):
-        _login(installed.server, first.custodians["gpu-9"])
+        _login(installed.server, first.nodes["gpu-9"])
     with pytest.raises(VaultDeniedError):
         installed.server.client().login_userpass("gil", first.people["gil"])
-    _login(installed.server, second.custodians["gpu-9"])
+    _login(installed.server, second.nodes["gpu-9"])
     installed.server.client().login_userpass("gil", second.people["gil"])
-    _login(installed.server, installed.credentials.custodians["gpu-1"])
+    _login(installed.server, installed.credentials.nodes["gpu-1"])
 
 
 @pytest.mark.parametrize(
@@ -432,14 +439,14 @@ def test_issue_ends_older_credentials(installed: Installed) -> None:
 def test_setup_refuses_shared_names(zones: list[str], nodes: list[str], people: list[PersonSpec]) -> None:
     """Two identities of one name would share policies, so set-up refuses before it asks Vault anything."""
     with pytest.raises(ConfigError, match="rename"):
-        setup(Vault("https://127.0.0.1:1"), zones=zones, nodes=nodes, people=people, policies=POLICIES)
+        _declare(zones, nodes, people)
 
 
 def test_setup_names_missing_policy(installed: Installed, tmp_path: Path) -> None:
     """A missing policy file stops set-up and is named."""
     root = installed.server.root_client()
     with pytest.raises(ConfigError, match=r"gateway\.hcl"):
-        setup(root, zones=["clinic"], nodes=[], people=[], policies=tmp_path)
+        setup(root, _declare(["clinic"], [], []), policies=tmp_path)
     root.revoke()
 
 
@@ -447,7 +454,7 @@ def test_credentials_are_redacted(installed: Installed) -> None:
     """No secret id, password or token shows in a repr."""
     shown = repr(installed.credentials) + repr(installed.gateway)
 
-    for role in (*installed.credentials.gateways.values(), *installed.credentials.custodians.values()):
+    for role in (*installed.credentials.gateways.values(), *installed.credentials.nodes.values()):
         assert role.secret_id not in shown
     assert installed.credentials.people["dana"] not in shown
     assert installed.gateway.token not in shown

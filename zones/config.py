@@ -3,8 +3,7 @@
 Rules:
 
 1. Each file is read once; what is parsed is what the policy digest covers.
-2. Every error is a :class:`ConfigError` with file and line.
-3. The files are strict (:mod:`zones.document`).
+2. Every error is a :class:`ConfigError` with file and line, and the files are strict: see :mod:`zones.document`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from zones.document import Document, File, Id, Ids, Loc, distinct, read_file
+from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
 from zones.model import Dataset, ObligationRule, Obligations, Shuffle, SmallBytes, Zone, check_id, digest
 
@@ -79,7 +78,7 @@ def read_policy_files(policies_dir: Path, paths: Sequence[str]) -> dict[str, byt
     Raises:
         ConfigError: A file is missing, cannot be read, or is not UTF-8.
     """
-    return {path: read_file(policies_dir / path) for path in paths}
+    return {path: read_text_file(policies_dir / path) for path in paths}
 
 
 def files_digest(files: Mapping[str, bytes]) -> str:
@@ -133,13 +132,13 @@ _ShuffleText = Annotated[str, AfterValidator(_shuffle)]
 _LeaseSeconds = Annotated[int, Field(gt=0, le=86400)]
 
 
-class _SmallBytesPart(File):
+class _SmallBytesPart(FileModel):
     classification: Id
     max_bytes: int = Field(gt=0)
     max_session_bytes: int = Field(gt=0)
 
 
-class _RulePart(File):
+class _RulePart(FileModel):
     pools: _SomeIds | None = None
     datasets: Annotated[list[_Name], Field(min_length=1), AfterValidator(distinct)] | None = None
     shuffle: _ShuffleText | None = None
@@ -147,7 +146,7 @@ class _RulePart(File):
     accepted_degradations: Ids | None = None
 
 
-class _ZoneFile(File):
+class _ZoneFile(FileModel):
     classes: _SomeIds
     default_class: Id
     small_bytes: _SmallBytesPart | None = None
@@ -159,7 +158,7 @@ class _ZoneFile(File):
     obligations: list[_RulePart] = Field(default_factory=list)
 
 
-class _DatasetPart(File):
+class _DatasetPart(FileModel):
     path: Annotated[str, AfterValidator(_data_path)]
     description: str = ""
     columns: dict[_Name, str] | None = Field(default=None, min_length=1)
@@ -172,7 +171,7 @@ class _DatasetPart(File):
         return self
 
 
-class _CatalogFile(File):
+class _CatalogFile(FileModel):
     datasets: dict[_Name, _DatasetPart]
 
 

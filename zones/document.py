@@ -1,7 +1,10 @@
-"""Reads reviewed YAML files: strict, and every error names file and line. Reads files; nothing else.
+"""YAML files that people write and review: plain values, the line of each, strict models. Reads files; nothing else.
 
-An unknown key, a key given twice, an alias or a value of another type is an error: a reviewed file means what it
-says, or nothing starts.
+Rules:
+
+1. Every error is a :class:`ConfigError` with file and line.
+2. An unknown key, a key given twice, an alias or a value of another type is an error:
+   a reviewed file means what it says, or nothing starts.
 """
 
 from __future__ import annotations
@@ -20,36 +23,7 @@ from zones.model import check_id
 Loc = tuple[str | int, ...]
 
 
-def read_file(path: Path) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        ConfigError: It is missing, cannot be read, or is not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-        content.decode("utf-8")
-    except OSError as problem:
-        raise ConfigError(f"{path}: {problem.strerror}; create it or fix its permissions", file=str(path)) from problem
-    except UnicodeDecodeError as problem:
-        line = content.count(b"\n", 0, problem.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8; save it as UTF-8", file=str(path), line=line) from problem
-    return content
-
-
-def distinct(values: list[str]) -> list[str]:
-    """Refuse a list that names something twice."""
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise PydanticCustomError("twice", "{text}", {"text": f"{value} stands here twice", "key": index})
-    return values
-
-
-Id = Annotated[str, AfterValidator(lambda text: check_id(text, what="name"))]
-Ids = Annotated[list[Id], AfterValidator(distinct)]
-
-
-class File(BaseModel):
+class FileModel(BaseModel):
     """Strict, and unknown keys are refused with the nearest known one."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -65,7 +39,19 @@ class File(BaseModel):
         return data
 
 
-_F = TypeVar("_F", bound=File)
+def distinct(values: list[str]) -> list[str]:
+    """Refuse a list in which a value stands twice; for use with pydantic's ``AfterValidator``."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise PydanticCustomError("twice", "{text}", {"text": f"{value} stands here twice", "key": index})
+    return values
+
+
+#: An id, and a list of ids of which none stands there twice.
+Id = Annotated[str, AfterValidator(lambda text: check_id(text, what="name"))]
+Ids = Annotated[list[Id], AfterValidator(distinct)]
+
+_F = TypeVar("_F", bound=FileModel)
 
 
 class Document:
@@ -140,6 +126,18 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_document(path: Path) -> Document:
-    """Read a YAML file. Raises as :func:`read_file` and :class:`Document`."""
-    return Document(read_file(path), path)
+def read_text_file(path: Path) -> bytes:
+    """Return a file's content, which is UTF-8.
+
+    Raises:
+        ConfigError: It is missing, cannot be read, or is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+        content.decode("utf-8")
+    except OSError as problem:
+        raise ConfigError(f"{path}: {problem.strerror}; create it or fix its permissions", file=str(path)) from problem
+    except UnicodeDecodeError as problem:
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8; save it as UTF-8", file=str(path), line=line) from problem
+    return content

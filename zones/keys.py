@@ -12,7 +12,7 @@ unreadable to whoever later obtains Vault's backup. Neither alone opens anything
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -225,6 +225,29 @@ def loopback_tls(now: datetime, days: int) -> LoopbackTls:
     pem = serialization.Encoding.PEM
     key_pem = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return LoopbackTls(ca_pem=ca.public_bytes(pem), certificate_pem=leaf.public_bytes(pem), key_pem=key_pem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsRequest:
+    """A new TLS key and the request to certify it. The key is made here, so that it need not travel."""
+
+    csr_pem: str
+    #: A secret: PKCS #8, PEM, not encrypted.
+    key_pem: str = field(repr=False)
+
+
+def tls_request(name: str) -> TlsRequest:
+    """Return a new P-256 key and a request for *name*. ECDSA, since not every TLS library takes Ed25519 certificates.
+
+    Raises:
+        ValueError: *name* is no valid id.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_id(name, what="node"))])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    key_pem = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return TlsRequest(csr_pem=csr.public_bytes(pem).decode("ascii"), key_pem=key_pem.decode("ascii"))
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:

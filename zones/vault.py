@@ -163,13 +163,28 @@ class Vault:
             VaultDeniedError: It refused the token or the request.
             VaultError: Any other failure.
         """
+        return self._retried(lambda token: self._send(method, path, body, token=token))
+
+    def find(self, path: str, *, method: str = "GET") -> dict[str, Any] | None:
+        """Return what stands at *path*, or ``None`` where nothing does.
+
+        Args:
+            method: ``GET`` or ``LIST``.
+
+        Raises:
+            VaultDeniedError: The token may not know. Otherwise as :meth:`call`.
+        """
+        return self._retried(lambda token: self._send(method, path, {}, token=token, absent_ok=True)) or None
+
+    def _retried(self, send: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        """Send with the token in use; after a refusal once more, if the token has ended meanwhile."""
         token = self._token
         try:
-            return self._send(method, path, body, token=token)
+            return send(token)
         except VaultDeniedError:
             if not self._renewed(token):
                 raise
-        return self._send(method, path, body, token=self._token)
+        return send(self._token)
 
     def _renewed(self, token: str) -> bool:
         """Log in again if *token* no longer works. ``False`` means that the refusal stands."""
@@ -185,7 +200,9 @@ class Vault:
                 self._relogin()
                 return True
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any], *, token: str) -> dict[str, Any]:
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any], *, token: str, absent_ok: bool = False
+    ) -> dict[str, Any]:
         # One adapter per request: hvac keeps the token in it, and threads and other people's tokens share this object.
         adapter = hvac.adapters.JSONAdapter(
             self.address, token=token, session=self._session, verify=self._session.verify, timeout=_TIMEOUT_S
@@ -198,8 +215,9 @@ class Vault:
                 "check that it runs, the address and the CA file"
             ) from None
         except hvac.exceptions.VaultError as error:
-            if method == "LIST" and isinstance(error, hvac.exceptions.InvalidPath) and not error.errors:
-                return {}  # Vault's way to say that a list is empty.
+            empty_list = method == "LIST" and not error.errors  # Vault's way to say that a list is empty.
+            if isinstance(error, hvac.exceptions.InvalidPath) and (absent_ok or empty_list):
+                return {}
             # The cause is dropped on purpose: its text holds the server's answer.
             raise _translated(error, self.address, f"{method} {path}") from None
         return answer if isinstance(answer, dict) else {}
@@ -356,7 +374,7 @@ def _translated(error: hvac.exceptions.VaultError, address: str, request: str) -
     if isinstance(error, (hvac.exceptions.VaultDown, hvac.exceptions.BadGateway)):
         return VaultUnreachableError(f"Vault at {address} is not ready; wait for it to start or check its log")
     if isinstance(error, hvac.exceptions.VaultNotInitialized):
-        return VaultSealedError(f"Vault at {address} is not initialised; initialise it and run ray_gpu.vault_setup")
+        return VaultSealedError(f"Vault at {address} is not initialised; initialise it and run ray-gpu vault setup")
     refused = (hvac.exceptions.InvalidRequest, hvac.exceptions.Unauthorized, hvac.exceptions.Forbidden)
     if isinstance(error, (*refused, hvac.exceptions.InvalidPath)):
         return VaultDeniedError(f"Vault refused {request}; check the login, its policies and that the key still lives")
