@@ -1,9 +1,10 @@
 """Services that outlive the command that starts them: supervisors in the background. Starts and ends processes.
 
-A service is a module that is run as ``python -m MODULE ARGUMENT FD`` and hands its argument to
-:func:`serve`. It reports on ``FD``, one JSON map a line: ``say`` while it starts, then ``ready`` or
-``failed``. What it is and how it does stands in its state file; whoever holds a lock on the state
-file's directory is the one that runs.
+A service is a module that is run as ``python -m MODULE ARGUMENT FDS`` and hands both to
+:func:`serve`. On the first of ``FDS`` it reports, one JSON map a line: ``say`` while it starts, then
+``ready`` or ``failed``. The second, where there is one, is tied to whoever started it: when that process
+has ended, however, the service ends too. What it is and how it does stands in its state file; whoever
+holds a lock on the state file's directory is the one that runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,9 @@ def running(state_file: Path, module: str) -> dict[str, Any] | None:
     return document if module.encode() in command.split(b"\0") else None
 
 
-def launch(module: str, argument: str, *, log: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def launch(
+    module: str, argument: str, *, log: Path, say: Callable[[str], None], tied: bool = False
+) -> dict[str, Any]:
     """Start a service and return its condition once it serves.
 
     Args:
@@ -82,16 +84,22 @@ def launch(module: str, argument: str, *, log: Path, say: Callable[[str], None])
         argument: For the module; visible in the list of processes, so no secret.
         log: Where its output goes; made private.
         say: Is told what it does meanwhile.
+        tied: Whether it ends with this process, also when that is killed.
 
     Raises:
         ClusterError: It did not come up; nothing is left running.
     """
     read_fd, write_fd = os.pipe()
+    theirs = [write_fd]
+    if tied:
+        # The other end is this process's alone, and nothing but its end closes it.
+        life, _ = os.pipe()
+        theirs.append(life)
     with log.open("ab") as output:
         log.chmod(0o600)
         process = subprocess.Popen(
-            [sys.executable, "-m", module, argument, str(write_fd)],
-            pass_fds=(write_fd,),
+            [sys.executable, "-m", module, argument, ",".join(map(str, theirs))],
+            pass_fds=theirs,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -99,7 +107,8 @@ def launch(module: str, argument: str, *, log: Path, say: Callable[[str], None])
             env=plain_environment(),
             start_new_session=True,
         )
-    os.close(write_fd)
+    for fd in theirs:
+        os.close(fd)
     try:
         with os.fdopen(read_fd, encoding="utf-8") as lines:
             for line in lines:
@@ -149,13 +158,14 @@ class _Told(BaseException):
     """SIGTERM came."""
 
 
-def serve(make: Callable[[Callable[[str], None]], Service], report_fd: int) -> int:
-    """Run a service until SIGTERM comes or a part of it ends; return the exit status.
+def serve(make: Callable[[Callable[[str], None]], Service], fds: str) -> int:
+    """Run a service until SIGTERM comes, a part of it ends, or whoever it is tied to; return the exit status.
 
     Args:
         make: Returns the service; is given what tells the starter what happens.
-        report_fd: Descriptor to report on.
+        fds: Descriptors that :func:`launch` passed, as it passed them.
     """
+    report_fd, *life = (int(fd) for fd in fds.split(","))
     report = os.fdopen(report_fd, "w", encoding="utf-8")
 
     def tell(message: dict[str, Any]) -> None:
@@ -184,9 +194,12 @@ def serve(make: Callable[[Callable[[str], None]], Service], report_fd: int) -> i
         write_private(service.state_file, document)
         tell({"ready": document})
         report.close()
-        while True:
-            time.sleep(_CHECK_INTERVAL_S)
+        tie = select.poll()
+        for fd in life:
+            tie.register(fd, select.POLLIN)
+        while not tie.poll(_CHECK_INTERVAL_S * 1000):
             service.check()
+        return 0
     except _Told:
         return 0
     except Exception as error:  # noqa: BLE001 - told to whoever started this, and logged

@@ -292,8 +292,13 @@ def running(layout: Layout) -> dict[str, Any] | None:
     return background.running(layout.supervisor, __name__ if __name__ != "__main__" else "ray_gpu.embedded")
 
 
-def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def up(plan: Plan, say: Callable[[str], None] = lambda _: None, *, tied: bool = False) -> dict[str, Any]:
     """Start an embedded cluster in the background and return when it serves.
+
+    Args:
+        plan: What to start.
+        say: Is told what happens meanwhile.
+        tied: Whether it ends with this process, also when that is killed.
 
     Raises:
         UnknownNameError: No such zone in the policies.
@@ -315,7 +320,7 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any
         )
     layout.root.mkdir(mode=0o711, parents=True, exist_ok=True)
     layout.supervisor.unlink(missing_ok=True)
-    return background.launch("ray_gpu.embedded", json.dumps(asdict(plan)), log=layout.log, say=say)
+    return background.launch("ray_gpu.embedded", json.dumps(asdict(plan)), log=layout.log, say=say, tied=tied)
 
 
 def _check_length(layout: Layout, zone: str) -> None:
@@ -343,9 +348,9 @@ def down(layout: Layout) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Be the supervisor. ``argv``: the plan as JSON, and the descriptor to report on."""
+    """Be the supervisor. ``argv``: the plan as JSON, and descriptors for :func:`background.serve`."""
     plan = Plan(**json.loads(argv[0]))
-    return background.serve(lambda say: Supervisor(plan, say), int(argv[1]))
+    return background.serve(lambda say: Supervisor(plan, say), argv[1])
 
 
 if __name__ == "__main__":

@@ -199,10 +199,10 @@ class Gateway:
             session.connections -= 1
 
     def detach(self, session: Session) -> None:
-        """Close a session."""
+        """Close a session. Known until it is closed: the gateway's own end must wait for it."""
+        session.close()
         with self._lock:
             self._sessions.pop(session.id, None)
-        session.close()
 
     def close(self) -> None:
         """Close every session and the ledger."""

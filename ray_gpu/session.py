@@ -101,6 +101,7 @@ class Session:
         self._functions_seen: set[str] = set()
         self._small_bytes = 0
         self._closed = False
+        self._over = threading.Event()
         #: Connections that joined; the gateway counts them.
         self.connections = 0
         #: Threads that end leases.
@@ -392,13 +393,23 @@ class Session:
             raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
 
     def close(self) -> None:
-        """End every lease, shred every key, and write the session's end. Running calls fail."""
+        """End every lease, shred every key, and write the session's end. Running calls fail.
+
+        Returns when all that is done, also to a second caller.
+        """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+            first, self._closed = not self._closed, True
             leases, self._leases = self._leases, []
             self._room.notify_all()
+        if not first:
+            self._over.wait(FINISH_TIMEOUT_S)
+            return
+        try:
+            self._close(leases)
+        finally:
+            self._over.set()
+
+    def _close(self, leases: list[Lease]) -> None:
         for lease in leases:
             if not lease.lock.acquire(timeout=0.2):
                 lease.lost = "the session was closed"

@@ -76,7 +76,8 @@ def cluster(console: Console, plan: embedded.Plan, *, stop: bool) -> Iterator[di
     document = None
     try:
         with console.status("starting") as line:
-            document = embedded.up(plan, line.update)
+            # Ends with this program, whatever ends that: a closed terminal, a kill.
+            document = embedded.up(plan, line.update, tied=stop)
         took = time.monotonic() - started
         console.print(f"\nstarted in {took:.1f} s: zone {document['zone']}, two nodes outside it, and a Vault")
         yield document

@@ -208,6 +208,32 @@ def test_ctrl_c_in_the_demo(state: Path, when: str, wait_until: Callable[..., No
         assert _lease_keys(state) == []
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda how: how.name)
+def test_demo_that_is_ended(state: Path, how: signal.Signals, wait_until: Callable[..., None]) -> None:
+    """A closed terminal or a kill ends what the demo started as well: the cluster's life is tied to its."""
+    from ray_gpu.state import Layout
+
+    layout = Layout(state)
+    demo = _start(["-c", "from ray_gpu.cli import main; main()", "demo"], RAY_GPU_STATE=str(state))
+    try:
+        wait_until(
+            lambda: (layout.ledger("clinic").exists() and _intents(layout.ledger("clinic")) > 0)
+            or demo.poll() is not None,
+            "the demo to send something",
+            timeout_s=120,
+        )
+        demo.send_signal(how)
+        demo.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGKILL)
+        demo.wait()
+
+    assert demo.returncode == -how
+    wait_until(lambda: not _mentioning(state.parent), "the end of everything that the demo started")
+    assert _lease_keys(state) == []
+
+
 def _intents(ledger: Path) -> int:
     from zones.ledger import read
 

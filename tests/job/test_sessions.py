@@ -48,6 +48,7 @@ def test_attach_takes_the_state_directory_from_the_environment(cluster: Any, mon
 
     with ray_gpu.attach("clinic") as zone:
         assert zone.zone == "clinic"
+        assert add.remote(1, 2).result() == 3
 
 
 def test_unknown_zone_names_the_nearest(cluster: Any) -> None:

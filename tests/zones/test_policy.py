@@ -68,8 +68,7 @@ def append(path: Path, text: str) -> int:
         ({"dataset": "", "columns": ARGUMENTS, "classes": frozenset({"internal"})}, True, ALLOWED),
         (IDENTIFIER, False, ("no-direct-identifiers",)),
         ({"classes": frozenset({"confidential", "internal", "direct-identifier"})}, False, ("no-direct-identifiers",)),
-        ({"purpose": ""}, False, DEFAULT),
-        ({"purpose": " \t"}, False, DEFAULT),
+        ({"purpose": ""}, True, ALLOWED),
         ({"groups": frozenset()}, False, DEFAULT),
         ({"groups": frozenset({"quants"})}, False, DEFAULT),
         ({"person": "research", "groups": frozenset()}, False, DEFAULT),
@@ -82,7 +81,6 @@ def append(path: Path, text: str) -> int:
         "identifier",
         "identifier's class",
         "no purpose",
-        "blank purpose",
         "no team",
         "another team",
         "a person named like the team",
@@ -331,8 +329,7 @@ def test_refusal_names_the_column() -> None:
 @pytest.mark.parametrize(
     ("change", "subject", "advice"),
     [
-        ({"purpose": ""}, "data set randhie", "check pool, purpose and your team"),
-        ({"purpose": "", **IDENTIFIER}, "data set randhie", "check pool, purpose and your team"),
+        ({"groups": frozenset()}, "data set randhie", "check pool, purpose and your team"),
         (
             {"dataset": "", "columns": ARGUMENTS, "classes": frozenset({"direct-identifier"})},
             "function, arguments or filter, which count as direct-identifier,",

@@ -1,0 +1,311 @@
+"""One host of a cluster: ``ray-gpu node start``. This module does I/O and starts processes.
+
+A node logs in to Vault with its own AppRole, gets a certificate and the cluster's token for Ray,
+starts its custodian (role gpu), and then Ray in a cage. It runs until it is told to stop or a part
+of it ends; then all of it ends, so that whatever restarts it (systemd, ``ray up``) starts a whole one.
+
+Ray's certificate and token lie on a tmpfs, readable by the cage alone. The login stays with the
+custodian, which the cage cannot reach into.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from ray_gpu import background, node_identity, raylet, services
+from ray_gpu.sandbox import boundary
+from zones.document import Document, FileModel, Id, read_text_file
+from zones.errors import ClusterError, ConfigError
+from zones.vault import Vault
+
+#: Uids as root: the cage, then two for each lease. Below 65534: a container may have no more.
+CAGE_UID, LEASE_UID, LEASE_UIDS = 61001, 62000, 3200
+#: Ports of a node of its own host: Ray's GCS on the head, and 200 for everything else.
+GCS_PORT, FIRST_PORT = 26000, 26010
+#: Ray's certificate and token must not outlive the host: this is a tmpfs on every distribution.
+RUN_DIR = Path("/run/ray-gpu")
+DEFAULT_CONFIG = Path("/etc/ray-gpu/node.yaml")
+
+
+def _address(text: str) -> str:
+    ipaddress.IPv4Address(text)
+    return text
+
+
+def _absolute(text: str) -> str:
+    if not Path(text).is_absolute():
+        raise ValueError(f"a path is absolute, not {text!r}")
+    return text
+
+
+_Address = Annotated[str, AfterValidator(_address)]
+_Path = Annotated[str, AfterValidator(_absolute)]
+_Port = Annotated[int, Field(ge=1024, le=65000)]
+
+
+class _VaultPart(FileModel):
+    address: str = Field(pattern="^https://")
+    ca: _Path | None = None
+    credentials: _Path
+
+
+class NodeFile(FileModel):
+    """A node.yaml."""
+
+    node: Id
+    role: Literal["head", "gpu", "zone"]
+    address: _Address
+    #: Address of Ray's head; a head's own.
+    head: _Address
+    vault: _VaultPart
+    pool: Id | None = None
+    num_gpus: int = Field(default=0, ge=0, le=64)
+    zone: Id | None = None
+    #: Directory with ``pools/<pool>.cedar``, for the custodian.
+    policies: _Path | None = None
+    state: _Path = "/var/lib/ray-gpu"
+    gcs_port: _Port = GCS_PORT
+    first_port: _Port = FIRST_PORT
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        needs = {"gpu": ("pool", "num_gpus", "policies"), "zone": ("zone",), "head": ()}[self.role]
+        for name in needs:
+            if not getattr(self, name):
+                raise ValueError(f"a node of role {self.role} needs {name}")
+        for name in {"pool", "num_gpus", "zone", "policies"} - {*needs}:
+            if getattr(self, name):
+                raise ValueError(f"a node of role {self.role} has no {name}")
+        if (self.role == "head") != (self.address == self.head):
+            raise ValueError("the head's address is its own address, and no other node's")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What to start: a node.yaml, and for a head that ``ray up`` starts its autoscaler's files."""
+
+    config: str
+    autoscaling_config: str | None = None
+    autoscaling_key: str | None = None
+
+
+def read_config(path: Path) -> NodeFile:
+    """Read a node.yaml.
+
+    Raises:
+        ConfigError: With file and line.
+    """
+    return Document(read_text_file(path), path).check(NodeFile)
+
+
+def read_credentials(path: Path) -> tuple[str, str]:
+    """Return role and secret id from a JSON file that ``ray-gpu vault issue`` wrote.
+
+    Raises:
+        ConfigError: It is missing, others can read it, or it holds something else.
+    """
+    try:
+        mode = path.stat().st_mode
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = str(document["role_id"]), str(document["secret_id"])
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; write it with `ray-gpu vault issue`", file=str(path)) from None
+    except (ValueError, KeyError, TypeError):
+        # No cause: its text could quote the secret.
+        raise ConfigError(f"{path} is not what `ray-gpu vault issue` writes; write it anew", file=str(path)) from None
+    if mode & 0o077:
+        raise ConfigError(f"others can read {path}, which holds a secret; chmod 600 {path}", file=str(path))
+    return found
+
+
+def state_file(config: NodeFile) -> Path:
+    """Return where a node's condition stands while it runs."""
+    return _root(config) / "node.json"
+
+
+def _root(config: NodeFile) -> Path:
+    return Path(config.state) / "nodes" / config.node
+
+
+class Service:
+    """The processes of one node."""
+
+    def __init__(self, start: Start, say: Callable[[str], None]) -> None:
+        self._start = start
+        self._config = read_config(Path(start.config))
+        self._say = say
+        self._root = _root(self._config)
+        self._root.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.state_file = state_file(self._config)
+        self._log = self._root / "node.log"
+        self._custodian: subprocess.Popen[bytes] | None = None
+        self._node: raylet.Node | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Start the node; return its condition once it has joined the cluster."""
+        config = self._config
+        role_id, secret_id = read_credentials(Path(config.vault.credentials))
+        self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
+        vault = Vault(config.vault.address, ca_file=config.vault.ca)
+        try:
+            vault.login_approle(role_id, secret_id)
+            identity = node_identity.fetch(vault, node=config.node, addresses=[config.address])
+            vault.revoke()
+        finally:
+            vault.close()
+        uid = CAGE_UID if os.geteuid() == 0 else None
+        files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
+        if config.role == "gpu":
+            self._start_custodian(role_id, secret_id)
+        shown = (files.ca, files.certificate, files.key, files.token)
+        self._start_ray(raylet.Credentials(files=shown, environment=files.environment()))
+        assert self._node is not None
+        return {
+            "node": config.node,
+            "role": config.role,
+            "address": f"{config.head}:{config.gcs_port}",
+            "degradations": list(raylet.degradations()),
+            "certificate_not_after": identity.not_after,
+            "processes": {"ray": self._node.process.pid} | self._pids(),
+        }
+
+    def _pids(self) -> dict[str, int]:
+        return {"custodian": self._custodian.pid} if self._custodian else {}
+
+    def _start_custodian(self, role_id: str, secret_id: str) -> None:
+        config = self._config
+        self._say(f"starting the custodian of {config.node}")
+        socket = self._socket_dir() / raylet.CUSTODIAN_SOCKET
+        settings = {
+            "node": config.node,
+            "pool": config.pool,
+            "gpu_milli": 1000 * config.num_gpus,
+            "socket": str(socket),
+            "uid_base": LEASE_UID,
+            "uid_count": LEASE_UIDS,
+            "actor_uid": CAGE_UID,
+            "vault": config.vault.address,
+            "vault_ca": config.vault.ca,
+            "policies": config.policies,
+            "role_id": role_id,
+            "secret_id": secret_id,
+        }
+        self._custodian = services.start_custodian(settings, self._root / "settings.json", log=self._log)
+        deadline = time.monotonic() + raylet.START_TIMEOUT_S
+        while not services.listens(socket):
+            self.check()
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the custodian did not serve in time; see {self._log}", node=config.node, reason="timed out"
+                )
+            time.sleep(0.02)
+
+    def _socket_dir(self) -> Path:
+        """Return the directory with the one Unix socket that the cage sees."""
+        if self._config.zone:
+            return Path(self._config.state) / "zones" / self._config.zone / "relay"
+        directory = self._root / "socket"
+        directory.mkdir(mode=0o711, exist_ok=True)
+        return directory
+
+    def _start_ray(self, credentials: raylet.Credentials) -> None:
+        config, scaler = self._config, self._start.autoscaling_config
+        self._say(f"starting Ray in a cage at {config.address}")
+        key = self._start.autoscaling_key
+        spec = raylet.NodeSpec(
+            name=config.node,
+            address=config.address,
+            role=config.role,
+            zone=config.zone,
+            num_gpus=config.num_gpus,
+            labels={"ray-gpu-pool": config.pool} if config.pool else {},
+            socket_dir=self._socket_dir(),
+            autoscaler=raylet.Autoscaler(config=Path(scaler), key=Path(key)) if scaler and key else None,
+        )
+        self._node = raylet.start_node(
+            spec,
+            gcs=f"{config.head}:{config.gcs_port}",
+            ports=raylet.NodePorts(gcs=config.gcs_port, first=config.first_port),
+            uid=CAGE_UID,
+            credentials=credentials,
+        )
+        self._node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+
+    def check(self) -> None:
+        """Raise if a process of the node has ended."""
+        if self._custodian is not None and self._custodian.poll() is not None:
+            raise self._ended("custodian", self._custodian.returncode)
+        if self._node is not None and not self._node.alive():
+            raise self._ended("Ray", self._node.process.returncode)
+
+    def _ended(self, what: str, status: int | None) -> ClusterError:
+        return ClusterError(
+            f"{what} of node {self._config.node} ended (status {status}); see {self._log}, and start the node again",
+            node=self._config.node,
+            reason=f"{what} ended",
+        )
+
+    def stop(self) -> None:
+        """End everything: leases first, since the custodian ends them in order."""
+        if self._custodian is not None:
+            services.end(self._custodian)
+        if self._node is not None:
+            self._node.stop()
+
+
+def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Start a node in the background and return its condition once it has joined.
+
+    Raises:
+        ConfigError: The node.yaml or a file that it names is wrong.
+        ClusterError: It did not come up, or runs already; nothing is left half started.
+    """
+    config = read_config(Path(what.config))
+    if running(config) is not None:
+        raise ClusterError(
+            f"node {config.node} runs already; stop it with `ray-gpu node stop`", node=config.node, reason="running"
+        )
+    _root(config).mkdir(mode=0o711, parents=True, exist_ok=True)
+    argument = json.dumps({name: getattr(what, name) for name in Start.__dataclass_fields__})
+    return background.launch("ray_gpu.node", argument, log=_root(config) / "node.log", say=say)
+
+
+def running(config: NodeFile) -> dict[str, Any] | None:
+    """Return the condition of a node on this host, if it runs."""
+    return background.running(state_file(config), "ray_gpu.node")
+
+
+def stop(config: NodeFile) -> bool:
+    """End a node; tell whether it ran. Returns when everything is gone."""
+    background.reap()
+    document = running(config)
+    if document is not None:
+        background.terminate(int(document["pid"]))
+    return document is not None
+
+
+def degradations() -> tuple[str, ...]:
+    """Return the controls that a node started here would lack."""
+    return (*boundary.degradations(), *raylet.degradations())
+
+
+def main(argv: list[str]) -> int:
+    """Be the node. ``argv``: what to start as JSON, and descriptors for :func:`background.serve`."""
+    what = Start(**json.loads(argv[0]))
+    return background.serve(lambda say: Service(what, say), argv[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
