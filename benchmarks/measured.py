@@ -41,8 +41,12 @@ class ArgumentCall:
 
     def ratio(self) -> float:
         """Median over the rounds of this product's median by plain Ray's of the same round."""
+        return statistics.median(self.ratios())
+
+    def ratios(self) -> list[float]:
+        """This product's median by plain Ray's, for each round."""
         pairs = zip(self.ours, self.ray, strict=True)
-        return statistics.median(statistics.median(ours) / statistics.median(ray) for ours, ray in pairs)
+        return [statistics.median(ours) / statistics.median(ray) for ours, ray in pairs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
