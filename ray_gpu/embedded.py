@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu import nodes
+from ray_gpu.ports import GATEWAY_UID
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 from ray_gpu.state import Layout
@@ -35,7 +36,7 @@ from zones.errors import ClusterError, UnknownNameError
 from zones.model import check_id
 
 #: Uids as root: gateway, Ray cages, then two for each lease. Below 65534: a container may have no more.
-GATEWAY_UID, CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61100, 61001, 62000, 1600
+CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61001, 62000, 1600
 POOL = "shared"
 GPU_NODES = ("gpu-1", "gpu-2")
 #: All processes are up by then, seconds.

@@ -3,9 +3,7 @@
 Rules:
 
 1. Each file is read once; what is parsed is what the policy digest covers.
-2. Every error is a :class:`ConfigError` with file and line.
-3. An unknown key, a key given twice, an alias or a value of another type is an error:
-   a reviewed file means what it says, or nothing starts.
+2. Every error is a :class:`ConfigError` with file and line, and the files are strict: see :mod:`zones.document`.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NoReturn, Self, TypeVar
+from typing import Annotated, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, model_validator
 
+from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
 from zones.model import Dataset, ObligationRule, Obligations, Shuffle, SmallBytes, Zone, check_id, digest
 
@@ -29,9 +26,6 @@ SCHEMA_FILE = "schema.cedarschema"
 #: Formats that a gateway can map into memory or stream.
 _DATA_SUFFIXES = frozenset({".arrow", ".feather", ".parquet"})
 _BLOCKS = re.compile(r"blocks\(([1-9][0-9]{0,5})\)")
-
-#: Where a value stands in a document, e.g. ``("datasets", "randhie", "path")``.
-_Loc = tuple[str | int, ...]
 
 
 def zone_names(policies_dir: Path) -> list[str]:
@@ -55,11 +49,11 @@ def load_zone(policies_dir: Path, name: str) -> Zone:
     except ValueError as problem:
         raise ConfigError(f"{folder}: {problem}; rename the directory", file=str(folder)) from problem
     files = read_policy_files(policies_dir, zone_paths(name))
-    zone_document = _Document(files[f"{name}/zone.yaml"], folder / "zone.yaml")
+    zone_document = Document(files[f"{name}/zone.yaml"], folder / "zone.yaml")
     zone_file = zone_document.check(_ZoneFile)
     _check_pool_files(zone_document, zone_file, policies_dir)
     files |= read_policy_files(policies_dir, [pool_path(pool) for pool in zone_file.pools])
-    datasets = _datasets(_Document(files[f"{name}/catalog.yaml"], folder / "catalog.yaml"), zone_file.classes)
+    datasets = _datasets(Document(files[f"{name}/catalog.yaml"], folder / "catalog.yaml"), zone_file.classes)
     return _zone(name, zone_document, zone_file, datasets, files_digest(files))
 
 
@@ -84,24 +78,12 @@ def read_policy_files(policies_dir: Path, paths: Sequence[str]) -> dict[str, byt
     Raises:
         ConfigError: A file is missing, cannot be read, or is not UTF-8.
     """
-    return {path: _read(policies_dir / path) for path in paths}
+    return {path: read_text_file(policies_dir / path) for path in paths}
 
 
 def files_digest(files: Mapping[str, bytes]) -> str:
     """Return one SHA-256, hexadecimal, over sorted paths and contents."""
     return digest({path: hashlib.sha256(content).hexdigest() for path, content in files.items()})
-
-
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        content.decode("utf-8")
-    except OSError as problem:
-        raise ConfigError(f"{path}: {problem.strerror}; create it or fix its permissions", file=str(path)) from problem
-    except UnicodeDecodeError as problem:
-        line = content.count(b"\n", 0, problem.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8; save it as UTF-8", file=str(path), line=line) from problem
-    return content
 
 
 def _shuffle(text: str) -> str:
@@ -143,65 +125,40 @@ def _data_path(text: str) -> str:
     return text
 
 
-def _distinct(values: list[str]) -> list[str]:
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise PydanticCustomError("twice", "{text}", {"text": f"{value} stands here twice", "key": index})
-    return values
-
-
-_Id = Annotated[str, AfterValidator(lambda text: check_id(text, what="name"))]
-_Ids = Annotated[list[_Id], AfterValidator(_distinct)]
-_SomeIds = Annotated[_Ids, Field(min_length=1)]
+_SomeIds = Annotated[Ids, Field(min_length=1)]
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _ShuffleText = Annotated[str, AfterValidator(_shuffle)]
 #: Caps of a lease's life, seconds: a day, because a lease key should not outlive a shift by much.
 _LeaseSeconds = Annotated[int, Field(gt=0, le=86400)]
 
 
-class _File(BaseModel):
-    """Strict, and unknown keys are refused with the nearest known one."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        for key in data if isinstance(data, dict) else ():
-            if key not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                message = f"unknown key {key!r}{did_you_mean(key, cls.model_fields)}; known: {known}"
-                raise PydanticCustomError("unknown_key", "{text}", {"text": message, "key": key})
-        return data
-
-
-class _SmallBytesPart(_File):
-    classification: _Id
+class _SmallBytesPart(FileModel):
+    classification: Id
     max_bytes: int = Field(gt=0)
     max_session_bytes: int = Field(gt=0)
 
 
-class _RulePart(_File):
+class _RulePart(FileModel):
     pools: _SomeIds | None = None
-    datasets: Annotated[list[_Name], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    datasets: Annotated[list[_Name], Field(min_length=1), AfterValidator(distinct)] | None = None
     shuffle: _ShuffleText | None = None
     max_lease_s: _LeaseSeconds | None = None
-    accepted_degradations: _Ids | None = None
+    accepted_degradations: Ids | None = None
 
 
-class _ZoneFile(_File):
+class _ZoneFile(FileModel):
     classes: _SomeIds
-    default_class: _Id
+    default_class: Id
     small_bytes: _SmallBytesPart | None = None
     pools: _SomeIds
     endpoints: list[Annotated[str, AfterValidator(_endpoint)]] = Field(min_length=1)
     shuffle: _ShuffleText = "rows"
     max_lease_s: _LeaseSeconds = 3600
-    accepted_degradations: _Ids = []
-    obligations: list[_RulePart] = []
+    accepted_degradations: Ids = Field(default_factory=list)
+    obligations: list[_RulePart] = Field(default_factory=list)
 
 
-class _DatasetPart(_File):
+class _DatasetPart(FileModel):
     path: Annotated[str, AfterValidator(_data_path)]
     description: str = ""
     columns: dict[_Name, str] | None = Field(default=None, min_length=1)
@@ -214,86 +171,11 @@ class _DatasetPart(_File):
         return self
 
 
-class _CatalogFile(_File):
+class _CatalogFile(FileModel):
     datasets: dict[_Name, _DatasetPart]
 
 
-_F = TypeVar("_F", bound=_File)
-
-
-class _Document:
-    """One YAML file: its plain values, and the line of each."""
-
-    def __init__(self, content: bytes, path: Path) -> None:
-        self.path = path
-        self._lines: dict[_Loc, int] = {(): 1}
-        text = content.decode("utf-8")
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-            self.value = None if node is None else self._plain(loader, node, ())
-        except yaml.reader.ReaderError as problem:
-            self._fail("a character that YAML does not allow", text.count("\n", 0, problem.position) + 1)
-        except yaml.MarkedYAMLError as problem:
-            mark = problem.problem_mark
-            self._fail(problem.problem or "not valid YAML", mark.line + 1 if mark else 1)
-        except RecursionError:
-            self._fail("nested too deep", 1)
-
-    def check(self, model: type[_F]) -> _F:
-        """Return the document as *model*; the first error found raises :class:`ConfigError`."""
-        try:
-            return model.model_validate(self.value)
-        except ValidationError as problem:
-            error = problem.errors()[0]
-            key = error.get("ctx", {}).get("key")
-            self.refuse((*error["loc"], *([] if key is None else [key])), error["msg"].removeprefix("Value error, "))
-
-    def refuse(self, loc: _Loc, message: str) -> NoReturn:
-        """Raise :class:`ConfigError` for the value at *loc*, or the nearest that stands around it."""
-        where = loc
-        while where not in self._lines:
-            where = where[:-1]
-        label = ".".join(str(part) for part in where)
-        self._fail(f"{label}: {message}" if label else message, self._lines[where])
-
-    def _fail(self, message: str, line: int) -> NoReturn:
-        raise ConfigError(f"{self.path}:{line}: {message}; correct the file", file=str(self.path), line=line)
-
-    def _plain(self, loader: yaml.SafeLoader, node: yaml.Node, loc: _Loc) -> Any:
-        self._lines.setdefault(loc, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._plain(loader, item, (*loc, index)) for index, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            return self._scalar(loader, node)
-        result: dict[str, Any] = {}
-        for key_node, item in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.tag != "tag:yaml.org,2002:str":
-                self._fail("a key must be text; put it in quotes", line)
-            if key_node.value in result:
-                self._fail(f"{key_node.value} stands here twice", line)
-            self._lines[(*loc, key_node.value)] = line
-            result[key_node.value] = self._plain(loader, item, (*loc, key_node.value))
-        return result
-
-    def _scalar(self, loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-        try:
-            return loader.construct_object(node)
-        except ValueError as problem:
-            self._fail(str(problem), node.start_mark.line + 1)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loader without aliases: a few bytes of them can stand for gigabytes, and hide what a reviewer reads."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed; write it out", problem_mark=self.get_mark())
-        return super().compose_node(parent, index)
-
-
-def _check_pool_files(document: _Document, zone_file: _ZoneFile, policies_dir: Path) -> None:
+def _check_pool_files(document: Document, zone_file: _ZoneFile, policies_dir: Path) -> None:
     for index, pool in enumerate(zone_file.pools):
         path = policies_dir / pool_path(pool)
         if not path.is_file():
@@ -301,12 +183,12 @@ def _check_pool_files(document: _Document, zone_file: _ZoneFile, policies_dir: P
             document.refuse(("pools", index), f"pool {pool!r} has no policy {path}{did_you_mean(pool, known)}")
 
 
-def _check_known(document: _Document, loc: _Loc, what: str, name: str, known: Sequence[str]) -> None:
+def _check_known(document: Document, loc: Loc, what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         document.refuse(loc, f"no {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
-def _datasets(document: _Document, classes: Sequence[str]) -> dict[str, Dataset]:
+def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
     parts = document.check(_CatalogFile).datasets
     for name, part in parts.items():
         for column, classification in (part.columns or {}).items():
@@ -326,7 +208,7 @@ def _datasets(document: _Document, classes: Sequence[str]) -> dict[str, Dataset]
     }
 
 
-def _zone(name: str, document: _Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
+def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
     _check_known(document, ("default_class",), "class", file.default_class, file.classes)
     if file.default_class != file.classes[-1]:
         document.refuse(("default_class",), f"must be the highest class, {file.classes[-1]}")
@@ -347,7 +229,7 @@ def _zone(name: str, document: _Document, file: _ZoneFile, datasets: Mapping[str
     )
 
 
-def _rules(document: _Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:
+def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:
     rules = []
     for index, part in enumerate(file.obligations):
         for place, pool in enumerate(part.pools or ()):
