@@ -18,9 +18,10 @@ time and took turns. Times are medians, and ratios are medians of the rounds' ra
 
 This product is called through its public API, with policy, the durable ledger, padding and sandboxes on; nothing in
 it exists for this benchmark. The policies are the shipped ones but for two things: the volume data set stands in the
-catalog once for each shuffle, and a session may send as many small calls as the benchmark makes. Plain Ray runs as `ray start` makes it: three raylets, the driver on one, an actor on
-each of the others, without token, TLS, dashboard and log monitor, which only makes it faster. Both compute the same
-NumPy function on the same table. All processes share the machine's cores.
+catalog once for each shuffle, and a session may send as many small calls as the benchmark makes. Plain Ray runs as
+`ray start` makes it: three raylets, the driver on one, an actor on each of the others, without token, TLS, dashboard
+and log monitor, which only makes it faster. Both compute the same NumPy function on the same table. All processes
+share the machine's cores.
 """
 _CALL = """\
 ## A call of {size:,} bytes

@@ -74,9 +74,7 @@ def running(state_file: Path, module: str) -> dict[str, Any] | None:
     return document if module.encode() in command.split(b"\0") else None
 
 
-def launch(
-    module: str, argument: str, *, log: Path, say: Callable[[str], None], tied: bool = False
-) -> dict[str, Any]:
+def launch(module: str, argument: str, *, log: Path, say: Callable[[str], None], tied: bool = False) -> dict[str, Any]:
     """Start a service and return its condition once it serves.
 
     Args:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from ray_gpu import background, node_identity, raylet, services
+from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError, ConfigError
@@ -31,8 +32,6 @@ from zones.vault import Vault
 
 #: Uids as root: the cage, then two for each lease. Below 65534: a container may have no more.
 CAGE_UID, LEASE_UID, LEASE_UIDS = 61001, 62000, 3200
-#: Ports of a node of its own host: Ray's GCS on the head, and 200 for everything else.
-GCS_PORT, FIRST_PORT = 26000, 26010
 #: Ray's certificate and token must not outlive the host: this is a tmpfs on every distribution.
 RUN_DIR = Path("/run/ray-gpu")
 DEFAULT_CONFIG = Path("/etc/ray-gpu/node.yaml")
@@ -75,8 +74,8 @@ class NodeFile(FileModel):
     #: Directory with ``pools/<pool>.cedar``, for the custodian.
     policies: _Path | None = None
     state: _Path = "/var/lib/ray-gpu"
-    gcs_port: _Port = GCS_PORT
-    first_port: _Port = FIRST_PORT
+    gcs_port: _Port = PORTS.gcs
+    first_port: _Port = PORTS.first
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -237,7 +236,7 @@ class Service:
         self._node = raylet.start_node(
             spec,
             gcs=f"{config.head}:{config.gcs_port}",
-            ports=raylet.NodePorts(gcs=config.gcs_port, first=config.first_port),
+            ports=NodePorts(gcs=config.gcs_port, first=config.first_port),
             uid=CAGE_UID,
             credentials=credentials,
         )

@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray_gpu.raylet import START_TIMEOUT_S, Credentials, Node, NodePorts, NodeSpec, degradations, start_node
+from ray_gpu.ports import NodePorts
+from ray_gpu.raylet import START_TIMEOUT_S, Credentials, Node, NodeSpec, degradations, start_node
 from zones.errors import ClusterError
 from zones.model import check_id
 

@@ -1,8 +1,70 @@
-"""Every flow between hosts, as data. Pure."""
+"""Every flow between hosts, as data, and the firewalls that let these flows through and nothing else. Pure.
+
+Rules:
+
+1. What :func:`flows` does not declare is dropped, by the host that would send it, by the router, and by the host that
+   would receive it. Each of the three alone is enough, but for uids, which only the sending host knows.
+2. Nothing goes into a zone of kind ``client-zone``, from zone to zone, or between a zone and SSH.
+3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints.
+
+Syntax of the rules: nftables 1.0, ``man nft``.
+"""
 
 from __future__ import annotations
 
 import enum
+import ipaddress
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from zones.errors import UnknownNameError
+
+#: Uid of gateways, where they have one of their own.
+GATEWAY_UID = 61100
+#: Each node's share of the port range, from ``base_port + 10`` on.
+_PORTS_PER_NODE = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePorts:
+    """The ports of one node. gRPC listens on every address, so no two nodes share one."""
+
+    gcs: int
+    first: int
+
+    @classmethod
+    def of(cls, base_port: int, index: int) -> NodePorts:
+        """Return the ports of the node with this index in a cluster."""
+        return cls(gcs=base_port, first=base_port + 10 + index * _PORTS_PER_NODE)
+
+    @property
+    def last_to_open(self) -> int:
+        """Port of the runtime-env agent: a raylet joins the cluster once its agents are up."""
+        return self.first + 2
+
+    @property
+    def endpoints(self) -> str:
+        """Ports for data connections, ``"lowest-highest"``."""
+        return f"{self.first + 110}-{self.first + 199}"
+
+    def fixed(self) -> list[int]:
+        """Return the ports that must be free at start."""
+        return [self.gcs, *range(self.first, self.first + 6)]
+
+    def flags(self) -> list[str]:
+        """Return ``ray start`` flags that leave no port to chance."""
+        names = ["node-manager", "object-manager", "runtime-env-agent", "metrics-export"]
+        names += ["dashboard-agent-listen", "dashboard-agent-grpc"]
+        flags = [f"--{name}-port={self.first + i}" for i, name in enumerate(names)]
+        return [*flags, f"--min-worker-port={self.first + 10}", f"--max-worker-port={self.first + 109}"]
+
+
+#: Ports of a node that has a host to itself.
+PORTS = NodePorts.of(26000, 0)
+SSH, VAULT, RAY_CLIENT = 22, 8200, 10001
+#: Name of the table, in the family ``inet``. Other tables are left alone.
+TABLE = "ray_gpu"
 
 
 class Role(enum.Enum):
@@ -14,3 +76,204 @@ class Role(enum.Enum):
     EDGE_ZONE = "edge-zone"
     CLIENT_ZONE = "client-zone"
     VAULT = "vault"
+
+    def is_zone(self) -> bool:
+        """Whether the host is inside a zone's perimeter."""
+        return self in (Role.EDGE_ZONE, Role.CLIENT_ZONE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """Connections over TCP that hosts of one role may open to those of another. What answers them needs no flow."""
+
+    source: Role
+    destination: Role
+    #: Lowest and highest port.
+    ports: tuple[int, int]
+    #: What runs over it.
+    purpose: str
+    #: The one uid that may open them at the source; ``None`` for any.
+    uid: int | None = None
+
+    def port_text(self) -> str:
+        """Return ``"22"`` or ``"26020-26119"``."""
+        low, high = self.ports
+        return str(low) if low == high else f"{low}-{high}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirewallHost:
+    """A host as the firewall knows it."""
+
+    name: str
+    role: Role
+    #: Its IPv4 and IPv6 addresses.
+    addresses: tuple[str, ...]
+
+
+def flows(ports: NodePorts = PORTS) -> tuple[Flow, ...]:
+    """Return every flow between hosts. It is the whole of what may be."""
+    return (*_administration(), *_vault(), *_ray(ports), *_data(ports))
+
+
+def _one(port: int) -> tuple[int, int]:
+    return port, port
+
+
+def _administration() -> Iterator[Flow]:
+    for destination in (Role.HEAD, Role.GPU):
+        yield Flow(source=Role.OPERATOR, destination=destination, ports=_one(SSH), purpose="SSH: ray up, ray down")
+    yield Flow(source=Role.HEAD, destination=Role.GPU, ports=_one(SSH), purpose="SSH: the autoscaler starts nodes")
+
+
+def _vault() -> Iterator[Flow]:
+    for source in (Role.OPERATOR, Role.HEAD, Role.GPU, Role.EDGE_ZONE, Role.CLIENT_ZONE):
+        yield Flow(source=source, destination=Role.VAULT, ports=_one(VAULT), purpose="Vault")
+
+
+def _ray(ports: NodePorts) -> Iterator[Flow]:
+    """Yield what Ray's nodes open among one another. Metrics and agents of the dashboard are for nobody: no token."""
+    members = (Role.HEAD, Role.GPU, Role.EDGE_ZONE)
+    services = (
+        ((ports.first, ports.first + 2), "Ray: node manager, object manager, runtime-env agent"),
+        ((ports.first + 10, ports.first + 109), "Ray: workers"),
+    )
+    for source, destination in product(members, members):
+        if source is destination is not Role.GPU:  # one head; and no zone reaches another
+            continue
+        if destination is Role.HEAD:
+            yield Flow(source=source, destination=destination, ports=_one(ports.gcs), purpose="Ray: GCS")
+        for span, purpose in services:
+            yield Flow(source=source, destination=destination, ports=span, purpose=purpose)
+    yield Flow(source=Role.CLIENT_ZONE, destination=Role.HEAD, ports=_one(RAY_CLIENT), purpose="Ray Client: the relay")
+
+
+def _data(ports: NodePorts) -> Iterator[Flow]:
+    low, _, high = ports.endpoints.partition("-")
+    for source in (Role.EDGE_ZONE, Role.CLIENT_ZONE):
+        yield Flow(
+            source=source,
+            destination=Role.GPU,
+            ports=(int(low), int(high)),
+            purpose="data connections, sealed",
+            uid=GATEWAY_UID,
+        )
+
+
+def allowed(source: Role, destination: Role, port: int, uid: int, *, ports: NodePorts = PORTS) -> bool:
+    """Say whether a process with this *uid* on a host may open a TCP connection to another host."""
+    return any(
+        flow.source is source
+        and flow.destination is destination
+        and flow.ports[0] <= port <= flow.ports[1]
+        and flow.uid in (None, uid)
+        for flow in flows(ports)
+    )
+
+
+def markdown_table(ports: NodePorts = PORTS) -> str:
+    """Return the declaration as the table in docs/ports.md."""
+    rows = [
+        f"| {flow.source.value} | {flow.destination.value} | {flow.port_text()} | {flow.purpose} | "
+        f"{'any' if flow.uid is None else f'{flow.uid}, the gateway'} |"
+        for flow in flows(ports)
+    ]
+    return "\n".join(["| from | to | TCP ports | for | uid |", "|---|---|---|---|---|", *rows, ""])
+
+
+# -- nftables ---------------------------------------------------------------------------------------
+
+#: Answers, and errors about connections that were let through: without them, no path finds its packet size.
+_ANSWERS = "ct state established,related accept"
+#: IPv6 finds its neighbours by ICMP; a hop limit of 255 shows that no router passed it on.
+_NEIGHBOURS = "ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+
+
+def rules_of(role: str, hosts: Sequence[FirewallHost]) -> str:
+    """Return the nftables file for a role by its name, or for ``"router"``.
+
+    Raises:
+        UnknownNameError: No such role, or none of *hosts* has it.
+    """
+    present = {host.role.value: host.role for host in hosts}
+    if role == "router":
+        return router_rules(hosts)
+    if role not in present:
+        raise UnknownNameError.of("role", role, [*present, "router"])
+    return host_rules(present[role], hosts)
+
+
+def host_rules(role: Role, hosts: Sequence[FirewallHost], *, ports: NodePorts = PORTS) -> str:
+    """Return the nftables file for every host of *role*: what it accepts, and what it may open."""
+    accepted = [
+        f"{family} saddr {peers} {_service(flow)}"
+        for flow in flows(ports)
+        if flow.destination is role
+        for family, peers in _addresses(flow.source, hosts).items()
+    ]
+    opened = [
+        f"{family} daddr {peers} {'' if flow.uid is None else f'meta skuid {flow.uid} '}{_service(flow)}"
+        for flow in flows(ports)
+        if flow.source is role
+        for family, peers in _addresses(flow.destination, hosts).items()
+    ]
+    return _table(
+        f"a host of role {role.value}",
+        _chain("input", [_ANSWERS, "iif lo accept", _NEIGHBOURS, "jump site_input", *accepted]),
+        _chain("output", [_ANSWERS, "oif lo accept", _NEIGHBOURS, "jump site_output", *opened]),
+        "\tchain site_input {\n\t}",
+        "\tchain site_output {\n\t}",
+    )
+
+
+def router_rules(hosts: Sequence[FirewallHost], *, ports: NodePorts = PORTS) -> str:
+    """Return the nftables file for the router between the hosts: what it passes on. It serves nothing itself."""
+    passed = []
+    for flow in flows(ports):
+        sources, destinations = _addresses(flow.source, hosts), _addresses(flow.destination, hosts)
+        for family in sorted(sources.keys() & destinations.keys()):
+            ends = f"{family} saddr {sources[family]} {family} daddr {destinations[family]}"
+            passed.append(f"{ends} {_service(flow)}")
+    return _table(
+        "the router between the hosts",
+        _chain("forward", [_ANSWERS, "jump site_forward", *passed]),
+        _chain("input", [_ANSWERS, "iif lo accept", _NEIGHBOURS, "jump site_input"]),
+        "\tchain site_forward {\n\t}",
+        "\tchain site_input {\n\t}",
+    )
+
+
+def _service(flow: Flow) -> str:
+    label = f"{flow.source.value} to {flow.destination.value}, {flow.purpose}"
+    return f'tcp dport {flow.port_text()} accept comment "{label}"'
+
+
+def _addresses(role: Role, hosts: Iterable[FirewallHost]) -> dict[str, str]:
+    """Return the addresses of a role's hosts as sets, for each of ``ip`` and ``ip6`` of which there are any."""
+    found = [ipaddress.ip_address(address) for host in hosts if host.role is role for address in host.addresses]
+    families = {"ip": 4, "ip6": 6}
+    sets = {word: [str(one) for one in found if one.version == version] for word, version in families.items()}
+    return {word: f"{{ {', '.join(members)} }}" for word, members in sets.items() if members}
+
+
+def _chain(hook: str, rules: Iterable[str]) -> str:
+    lines = [f"\tchain {hook} {{", f"\t\ttype filter hook {hook} priority filter; policy drop;"]
+    return "\n".join([*lines, *(f"\t\t{rule}" for rule in rules), "\t}"])
+
+
+def _table(whose: str, *chains: str) -> str:
+    """Return an nftables file that replaces the table as a whole, or not at all."""
+    return "\n".join(
+        [
+            f"# Firewall of {whose}, written by `ray-gpu firewall`. Load it with `nft --file`.",
+            "# It drops whatever it does not name. What else the site needs (name service, time, its own",
+            "# administration) goes into the site_ chains, after this file and from one of the site's own:",
+            f"#   add rule inet {TABLE} site_output udp dport 123 accept",
+            f"table inet {TABLE}",
+            f"delete table inet {TABLE}",
+            f"table inet {TABLE} {{",
+            *chains,
+            "}",
+            "",
+        ]
+    )

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from ray_gpu import actor, cage
+from ray_gpu.ports import NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 from zones.errors import ClusterError
@@ -48,8 +49,6 @@ _CAGE_SOCKETS = Path("/run/ray-gpu")
 _PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"), Path("/etc/mime.types"))
 #: tmpfs of a cage and their sizes, bytes. Only what is used counts.
 _TMPFS_BYTES = {"/s": 256 << 20, "/tmp": 16 << 20, "/dev/shm": 2 * _OBJECT_STORE_BYTES}
-#: Each node's share of the port range, from ``base_port + 10`` on.
-_PORTS_PER_NODE = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,40 +94,6 @@ class NodeSpec:
         """Return every label of the node."""
         zone = {"ray-gpu-zone": self.zone} if self.zone else {}
         return {**self.labels, "ray-gpu-node": self.name, **zone}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodePorts:
-    """The ports of one node. gRPC listens on every address, so no two nodes share one."""
-
-    gcs: int
-    first: int
-
-    @classmethod
-    def of(cls, base_port: int, index: int) -> NodePorts:
-        """Return the ports of the node with this index in a cluster."""
-        return cls(gcs=base_port, first=base_port + 10 + index * _PORTS_PER_NODE)
-
-    @property
-    def last_to_open(self) -> int:
-        """Port of the runtime-env agent: a raylet joins the cluster once its agents are up."""
-        return self.first + 2
-
-    @property
-    def endpoints(self) -> str:
-        """Ports for data connections, ``"lowest-highest"``."""
-        return f"{self.first + 110}-{self.first + 199}"
-
-    def fixed(self) -> list[int]:
-        """Return the ports that must be free at start."""
-        return [self.gcs, *range(self.first, self.first + 6)]
-
-    def flags(self) -> list[str]:
-        """Return ``ray start`` flags that leave no port to chance."""
-        names = ["node-manager", "object-manager", "runtime-env-agent", "metrics-export"]
-        names += ["dashboard-agent-listen", "dashboard-agent-grpc"]
-        flags = [f"--{name}-port={self.first + i}" for i, name in enumerate(names)]
-        return [*flags, f"--min-worker-port={self.first + 10}", f"--max-worker-port={self.first + 109}"]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu.background import STOP_TIMEOUT_S, plain_environment, write_private
+from ray_gpu.ports import GATEWAY_UID
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 
-#: Uid of a zone's gateway as root. Below 65534: a container may have no more.
-GATEWAY_UID = 61100
 _PR_SET_PDEATHSIG = 1
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-from ray_gpu.ports import Role
-from testbed import workplace
-from testbed.host import ROOT, Host, search_path
+from ray_gpu.ports import FirewallHost, Role, host_rules, router_rules
+from testbed import ssh, workplace
+from testbed.host import ROOT, Host, HostProcess, search_path
 from testbed.init import Plan
 from testbed.network import Link
 from zones.errors import ClusterError
@@ -35,6 +35,8 @@ HOSTS: Mapping[str, Role] = {
     "vault": Role.VAULT,
     "operator": Role.OPERATOR,
 }
+#: Roles whose hosts have an sshd. Never a zone: no key of the pool's may open one.
+_SSH_ROLES = (Role.HEAD, Role.GPU)
 #: Programs that a bed needs, and the Debian packages that have them.
 _PROGRAMS = {"ip": "iproute2", "nft": "nftables", "sshd": "openssh-server", "ssh-keygen": "openssh-client"}
 _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -74,6 +76,7 @@ class Testbed:
         hosts: Every host but the router.
         router: What passes packets between them.
         path: The bed's directory on the machine: keys and logs.
+        launcher: The key that opens the head and the GPU hosts.
     """
 
     __test__: ClassVar[bool] = False  # pytest: not a class of tests
@@ -81,6 +84,7 @@ class Testbed:
     def __init__(self, roles: Mapping[str, Role] = HOSTS) -> None:
         self.roles = dict(roles)
         self.hosts: dict[str, Host] = {}
+        self._services: list[HostProcess] = []
 
     def __enter__(self) -> Self:
         reason = lacking()
@@ -107,11 +111,27 @@ class Testbed:
     def __iter__(self) -> Iterator[Host]:
         return iter(self.hosts.values())
 
+    def firewall_hosts(self) -> list[FirewallHost]:
+        """Return the hosts as ``ray-gpu firewall`` reads them from a file."""
+        return [
+            FirewallHost(name=host.name, role=self.roles[host.name], addresses=(host.address, host.address6))
+            for host in self
+        ]
+
+    def load_firewalls(self) -> None:
+        """Load the declared rules into the router and into every host."""
+        known = self.firewall_hosts()
+        self.router.load_rules(router_rules(known))
+        for host in self:
+            host.load_rules(host_rules(self.roles[host.name], known))
+
     def close(self) -> None:
         """Remove everything. Idempotent."""
         everyone = [*self.hosts.values(), *([self.router] if hasattr(self, "router") else [])]
         for host in everyone:
             host.stop()
+        while self._services:
+            self._services.pop().wait()
         self.hosts.clear()
         self._workplace.remove()
 
@@ -127,6 +147,28 @@ class Testbed:
         self.router.configure_network("".join(host.link.router_batch(host.pid) for host in self))
         for host in self:
             host.configure_network(host.link.host_batch())
+        # Before anything serves: no host is ever open to another.
+        self.load_firewalls()
+        self._start_ssh()
+
+    def _start_ssh(self) -> None:
+        keys = self.path / "keys"
+        keys.mkdir(mode=0o700)
+        self.launcher = ssh.KeyPair.make(keys / "launcher", "launcher of one test bed")
+        servers: dict[str, ssh.KeyPair] = {}
+        started: list[tuple[Host, HostProcess, Path]] = []
+        for host in self:
+            if self.roles[host.name] in _SSH_ROLES:
+                key = ssh.KeyPair.make(keys / host.name, host.name)
+                log = self.path / f"{host.name}-sshd.log"
+                self._services.append(ssh.serve(host, key, self.launcher, log=log))
+                started.append((host, self._services[-1], log))
+                servers[f"{host.name},ip6-{host.name},{host.address},{host.address6}"] = key
+        for host, process, log in started:
+            ssh.await_service(host, process, log=log)
+        for host in self:
+            if self.roles[host.name] is Role.OPERATOR:
+                ssh.equip_operator(host, self.launcher, servers)
 
     def _host(self, name: str, link: Link, *, forwards: bool = False) -> Host:
         plan = Plan(
@@ -152,6 +194,7 @@ class Testbed:
             "/etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
             "/etc/passwd": "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
             "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+            "/var/log/lastlog": "",
             "/etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
             "/etc/profile": f'export PATH="{search_path()}" PYTHONPATH="{ROOT}" PYTHONDONTWRITEBYTECODE=1\n',
         }

@@ -136,6 +136,25 @@ def demo(state: Path, policies: Path | None, base_port: int | None, keep: bool, 
     shown.run(console, _plan(state, "clinic", policies, base_port), keep=keep, rows=rows)
 
 
+@cli.command()
+@click.argument("role")
+@click.option(
+    "--hosts",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML file: names, roles, addresses.",
+)
+def firewall(role: str, hosts: Path) -> None:
+    """Print the nftables rules of a host of ROLE, or of the router between the hosts.
+
+    ROLE: operator, head, gpu, edge-zone, client-zone, vault or router. docs/ports.md shows a hosts file, and every flow
+    that the rules let through.
+    """
+    from ray_gpu import hosts_file, ports  # noqa: PLC0415 - imports what only this command needs
+
+    click.echo(ports.rules_of(role, hosts_file.read(hosts)), nl=False)
+
+
 @cli.group()
 def audit() -> None:
     """Check and read the ledger: what was decided, what left a zone, what was refused."""

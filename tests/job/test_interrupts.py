@@ -217,8 +217,9 @@ def test_demo_that_is_ended(state: Path, how: signal.Signals, wait_until: Callab
     demo = _start(["-c", "from ray_gpu.cli import main; main()", "demo"], RAY_GPU_STATE=str(state))
     try:
         wait_until(
-            lambda: (layout.ledger("clinic").exists() and _intents(layout.ledger("clinic")) > 0)
-            or demo.poll() is not None,
+            lambda: (
+                (layout.ledger("clinic").exists() and _intents(layout.ledger("clinic")) > 0) or demo.poll() is not None
+            ),
             "the demo to send something",
             timeout_s=120,
         )

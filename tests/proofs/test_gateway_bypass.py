@@ -18,7 +18,8 @@ import pyarrow as pa
 import pytest
 
 import ray_gpu
-from ray_gpu import functions, handle, options, raylet
+from ray_gpu import functions, handle, options
+from ray_gpu.ports import NodePorts
 from tests.proofs.attacked import COLUMNS, NOTEBOOK_TABLES, SESSION_BYTES, SMALL_BYTES, Attacked
 from tests.proofs.notebook import NOT_SEALED, SEALED, Notebook, encoded, honest, memory_file, pickled, token
 from zones import errors
@@ -282,7 +283,7 @@ def test_patched_client(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> 
 def endpoints(attacked: Attacked) -> list[tuple[str, int]]:
     """Return where GPU actors listen for data connections, as anybody on the host can find out."""
     base_port = int(attacked.document["address"].partition(":")[2])
-    ranges = [raylet.NodePorts.of(base_port, index).endpoints.split("-") for index in range(2)]
+    ranges = [NodePorts.of(base_port, index).endpoints.split("-") for index in range(2)]
     found = []
     for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
         local, _, state = line.split()[1:4]
