@@ -67,8 +67,13 @@ class VaultServer:
         self._process = process
 
     @classmethod
-    def start(cls, state_dir: Path) -> VaultServer:
+    def start(cls, state_dir: Path, *, host: str = "127.0.0.1", port: int = 0) -> VaultServer:
         """Start the server, initialise it the first time, unseal it, and wait until it serves.
+
+        Args:
+            state_dir: Private directory for everything that it keeps.
+            host: IP address to listen on.
+            port: TCP port; 0 chooses a free one.
 
         Raises:
             ConfigError: The binary is not installed.
@@ -79,7 +84,7 @@ class VaultServer:
             raise VaultError(f"a server already runs in {state_dir}; stop it first")
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         state_dir.chmod(0o700)
-        server = cls._spawn(state_dir)
+        server = cls._spawn(state_dir, host, port)
         try:
             server._initialise()
             server.unseal()
@@ -100,15 +105,16 @@ class VaultServer:
         return server if server._runs() else None
 
     @classmethod
-    def _spawn(cls, state_dir: Path) -> VaultServer:
+    def _spawn(cls, state_dir: Path, host: str, port: int) -> VaultServer:
         binary = _binary()
-        port, cluster_port = _free_ports(2)
-        tls = loopback_tls(datetime.now(UTC), _CERTIFICATE_DAYS)
+        free, cluster_port = _free_ports(2)
+        api = f"{host}:{port or free}"
+        tls = loopback_tls(datetime.now(UTC), _CERTIFICATE_DAYS, host)
         _write_private(state_dir / "ca.pem", tls.ca_pem)
         _write_private(state_dir / "tls.pem", tls.certificate_pem)
         _write_private(state_dir / "tls.key", tls.key_pem)
         (state_dir / "raft").mkdir(mode=0o700, exist_ok=True)
-        config = json.dumps(_config(state_dir, port, cluster_port), indent=1)
+        config = json.dumps(_config(state_dir, api, cluster_port), indent=1)
         _write_private(state_dir / "server.config.json", config.encode())
         log = os.open(state_dir / "server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -125,7 +131,7 @@ class VaultServer:
             os.close(log)
         # No core dump: the process holds every key in clear.
         resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
-        address = f"https://127.0.0.1:{port}"
+        address = f"https://{api}"
         _write_private(state_dir / "server.json", json.dumps({"address": address, "pid": process.pid}).encode())
         return cls(state_dir, address, process.pid, process)
 
@@ -230,19 +236,19 @@ class VaultServer:
         raise VaultError(f"the embedded Vault did not {what}; read {self.state_dir / 'server.log'}")
 
 
-def _config(state_dir: Path, port: int, cluster_port: int) -> dict[str, Any]:
+def _config(state_dir: Path, api: str, cluster_port: int) -> dict[str, Any]:
     """Return the server's configuration. OpenBao 2.7 knows no ``disable_mlock``: it never locks memory."""
     audit_log = str(state_dir / "audit.log")
     return {
         "ui": False,
-        "api_addr": f"https://127.0.0.1:{port}",
+        "api_addr": f"https://{api}",
         "cluster_addr": f"https://127.0.0.1:{cluster_port}",
         # The shortest election timeouts: a single server waits for nobody.
         "storage": {"raft": {"path": str(state_dir / "raft"), "node_id": "embedded", "performance_multiplier": "1"}},
         "listener": [
             {
                 "tcp": {
-                    "address": f"127.0.0.1:{port}",
+                    "address": api,
                     "cluster_address": f"127.0.0.1:{cluster_port}",
                     "tls_cert_file": str(state_dir / "tls.pem"),
                     "tls_key_file": str(state_dir / "tls.key"),

@@ -193,8 +193,8 @@ class LoopbackTls:
         return "LoopbackTls(<redacted>)"
 
 
-def loopback_tls(now: datetime, days: int) -> LoopbackTls:
-    """Return a new certificate for 127.0.0.1 under a new CA whose key is dropped at once.
+def loopback_tls(now: datetime, days: int, address: str = "127.0.0.1") -> LoopbackTls:
+    """Return a new certificate for one IP address under a new CA whose key is dropped at once.
 
     So the CA can vouch for nothing else, ever.
     """
@@ -216,7 +216,7 @@ def loopback_tls(now: datetime, days: int) -> LoopbackTls:
         base.subject_name(x509.Name([]))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=True)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id), critical=False)
