@@ -250,20 +250,14 @@ class Supervisor:
         """
         for name, process in self._processes.items():
             if process.poll() is not None:
+                why = services.last_words(self._layout.log, self._log_start)
                 raise ClusterError(
-                    f"{name} ended (status {process.returncode}){self._last_words()}; see {self._layout.log}",
+                    f"{name} ended (status {process.returncode}){why}; see {self._layout.log}",
                     node=name,
                     reason=f"status {process.returncode}",
                 )
         if self._cluster and not self._cluster.alive():
             raise ClusterError(f"a Ray node ended; see {self._layout.log}", node="", reason="raylet")
-
-    def _last_words(self) -> str:
-        """Return why a process says that it did not start, if one said so since this supervisor started."""
-        with self._layout.log.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read(1 << 20).decode("utf-8", "replace").splitlines()
-        return next((f": {line}" for line in reversed(lines) if " did not start: " in line), "")
 
     def stop(self) -> None:
         """End everything: the gateway first, so that it ends its leases and shreds their keys."""

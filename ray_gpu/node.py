@@ -10,7 +10,6 @@ custodian, which the cage cannot reach into.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import subprocess
@@ -21,42 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from ray_gpu import background, node_identity, raylet, services
+from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_credentials
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
 from zones.document import Document, FileModel, Id, read_text_file
-from zones.errors import ClusterError, ConfigError
+from zones.errors import ClusterError
 from zones.vault import Vault
 
 #: Uids as root: the cage, then two for each lease. Below 65534: a container may have no more.
 CAGE_UID, LEASE_UID, LEASE_UIDS = 61001, 62000, 3200
-#: Ray's certificate and token must not outlive the host: this is a tmpfs on every distribution.
-RUN_DIR = Path("/run/ray-gpu")
+#: For certificates and tokens, which must not outlive the host: a tmpfs on every distribution.
+RUN_DIR = Path("/run/ray-gpu-nodes")
 DEFAULT_CONFIG = Path("/etc/ray-gpu/node.yaml")
 
 
-def _address(text: str) -> str:
-    ipaddress.IPv4Address(text)
-    return text
-
-
-def _absolute(text: str) -> str:
-    if not Path(text).is_absolute():
-        raise ValueError(f"a path is absolute, not {text!r}")
-    return text
-
-
-_Address = Annotated[str, AfterValidator(_address)]
-_Path = Annotated[str, AfterValidator(_absolute)]
 _Port = Annotated[int, Field(ge=1024, le=65000)]
-
-
-class _VaultPart(FileModel):
-    address: str = Field(pattern="^https://")
-    ca: _Path | None = None
-    credentials: _Path
 
 
 class NodeFile(FileModel):
@@ -64,16 +45,16 @@ class NodeFile(FileModel):
 
     node: Id
     role: Literal["head", "gpu", "zone"]
-    address: _Address
+    address: Address
     #: Address of Ray's head; a head's own.
-    head: _Address
-    vault: _VaultPart
+    head: Address
+    vault: VaultPart
     pool: Id | None = None
     num_gpus: int = Field(default=0, ge=0, le=64)
     zone: Id | None = None
     #: Directory with ``pools/<pool>.cedar``, for the custodian.
-    policies: _Path | None = None
-    state: _Path = "/var/lib/ray-gpu"
+    policies: AbsolutePath | None = None
+    state: AbsolutePath = "/var/lib/ray-gpu"
     gcs_port: _Port = PORTS.gcs
     first_port: _Port = PORTS.first
 
@@ -107,26 +88,6 @@ def read_config(path: Path) -> NodeFile:
         ConfigError: With file and line.
     """
     return Document(read_text_file(path), path).check(NodeFile)
-
-
-def read_credentials(path: Path) -> tuple[str, str]:
-    """Return role and secret id from a JSON file that ``ray-gpu vault issue`` wrote.
-
-    Raises:
-        ConfigError: It is missing, others can read it, or it holds something else.
-    """
-    try:
-        mode = path.stat().st_mode
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = str(document["role_id"]), str(document["secret_id"])
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; write it with `ray-gpu vault issue`", file=str(path)) from None
-    except (ValueError, KeyError, TypeError):
-        # No cause: its text could quote the secret.
-        raise ConfigError(f"{path} is not what `ray-gpu vault issue` writes; write it anew", file=str(path)) from None
-    if mode & 0o077:
-        raise ConfigError(f"others can read {path}, which holds a secret; chmod 600 {path}", file=str(path))
-    return found
 
 
 def state_file(config: NodeFile) -> Path:

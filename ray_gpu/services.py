@@ -90,6 +90,14 @@ def end(process: subprocess.Popen[bytes], *, first_child: bool = False) -> None:
     boundary.kill(process)
 
 
+def last_words(log: Path, start: int = 0) -> str:
+    """Return why a process says in a log, from byte *start* on, that it did not start; ``""`` if none says so."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
+    return next((f": {line}" for line in reversed(lines) if " did not start: " in line), "")
+
+
 def listens(path: Path) -> bool:
     """Whether something accepts connections on a Unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

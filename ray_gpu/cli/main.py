@@ -10,7 +10,7 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
-from ray_gpu.cli.node import node
+from ray_gpu.cli.node import gateway, node
 from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
 from zones.model import check_id
@@ -197,6 +197,7 @@ def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
 
 
 cli.add_command(node)
+cli.add_command(gateway)
 
 
 def main() -> None:

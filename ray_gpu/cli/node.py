@@ -70,3 +70,31 @@ def node_status(config: Path) -> None:
         console.print("nothing runs; start it with `ray-gpu node start`")
         sys.exit(1)
     console.print(document)
+
+
+@click.group()
+def gateway() -> None:
+    """Start and stop a zone's gateway on this host. Run by the zone's own people."""
+
+
+@gateway.command("start")
+@_config("/etc/ray-gpu/gateway.yaml")
+def start_gateway(config: Path) -> None:
+    """Start the gateway; returns when it serves, and leaves it running."""
+    from ray_gpu import zone_host  # noqa: PLC0415 - imports what only this command needs
+
+    document = zone_host.start(config, lambda text: console.print(text, style="dim", soft_wrap=True))
+    console.print(
+        f"[green]up[/]: gateway of zone [bold]{document['zone']}[/], {sandbox_level(document['degradations'])}",
+        soft_wrap=True,
+    )
+
+
+@gateway.command("stop")
+@_config("/etc/ray-gpu/gateway.yaml")
+def stop_gateway(config: Path) -> None:
+    """Stop the gateway: sessions end, lease keys are shredded."""
+    from ray_gpu import zone_host  # noqa: PLC0415 - imports what only this command needs
+
+    stopped = zone_host.stop(zone_host.read_config(config))
+    console.print("down" if stopped else "nothing runs")
