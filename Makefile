@@ -5,13 +5,14 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint bench up down status gpu lock clean
+.PHONY: help demo test lint bench testbed up down status gpu lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
 	@echo "make test    every check: lint, types, import contracts, tests"
 	@echo "make bench   measure against plain Ray"
 	@echo "make up      start the embedded cluster and leave it running; also: make status, make down"
+	@echo "make testbed build several hosts on this machine, as root, until Ctrl-C"
 	@echo "make lint    the checks that run nothing"
 	@echo "make gpu     add CuPy to .venv"
 	@echo "make lock    write constraints*.txt anew (UPGRADE=--upgrade for the newest versions)"
@@ -31,6 +32,10 @@ lint: .venv/ready
 
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks
+
+testbed: .venv/ready
+	@scripts/testbed.sh
+	@$(BIN)/python -m testbed
 
 up down status: .venv/ready
 	@$(BIN)/ray-gpu $@

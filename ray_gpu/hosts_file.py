@@ -23,6 +23,8 @@ def _address(text: str) -> str:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise ValueError(f"{text!r} is not an IP address; names and networks are not resolved here") from None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        raise ValueError(f"{text} is an IPv4 address in another form; write it as {address.ipv4_mapped}")
     if address.is_loopback or address.is_multicast or address.is_unspecified or address.is_link_local:
         raise ValueError(f"{text} is no address that another host can reach")
     return str(address)
@@ -47,7 +49,7 @@ def read(path: Path) -> tuple[FirewallHost, ...]:
     """
     document = Document(read_text_file(path), path)
     parts = document.check(_File).hosts
-    names: dict[str, str] = {}
+    names: set[str] = set()
     owners: dict[str, str] = {}
     heads: list[str] = []
     for index, part in enumerate(parts):
@@ -59,6 +61,6 @@ def read(path: Path) -> tuple[FirewallHost, ...]:
             if address in owners:
                 document.refuse(("hosts", index, "addresses", place), f"{address} is {owners[address]}'s already")
             owners[address] = part.name
-        names[part.name] = part.role
+        names.add(part.name)
         heads += [part.name] if part.role == "head" else []
     return tuple(FirewallHost(name=part.name, role=Role(part.role), addresses=tuple(part.addresses)) for part in parts)

@@ -6,6 +6,7 @@ import signal
 import sys
 
 from testbed import Testbed, lacking
+from testbed.ssh import LAUNCHER_KEY
 
 
 def main() -> int:
@@ -23,7 +24,7 @@ def main() -> int:
                 role = bed.roles[host.name].value if host.name in bed.roles else "router"
                 place = f"{host.address}  {host.address6}" if host.name in bed.roles else ""
                 print(f"{host.name:14}{role:12} {place}\n  {host.enter_line()}")
-            print("\nLauncher's key on the operator: /root/.ssh/launcher. Ctrl-C takes everything down.", flush=True)
+            print(f"\nLauncher's key on the operator: {LAUNCHER_KEY}. Ctrl-C takes everything down.", flush=True)
             signal.pause()
     except KeyboardInterrupt:
         print("down")

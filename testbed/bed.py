@@ -38,7 +38,13 @@ HOSTS: Mapping[str, Role] = {
 #: Roles whose hosts have an sshd. Never a zone: no key of the pool's may open one.
 _SSH_ROLES = (Role.HEAD, Role.GPU)
 #: Programs that a bed needs, and the Debian packages that have them.
-_PROGRAMS = {"ip": "iproute2", "nft": "nftables", "sshd": "openssh-server", "ssh-keygen": "openssh-client"}
+_PROGRAMS = {
+    "ip": "iproute2",
+    "nft": "nftables",
+    "sshd": "openssh-server",
+    "ssh-keygen": "openssh-client",
+    "rsync": "rsync",  # ray up copies files by it
+}
 _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 #: What a host shows of the machine, where it is there. Never /etc as a whole: it has the machine's own secrets.
 _SHOWN = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")

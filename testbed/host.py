@@ -19,6 +19,8 @@ from zones.errors import ClusterError
 
 ROOT = Path(__file__).parents[1]
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Home of root, who every program in a host is unless its caller says otherwise.
+HOME = "/root"
 _NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 #: A host is there within milliseconds; a busy machine gets several times that.
 _STOP_TIMEOUT_S = 10.0
@@ -134,7 +136,7 @@ class Host:
         """Return what a program in the host finds in its environment, unless its caller adds to it."""
         return {
             "PATH": search_path(),
-            "HOME": "/root",
+            "HOME": HOME,
             "USER": "root",
             "LANG": "C.UTF-8",
             "PYTHONPATH": str(ROOT),

@@ -64,11 +64,18 @@ def main() -> None:
     pid = os.readlink("/proc/self")  # the machine's /proc still, so the machine's number
     socket.sethostname(plan["name"])
     _build(Path(plan["root"]), plan)
-    if plan["forwards"]:
-        Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
-        Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1", encoding="ascii")
+    for name, value in _network_settings(plan):
+        Path("/proc/sys/net", name).write_text(value, encoding="ascii")
     os.write(1, f"{pid}\n".encode("ascii"))
     _reap()
+
+
+def _network_settings(plan: Plan) -> list[tuple[str, str]]:
+    # Nobody else is on a link who could have the same address, and looking for one takes a second.
+    settings = [("ipv6/conf/default/accept_dad", "0")]
+    if plan["forwards"]:
+        settings += [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")]
+    return settings
 
 
 def _build(root: Path, plan: Plan) -> None:

@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed.host import Host, HostProcess
+from testbed.host import HOME, Host, HostProcess
 from zones.errors import ClusterError
 
 #: Where the operator and the head find the launcher's private key, as cluster.yaml names it.
-LAUNCHER_KEY = "/root/.ssh/launcher"
+LAUNCHER_KEY = f"{HOME}/.ssh/launcher"
+KNOWN_HOSTS = f"{HOME}/.ssh/known_hosts"
 _SERVER_KEY = "/etc/ssh/host_key"
 _START_TIMEOUT_S = 20.0
 #: Keys alone, root alone, and no forwarding: ``ray up`` needs commands, and files by rsync.
@@ -84,5 +85,5 @@ def equip_operator(host: Host, launcher: KeyPair, servers: dict[str, KeyPair]) -
     """Give the operator the launcher's key, and the host keys to expect: one line for each name of a host."""
     host.write(LAUNCHER_KEY, launcher.path.read_text(encoding="ascii"), mode=0o600)
     known = [f"{names} {' '.join(key.public.split()[:2])}\n" for names, key in servers.items()]
-    host.write("/root/.ssh/known_hosts", "".join(known))
-    host.run(["chmod", "0700", "/root/.ssh"])
+    host.write(KNOWN_HOSTS, "".join(known))
+    host.run(["chmod", "0700", f"{HOME}/.ssh"])

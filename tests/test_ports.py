@@ -1,0 +1,183 @@
+"""The declared flows, the rules made from them, and the hosts file: what may never be is in none of them."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ray_gpu import hosts_file
+from ray_gpu.cli.main import cli
+from ray_gpu.ports import (
+    GATEWAY_UID,
+    PORTS,
+    FirewallHost,
+    Role,
+    allowed,
+    flows,
+    host_rules,
+    markdown_table,
+    router_rules,
+)
+from zones.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+HOSTS = """\
+hosts:
+  - {name: head, role: head, addresses: [192.0.2.10]}
+  - {name: gpu-1, role: gpu, addresses: [192.0.2.11, "2001:db8::11"]}
+  - {name: clinic, role: edge-zone, addresses: [198.51.100.5, "2001:db8:1::5"]}
+  - {name: trading, role: client-zone, addresses: [203.0.113.5]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A hosts file that is right."""
+    path = tmp_path / "hosts.yaml"
+    path.write_text(HOSTS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def hosts(file: Path) -> tuple[FirewallHost, ...]:
+    """Its hosts."""
+    return hosts_file.read(file)
+
+
+# -- the declaration --------------------------------------------------------------------------------
+
+
+def test_no_flow_into_a_client_zone() -> None:
+    """Nothing may open a connection into a zone of kind client."""
+    assert [flow for flow in flows() if flow.destination is Role.CLIENT_ZONE] == []
+
+
+def test_no_flow_between_zones() -> None:
+    """No zone reaches another, nor itself through the router."""
+    assert [flow for flow in flows() if flow.source.is_zone() and flow.destination.is_zone()] == []
+
+
+def test_ssh_stays_in_the_pool() -> None:
+    """SSH goes from operator and head to the pool, and nowhere else."""
+    ssh = {(flow.source, flow.destination) for flow in flows() if flow.ports[0] <= 22 <= flow.ports[1]}
+
+    assert ssh == {(Role.OPERATOR, Role.HEAD), (Role.OPERATOR, Role.GPU), (Role.HEAD, Role.GPU)}
+
+
+def test_data_endpoints_are_the_gateways() -> None:
+    """Only the gateway's uid may open data connections, and only from zones to GPU hosts."""
+    low, _, high = PORTS.endpoints.partition("-")
+    opened = [flow for flow in flows() if flow.ports[1] >= int(low) and flow.ports[0] <= int(high)]
+
+    assert {(flow.source, flow.destination) for flow in opened} == {
+        (Role.EDGE_ZONE, Role.GPU),
+        (Role.CLIENT_ZONE, Role.GPU),
+    }
+    assert {flow.uid for flow in opened} == {GATEWAY_UID}
+
+
+def test_vault_opens_nothing() -> None:
+    """The vault answers, and opens no connection."""
+    assert [flow for flow in flows() if flow.source is Role.VAULT] == []
+
+
+def test_ports_without_a_token_are_nobodys() -> None:
+    """Ray's metrics and the dashboard's agents, which ask for no token, are declared for nobody."""
+    for source, destination, port in product(Role, Role, range(PORTS.first + 3, PORTS.first + 6)):
+        assert not allowed(source, destination, port, 0)
+
+
+def test_table_in_the_documentation() -> None:
+    """docs/ports.md shows the declaration as it is; paste `ray_gpu.ports.markdown_table()` after a change."""
+    text = (ROOT / "docs/ports.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- flows -->\n(.*?)<!-- /flows -->", text, flags=re.DOTALL)
+
+    assert table == markdown_table()
+
+
+# -- rules ------------------------------------------------------------------------------------------
+
+
+def test_rules_drop_by_default(hosts: tuple[FirewallHost, ...]) -> None:
+    """Every chain with a hook drops what it does not name."""
+    for text in (router_rules(hosts), *(host_rules(role, hosts) for role in Role)):
+        assert text.count("policy drop;") == text.count("type filter hook") == 2
+
+
+def test_rules_name_no_host_that_is_not_there(hosts: tuple[FirewallHost, ...]) -> None:
+    """A role without a host, or an IP version without addresses at both ends, gives no rule."""
+    assert "vault" not in router_rules(hosts)
+    assert "ip6 saddr { 2001:db8:1::5 } ip6 daddr { 2001:db8::11 }" in router_rules(hosts)
+    assert "ip6 daddr" not in "".join(line for line in router_rules(hosts).splitlines() if "to head" in line)
+
+
+def test_client_zone_accepts_answers_alone(hosts: tuple[FirewallHost, ...]) -> None:
+    """The input chain of a zone in client mode has no rule that names a port."""
+    chain = host_rules(Role.CLIENT_ZONE, hosts).partition("chain input {")[2].partition("}\n\tchain")[0]
+
+    assert "policy drop" in chain
+    assert "dport" not in chain
+
+
+# -- the hosts file and the command -----------------------------------------------------------------
+
+
+def test_hosts_file(hosts: tuple[FirewallHost, ...]) -> None:
+    """Names, roles and addresses are read as they stand."""
+    assert hosts[1] == FirewallHost(name="gpu-1", role=Role.GPU, addresses=("192.0.2.11", "2001:db8::11"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("role: gpu", "role: worker", 3, "'operator', 'head', 'gpu', 'edge-zone'"),
+        ("role: gpu", "role: head", 3, "head is the head already"),
+        ("name: gpu-1", "name: head", 3, "two hosts are called head"),
+        ("198.51.100.5", "192.0.2.11", 4, "192.0.2.11 is gpu-1's already"),
+        ('"2001:db8:1::5"', '"2001:DB8:0::11"', 4, "2001:db8::11 is gpu-1's already"),
+        ("192.0.2.11", "192.0.2.0/24", 3, "is not an IP address"),
+        ("192.0.2.11", "127.0.0.1", 3, "no address that another host can reach"),
+        ("192.0.2.11", '"::ffff:192.0.2.10"', 3, "write it as 192.0.2.10"),
+        ("role: gpu, ", "", 3, "Field required"),
+        ("name: gpu-1", "nam: gpu-1", 3, "unknown key 'nam' (did you mean 'name'?)"),
+        ("name: gpu-1", "name: GPU 1", 3, "characters of a-z"),
+        (HOSTS, "hosts: []\n", 1, "at least 1 item"),
+    ],
+)
+def test_bad_hosts_file(file: Path, old: str, new: str, line: int, said: str) -> None:
+    """An error names the file, the line and what to correct."""
+    assert old in HOSTS
+    file.write_text(HOSTS.replace(old, new, 1), encoding="utf-8")
+
+    with pytest.raises(ConfigError) as caught:
+        hosts_file.read(file)
+
+    assert caught.value.message.startswith(f"{file}:{line}: ")
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize("role", ["head", "gpu", "edge-zone", "client-zone"])
+def test_command(file: Path, hosts: tuple[FirewallHost, ...], role: str) -> None:
+    """``ray-gpu firewall`` prints a role's rules as they are generated, and nothing else."""
+    done = CliRunner().invoke(cli, ["firewall", role, "--hosts", str(file)])
+
+    assert (done.exit_code, done.output) == (0, host_rules(Role(role), hosts))
+
+
+def test_command_router(file: Path, hosts: tuple[FirewallHost, ...]) -> None:
+    """The router's rules are printed like a role's."""
+    assert CliRunner().invoke(cli, ["firewall", "router", "--hosts", str(file)]).output == router_rules(hosts)
+
+
+@pytest.mark.parametrize("role", ["vault", "gpus"])
+def test_command_wrong_role(file: Path, role: str) -> None:
+    """A role that no host of the file has is an error that names those there are."""
+    done = CliRunner().invoke(cli, ["firewall", role, "--hosts", str(file)])
+
+    assert done.exit_code == 1
+    assert f"no role '{role}'" in done.output
+    assert "client-zone, edge-zone, gpu, head, router" in done.output
