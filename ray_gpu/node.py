@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from ray_gpu import background, node_identity, raylet, services
 from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_credentials
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
+from ray_gpu.state import Layout
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 from zones.vault import Vault
@@ -132,6 +134,8 @@ class Service:
         shown = (files.ca, files.certificate, files.key, files.token)
         self._start_ray(raylet.Credentials(files=shown, environment=files.environment()))
         assert self._node is not None
+        if config.zone:
+            self._await_gateway(config.zone)
         return {
             "node": config.node,
             "role": config.role,
@@ -163,27 +167,37 @@ class Service:
             "secret_id": secret_id,
         }
         self._custodian = services.start_custodian(settings, self._root / "settings.json", log=self._log)
+        self._await_socket(socket, "the custodian")
+
+    def _await_gateway(self, zone: str) -> None:
+        """Wait until people can attach, if the zone's gateway runs already: it serves once the relay has joined it."""
+        layout = Layout(Path(self._config.state))
+        if not services.listens(layout.relay_dir(zone) / raylet.RELAY_SOCKET):
+            self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
+            return
+        self._await_socket(layout.gateway_socket(zone), "the gateway")
+
+    def _await_socket(self, socket: Path, what: str) -> None:
         deadline = time.monotonic() + raylet.START_TIMEOUT_S
         while not services.listens(socket):
             self.check()
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"the custodian did not serve in time; see {self._log}", node=config.node, reason="timed out"
+                    f"{what} did not serve in time; see {self._log}", node=self._config.node, reason="timed out"
                 )
             time.sleep(0.02)
 
     def _socket_dir(self) -> Path:
         """Return the directory with the one Unix socket that the cage sees."""
         if self._config.zone:
-            return Path(self._config.state) / "zones" / self._config.zone / "relay"
+            return Layout(Path(self._config.state)).relay_dir(self._config.zone)
         directory = self._root / "socket"
         directory.mkdir(mode=0o711, exist_ok=True)
         return directory
 
     def _start_ray(self, credentials: raylet.Credentials) -> None:
-        config, scaler = self._config, self._start.autoscaling_config
+        config = self._config
         self._say(f"starting Ray in a cage at {config.address}")
-        key = self._start.autoscaling_key
         spec = raylet.NodeSpec(
             name=config.node,
             address=config.address,
@@ -192,7 +206,7 @@ class Service:
             num_gpus=config.num_gpus,
             labels={"ray-gpu-pool": config.pool} if config.pool else {},
             socket_dir=self._socket_dir(),
-            autoscaler=raylet.Autoscaler(config=Path(scaler), key=Path(key)) if scaler and key else None,
+            autoscaler=self._autoscaler(),
         )
         self._node = raylet.start_node(
             spec,
@@ -202,6 +216,20 @@ class Service:
             credentials=credentials,
         )
         self._node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+
+    def _autoscaler(self) -> raylet.Autoscaler | None:
+        """Copy what ``ray up`` left for the autoscaler to where the cage's uid can read it."""
+        if self._start.autoscaling_config is None or self._start.autoscaling_key is None:
+            return None
+        directory = RUN_DIR / self._config.node / "autoscaler"
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        files = raylet.Autoscaler(config=directory / "config.yaml", key=directory / "key", passwd=directory / "passwd")
+        document = yaml.safe_load(Path(self._start.autoscaling_config).read_text(encoding="utf-8"))
+        document["auth"]["ssh_private_key"] = str(files.key)
+        _write_for_cage(files.config, yaml.safe_dump(document))
+        _write_for_cage(files.key, Path(self._start.autoscaling_key).read_text(encoding="ascii"))
+        files.passwd.write_text(f"cage:x:{CAGE_UID}:{CAGE_UID}::/s/ray:/bin/sh\n", encoding="ascii")
+        return files
 
     def check(self) -> None:
         """Raise if a process of the node has ended."""
@@ -223,6 +251,14 @@ class Service:
             services.end(self._custodian)
         if self._node is not None:
             self._node.stop()
+
+
+def _write_for_cage(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        if os.geteuid() == 0:
+            os.fchown(file.fileno(), CAGE_UID, CAGE_UID)
 
 
 def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

@@ -53,11 +53,14 @@ _TMPFS_BYTES = {"/s": 256 << 20, "/tmp": 16 << 20, "/dev/shm": 2 * _OBJECT_STORE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Autoscaler:
-    """What Ray's autoscaler reads: ``ray up`` copies it to the head."""
+    """What Ray's autoscaler reads. The files belong to the cage's uid."""
 
+    #: What ``ray up`` left on the head, with *key* for its key.
     config: Path
     #: SSH key that opens the GPU nodes, and no machine in a zone.
     key: Path
+    #: Says to the SSH client who it runs as, inside: it does not start without.
+    passwd: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +197,8 @@ class _Plan:
             # Workers would otherwise write prints to files; ours go where the raylet's output is forgotten.
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
+            # Version 2 does not start the workers of a provider `local`.
+            **({"RAY_enable_autoscaler_v2": "0"} if self.spec.autoscaler else {}),
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),
             actor.NODE_VARIABLE: self.spec.name,
             actor.ADDRESS_VARIABLE: self.spec.address,
@@ -260,6 +265,9 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
     plan = _Plan(spec=spec, gcs=gcs, ports=ports, uid=uid, session=session, sockets=sockets, credentials=credentials)
     roots = {path.parent for path in profiles.package_paths() if not path.is_relative_to(sys.prefix)}
     writable = [(spec.socket_dir, sockets)] + ([] if caged else [(session, session)])
+    if spec.autoscaler and caged:
+        # A file of root's: nobody inside can write it.
+        writable.append((spec.autoscaler.passwd, Path("/etc/passwd")))
     profile = profiles.cage(
         spec.name,
         uid=uid if os.geteuid() == 0 else None,

@@ -62,19 +62,19 @@ class Service:
         self._gateway: boundary.Confined | None = None
 
     def start(self) -> dict[str, Any]:
-        """Start the gateway; return its condition once it serves."""
+        """Start the gateway; return its condition once it waits for its relay. Then it serves people too."""
         config, layout = self._config, self._layout
         role_id, secret_id = read_credentials(Path(config.vault.credentials))
         self._say(f"starting the gateway of zone {config.zone}")
         degradations = [*([] if os.geteuid() == 0 else ["self-enforced"]), *raylet.degradations()]
-        socket = layout.gateway_socket(config.zone)
+        socket, relay = layout.gateway_socket(config.zone), layout.relay_dir(config.zone) / raylet.RELAY_SOCKET
         settings = {
             "zone": config.zone,
             "policies": config.policies,
             "data_dir": config.data or str(layout.data(config.zone)),
             "ledger": str(layout.ledger(config.zone)),
             "socket_path": str(socket),
-            "relay_socket": str(layout.relay_dir(config.zone) / raylet.RELAY_SOCKET),
+            "relay_socket": str(relay),
             "relay_uid": node.CAGE_UID,
             "vault": config.vault.address,
             "vault_ca": config.vault.ca,
@@ -84,7 +84,7 @@ class Service:
         }
         self._gateway = services.start_gateway(settings, layout.zone(config.zone) / "settings.json", log=self._log)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not services.listens(socket):
+        while not services.listens(relay):
             self.check()
             if time.monotonic() > deadline:
                 raise ClusterError(f"the gateway did not serve in time; see {self._log}", node="", reason="timed out")

@@ -80,7 +80,7 @@ def gateway() -> None:
 @gateway.command("start")
 @_config("/etc/ray-gpu/gateway.yaml")
 def start_gateway(config: Path) -> None:
-    """Start the gateway; returns when it serves, and leaves it running."""
+    """Start the gateway, and leave it running. People can attach once the zone's node has joined as well."""
     from ray_gpu import zone_host  # noqa: PLC0415 - imports what only this command needs
 
     document = zone_host.start(config, lambda text: console.print(text, style="dim", soft_wrap=True))
