@@ -22,6 +22,18 @@ _NODE_CERTIFICATE_TTL_S = 2160 * _HOUR_S
 #: Ray reads no revocation list, so this is how long a node that was thrown out can still speak to the others. It is
 #: also how often a node must be restarted, since Ray reads its certificate at start only.
 _RAY_CERTIFICATE_TTL_S = 720 * _HOUR_S
+#: No name but those of ``allowed_domains``, as they stand there. Named one by one, so that set-up notices each change.
+_NARROW = {
+    "allow_bare_domains": True,
+    "allow_any_name": False,
+    "allow_glob_domains": False,
+    "allow_subdomains": False,
+    "allow_localhost": False,
+    "allow_wildcard_certificates": False,
+    "allowed_other_sans": [],
+    "allowed_uri_sans": [],
+    "enforce_hostnames": True,
+}
 
 
 def _pki(planner: Planner, mount: str, common_name: str, key_type: str) -> None:
@@ -40,12 +52,10 @@ def node_pki(planner: Planner) -> None:
         f"certificate role {NODE_PKI}/node",
         f"{NODE_PKI}/roles/node",
         {
+            **_NARROW,
             # The one name that a caller can get is its own entity's.
             "allowed_domains": ["{{identity.entity.name}}"],
             "allowed_domains_template": True,
-            "allow_bare_domains": True,
-            "allow_subdomains": False,
-            "allow_localhost": False,
             "allow_ip_sans": False,
             "use_csr_sans": False,
             "key_type": "ed25519",
@@ -66,10 +76,8 @@ def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
             f"certificate role {RAY_PKI}/{node.name}",
             f"{RAY_PKI}/roles/{node.name}",
             {
+                **_NARROW,
                 "allowed_domains": [node.name],
-                "allow_bare_domains": True,
-                "allow_subdomains": False,
-                "allow_localhost": False,
                 "allow_ip_sans": True,
                 # HashiCorp Vault does not know this one; there the policy ray-node alone binds the addresses.
                 "allowed_ip_sans_cidr": [_single(address) for address in joined_addresses(node.addresses).split(",")],

@@ -10,6 +10,7 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
+from ray_gpu.cli.vault import vault
 from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
 from zones.model import check_id
@@ -174,6 +175,9 @@ def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
     from ray_gpu.cli import show  # noqa: PLC0415 - imports what only this command needs
 
     show.ledger(console, ledger or Layout(state).ledger(zone), last)
+
+
+cli.add_command(vault)
 
 
 def main() -> None:
