@@ -6,8 +6,8 @@ nothing; :func:`issue` makes new credentials for the names it is given and ends 
 both. :func:`plan` says what :func:`install` would do.
 
 Identity is one entity per name (node, zone or person), because policies go by ``{{identity.entity.name}}``; so no two
-of them may share a name. Set-up adds and corrects. It removes nothing but a role that a declared node has no longer:
-who leaves the declaration keeps its login until an administrator deletes it.
+of them may share a name. Set-up adds and corrects. It removes nothing but roles that a declared node
+or zone has no longer: who leaves the declaration keeps its login until an administrator deletes it.
 """
 
 from __future__ import annotations

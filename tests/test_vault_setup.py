@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -479,6 +480,18 @@ def test_declaration_as_written(tmp_path: Path) -> None:
 
     assert [node.name for node in read(path).nodes] == list(ADDRESSES)
     assert read(path).nodes[1].addresses == ("10.9.0.2", "fd00::2")
+
+
+def test_declaration_of_the_documents(tmp_path: Path) -> None:
+    """The declaration that docs/vault.md shows is read as it stands."""
+    text = (Path(__file__).parents[1] / "docs" / "vault.md").read_text(encoding="utf-8")
+    (tmp_path / "oidc-secret").write_text("x")
+    (tmp_path / "oidc-secret").chmod(0o600)
+    (tmp_path / "vault.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
+
+    found = read(tmp_path / "vault.yaml")
+    assert found.oidc is not None
+    assert (found.oidc.client_secret, found.people[0].oidc_subject) == ("x", "8f14e45f")
 
 
 @pytest.mark.parametrize(

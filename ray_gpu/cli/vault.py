@@ -81,6 +81,7 @@ def setup(
 
     wanted = read(declaration)
     with _login(address, ca, token_file) as client:
+        audited = vault_setup.audited(client)
         renew = vault_setup.Renew(ray_token=flags["rotate_token"], oidc_secret=flags["oidc_secret"])
         directory = policies or embedded.shipped_policies() / "vault"
         changes = vault_setup.plan(client, wanted, policies=directory, renew=renew)
@@ -88,7 +89,7 @@ def setup(
             console.print(f"{'would ' if flags['dry_run'] else ''}{change}", soft_wrap=True, markup=False)
             if not flags["dry_run"]:
                 change.apply()
-        if not vault_setup.audited(client):
+        if not audited:
             console.print("[yellow]no audit device is on[/]: name audit_file in the declaration to be told how")
     counts = Counter(change.action for change in changes)
     total = ", ".join(f"{count} to {action}" for action, count in counts.items())
