@@ -13,6 +13,7 @@ from functools import partial
 from ray_gpu.node_identity import RAY_KV, RAY_PKI, RAY_TOKEN, joined_addresses
 from ray_gpu.vault_declaration import NodeSpec
 from ray_gpu.vault_plan import Planner
+from zones.errors import ConfigError
 from zones.vault import NODE_PKI
 
 _HOUR_S = 3600
@@ -69,7 +70,12 @@ def node_pki(planner: Planner) -> None:
 
 
 def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
-    """Want a root for Ray's TLS, and one certificate role for each node: it certifies that node alone."""
+    """Want a root for Ray's TLS, and one certificate role for each node: it certifies that node alone.
+
+    Raises:
+        ConfigError: A node that is declared no longer can still have the address of one that is certified.
+    """
+    _check_taken(planner, nodes)
     _pki(planner, RAY_PKI, "ray-gpu Ray cluster", "ec")
     for node in nodes:
         planner.want(
@@ -93,6 +99,21 @@ def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
                 "max_ttl": _RAY_CERTIFICATE_TTL_S,
             },
         )
+
+
+def _check_taken(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
+    declared = {node.name for node in nodes}
+    wanted = {_single(address) for node in nodes for address in joined_addresses(node.addresses).split(",")}
+    listed = planner.vault.find(f"{RAY_PKI}/roles", method="LIST") or {"data": {"keys": []}}
+    for name in set(listed["data"]["keys"]) - declared:
+        role = planner.vault.call("GET", f"{RAY_PKI}/roles/{name}")["data"]
+        taken = sorted(wanted & set(role.get("allowed_ip_sans_cidr") or ()))
+        if taken:
+            raise ConfigError(
+                f"{taken[0].partition('/')[0]} is still certified for node {name}, which is not declared any more; "
+                f"delete {RAY_PKI}/roles/{name} and the node's AppRole in Vault, and run set-up again",
+                file=None,
+            )
 
 
 def _single(address: str) -> str:

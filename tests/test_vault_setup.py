@@ -257,6 +257,21 @@ def test_rotated_token(operator: Operator) -> None:
     assert operator.root.find(f"{RAY_KV}/data/{RAY_TOKEN}?version={version}") is None
 
 
+def test_address_of_a_node_that_left(operator: Operator) -> None:
+    """An address that a node left behind is nobody else's until that node's role is deleted."""
+    renamed = DECLARATION.replace("name: gpu-2", "name: gpu-3")
+
+    refused = operator.setup(declaration=renamed)
+    assert refused.exit_code == 1
+    assert "10.9.0.3 is still certified for node gpu-2" in refused.output
+    operator.root.call("DELETE", f"{RAY_PKI}/roles/gpu-2")
+    assert operator.setup(declaration=renamed).exit_code == 0
+
+    for path in (f"{RAY_PKI}/roles/gpu-3", "auth/approle/role/custodian-gpu-3"):
+        operator.root.call("DELETE", path)
+    assert operator.setup().exit_code == 0
+
+
 def test_node_that_changes_its_role(operator: Operator) -> None:
     """A GPU node that becomes a zone's node can unwrap no more, with the credentials that it had."""
     custodian = operator.issue("gpu-2")
