@@ -13,6 +13,7 @@ from functools import partial
 from ray_gpu.node_identity import RAY_KV, RAY_PKI, RAY_TOKEN, joined_addresses
 from ray_gpu.vault_declaration import NodeSpec
 from ray_gpu.vault_plan import Planner
+from zones.errors import ConfigError
 from zones.vault import NODE_PKI
 
 _HOUR_S = 3600
@@ -22,6 +23,18 @@ _NODE_CERTIFICATE_TTL_S = 2160 * _HOUR_S
 #: Ray reads no revocation list, so this is how long a node that was thrown out can still speak to the others. It is
 #: also how often a node must be restarted, since Ray reads its certificate at start only.
 _RAY_CERTIFICATE_TTL_S = 720 * _HOUR_S
+#: No name but those of ``allowed_domains``, as they stand there. Named one by one, so that set-up notices each change.
+_NARROW = {
+    "allow_bare_domains": True,
+    "allow_any_name": False,
+    "allow_glob_domains": False,
+    "allow_subdomains": False,
+    "allow_localhost": False,
+    "allow_wildcard_certificates": False,
+    "allowed_other_sans": [],
+    "allowed_uri_sans": [],
+    "enforce_hostnames": True,
+}
 
 
 def _pki(planner: Planner, mount: str, common_name: str, key_type: str) -> None:
@@ -40,12 +53,10 @@ def node_pki(planner: Planner) -> None:
         f"certificate role {NODE_PKI}/node",
         f"{NODE_PKI}/roles/node",
         {
+            **_NARROW,
             # The one name that a caller can get is its own entity's.
             "allowed_domains": ["{{identity.entity.name}}"],
             "allowed_domains_template": True,
-            "allow_bare_domains": True,
-            "allow_subdomains": False,
-            "allow_localhost": False,
             "allow_ip_sans": False,
             "use_csr_sans": False,
             "key_type": "ed25519",
@@ -59,17 +70,20 @@ def node_pki(planner: Planner) -> None:
 
 
 def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
-    """Want a root for Ray's TLS, and one certificate role for each node: it certifies that node alone."""
+    """Want a root for Ray's TLS, and one certificate role for each node: it certifies that node alone.
+
+    Raises:
+        ConfigError: A node that is declared no longer can still have the address of one that is certified.
+    """
+    _check_taken(planner, nodes)
     _pki(planner, RAY_PKI, "ray-gpu Ray cluster", "ec")
     for node in nodes:
         planner.want(
             f"certificate role {RAY_PKI}/{node.name}",
             f"{RAY_PKI}/roles/{node.name}",
             {
+                **_NARROW,
                 "allowed_domains": [node.name],
-                "allow_bare_domains": True,
-                "allow_subdomains": False,
-                "allow_localhost": False,
                 "allow_ip_sans": True,
                 # HashiCorp Vault does not know this one; there the policy ray-node alone binds the addresses.
                 "allowed_ip_sans_cidr": [_single(address) for address in joined_addresses(node.addresses).split(",")],
@@ -85,6 +99,21 @@ def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
                 "max_ttl": _RAY_CERTIFICATE_TTL_S,
             },
         )
+
+
+def _check_taken(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
+    declared = {node.name for node in nodes}
+    wanted = {_single(address) for node in nodes for address in joined_addresses(node.addresses).split(",")}
+    listed = planner.vault.find(f"{RAY_PKI}/roles", method="LIST") or {"data": {"keys": []}}
+    for name in set(listed["data"]["keys"]) - declared:
+        role = planner.vault.call("GET", f"{RAY_PKI}/roles/{name}")["data"]
+        taken = sorted(wanted & set(role.get("allowed_ip_sans_cidr") or ()))
+        if taken:
+            raise ConfigError(
+                f"{taken[0].partition('/')[0]} is still certified for node {name}, which is not declared any more; "
+                f"delete {RAY_PKI}/roles/{name} and the node's AppRole in Vault, and run set-up again",
+                file=None,
+            )
 
 
 def _single(address: str) -> str:

@@ -61,6 +61,7 @@ class Planner:
         *,
         new: Mapping[str, Any] | None = None,
         unread: Mapping[str, Any] | None = None,
+        again: bool = False,
     ) -> None:
         """Want *body* to stand at *path*.
 
@@ -69,6 +70,7 @@ class Planner:
             body: Compared with what Vault says, setting by setting; others are left alone.
             new: Sent besides when nothing stands there yet.
             unread: Sent besides each time: Vault forgets it when the rest is written, and never shows it.
+            again: Write it although nothing differs, for the sake of *unread*.
         """
         found = self.vault.find(path)
         sent = {**body, **(unread or {})}
@@ -77,8 +79,8 @@ class Planner:
             return
         held = found.get("data") or {}
         differ = tuple(name for name, value in body.items() if not _same(held.get(name), value))
-        if differ:
-            self.add("change", what, partial(self._post, path, sent), differ)
+        if differ or again:
+            self.add("change", what, partial(self._post, path, sent), differ or tuple(unread or ()))
 
     def want_mount(
         self, path: str, kind: str, *, options: Mapping[str, str] | None = None, longest_s: int | None = None

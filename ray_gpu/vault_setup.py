@@ -6,8 +6,8 @@ nothing; :func:`issue` makes new credentials for the names it is given and ends 
 both. :func:`plan` says what :func:`install` would do.
 
 Identity is one entity per name (node, zone or person), because policies go by ``{{identity.entity.name}}``; so no two
-of them may share a name. Set-up adds and corrects. It removes nothing but a role that a declared node has no longer:
-who leaves the declaration keeps its login until an administrator deletes it.
+of them may share a name. Set-up adds and corrects. It removes nothing but roles that a declared node
+or zone has no longer: who leaves the declaration keeps its login until an administrator deletes it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,16 @@ class Credentials:
     people: Mapping[str, str] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renew:
+    """What to write anew although it is there."""
+
+    #: Nodes that run keep the old token until they are restarted; no two with different ones can speak.
+    ray_token: bool = False
+    #: Vault never shows the identity provider's client secret, so a new one is not noticed.
+    oidc_secret: bool = False
+
+
 def setup(vault: Vault, declaration: Declaration, *, policies: Path) -> Credentials:
     """Run :func:`install`, then :func:`issue` for everybody. Arguments and errors are theirs."""
     install(vault, declaration, policies=policies)
@@ -65,15 +75,15 @@ def setup(vault: Vault, declaration: Declaration, *, policies: Path) -> Credenti
     )
 
 
-def install(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token: bool = False) -> list[Change]:
+def install(vault: Vault, declaration: Declaration, *, policies: Path, renew: Renew = Renew()) -> list[Change]:
     """Install what :func:`plan` finds missing or different, and return it. Arguments and errors are the plan's."""
-    changes = plan(vault, declaration, policies=policies, rotate_token=rotate_token)
+    changes = plan(vault, declaration, policies=policies, renew=renew)
     for change in changes:
         change.apply()
     return changes
 
 
-def plan(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token: bool = False) -> list[Change]:
+def plan(vault: Vault, declaration: Declaration, *, policies: Path, renew: Renew = Renew()) -> list[Change]:
     """Return what would have to be done, in order; nothing is changed.
 
     Mounts, policies, roles, identities, two CAs and the Ray token; nobody's credentials change.
@@ -83,7 +93,7 @@ def plan(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token
         declaration: GPU nodes serve exactly its zones. People who are new get a password that nobody knows. Groups
             have exactly the members named.
         policies: Directory with the policies, ``*.hcl``.
-        rotate_token: Make a new Ray token although there is one. Nodes that run keep the old one until restarted.
+        renew: What to write anew although it is there.
 
     Raises:
         ConfigError: A policy file is missing, something else is mounted where this belongs, or the audit device that
@@ -100,7 +110,7 @@ def plan(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token
     _policies(planner, declaration, policies)
     node_pki(planner)
     ray_pki(planner, declaration.nodes)
-    ray_token(planner, rotate=rotate_token)
+    ray_token(planner, rotate=renew.ray_token)
     for zone in declaration.zones:
         _approle(planner, _gateway(zone), zone, [f"gateway-{zone}"])
     for node in declaration.nodes:
@@ -108,7 +118,7 @@ def plan(vault: Vault, declaration: Declaration, *, policies: Path, rotate_token
     for person in declaration.people:
         _person(planner, person, oidc=declaration.oidc is not None)
     if declaration.oidc is not None:
-        _oidc(planner, declaration, declaration.oidc)
+        _oidc(planner, declaration, declaration.oidc, again=renew.oidc_secret)
     for group in sorted({group for person in declaration.people for group in person.groups}):
         members = [person.name for person in declaration.people if group in person.groups]
         planner.want_group(check_id(group, what="group"), members)
@@ -131,20 +141,44 @@ def issue(
     )
 
 
+def issue_one(vault: Vault, name: str) -> dict[str, str]:
+    """Return new credentials of a zone's gateway, a node or a person, as a file holds them; older ones end.
+
+    Raises:
+        UnknownNameError: Nothing is installed under this name.
+        ValueError: *name* is no id.
+        VaultDeniedError: The token may not do this.
+    """
+    if vault.find(f"auth/userpass/users/{check_id(name, what='name')}") is not None:
+        return {"user": name, "password": _new_password(vault, name)}
+    role = issue_role(vault, name)
+    return {"role_id": role.role_id, "secret_id": role.secret_id}
+
+
 def issue_role(vault: Vault, name: str) -> AppRole:
-    """Return new credentials of the gateway of zone *name*, or of node *name*; its older ones end.
+    """Return new credentials of the gateway of zone *name*, or of node *name*; older ones end.
 
     Raises:
         UnknownNameError: No AppRole is installed under this name.
+        ValueError: *name* is no id.
         VaultDeniedError: The token may not do this.
     """
     for path in (_gateway(name), _custodian(name), _plain_node(name)):
-        found = vault.find(f"{path}/role-id")
-        if found is not None:
-            return _issue(vault, path, str(found["data"]["role_id"]))
+        role_id = _role_id(vault, path)
+        if role_id is not None:
+            return _issue(vault, path, role_id)
     roles = (vault.find("auth/approle/role", method="LIST") or {"data": {"keys": []}})["data"]["keys"]
     known = {role.partition("-")[2] for role in roles if role.startswith(("gateway-", "custodian-", "node-"))}
-    raise UnknownNameError.of("zone or node with an AppRole", name, known)
+    raise UnknownNameError.of("zone, node or person in Vault", name, known)
+
+
+def audited(vault: Vault) -> bool:
+    """Whether the server writes any audit log.
+
+    Raises:
+        VaultDeniedError: The token may not know.
+    """
+    return bool(vault.call("GET", "sys/audit")["data"])
 
 
 def _policies(planner: Planner, declaration: Declaration, directory: Path) -> None:
@@ -189,7 +223,13 @@ def _plain_node(node: str) -> str:
 
 
 def _approle(planner: Planner, path: str, entity: str, policies: Sequence[str]) -> None:
-    body = {"token_policies": list(policies), "token_ttl": _TOKEN_TTL_S, "token_no_default_policy": True}
+    body = {
+        # Without it, the role's id alone would log in, and that is no secret.
+        "bind_secret_id": True,
+        "token_policies": list(policies),
+        "token_ttl": _TOKEN_TTL_S,
+        "token_no_default_policy": True,
+    }
     planner.want(f"AppRole {path.rpartition('/')[2]}", path, body)
     planner.want_identity(entity, {"approle": partial(_role_id, planner.vault, path)})
 
@@ -240,7 +280,7 @@ def _new_password(vault: Vault, name: str) -> str:
     return password
 
 
-def _oidc(planner: Planner, declaration: Declaration, oidc: OidcSpec) -> None:
+def _oidc(planner: Planner, declaration: Declaration, oidc: OidcSpec, *, again: bool) -> None:
     """Want login by the identity provider, with one role for each zone that admits the zone's people by name.
 
     A role without bound claims would make everybody whom the provider knows a person of the zone, so a zone none of
@@ -255,6 +295,7 @@ def _oidc(planner: Planner, declaration: Declaration, oidc: OidcSpec) -> None:
             "oidc_discovery_ca_pem": oidc.ca_pem,
         },
         unread={"oidc_client_secret": oidc.client_secret},
+        again=again,
     )
     for zone in declaration.zones:
         subjects = [p.oidc_subject for p in declaration.people if p.zone == zone and p.oidc_subject is not None]

@@ -95,7 +95,7 @@ def installed(state_dir: Path) -> Iterator[Installed]:
 
 
 def _declare(zones: list[str], gpu_nodes: list[str], people: list[PersonSpec]) -> Declaration:
-    nodes = [NodeSpec(name=name, role="gpu", addresses=(f"10.9.0.{i}",)) for i, name in enumerate(gpu_nodes)]
+    nodes = [NodeSpec(name=name, role="gpu", addresses=(f"10.9.0.{name[-1]}",)) for name in gpu_nodes]
     return Declaration(zones=tuple(zones), nodes=tuple(nodes), people=tuple(people))
 
 

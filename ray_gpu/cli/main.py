@@ -11,6 +11,7 @@ import rich_click as click
 from rich.console import Console
 
 from ray_gpu.cli.node import gateway, node
+from ray_gpu.cli.vault import vault
 from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
 from zones.model import check_id
@@ -198,6 +199,7 @@ def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
 
 cli.add_command(node)
 cli.add_command(gateway)
+cli.add_command(vault)
 
 
 def main() -> None:
