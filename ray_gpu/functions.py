@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import functools
 import io
+import operator
 import os
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle
+import numpy as np
 
 from ray_gpu.request import MAX_FUNCTION_BYTES
 from zones.errors import FunctionRefusedError
@@ -57,19 +59,15 @@ _PLAIN = frozenset(
         types.CellType,
     }
 )
-#: A value of these types is the same value as long as it is the same object; functions are looked into.
-_UNCHANGING = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
+#: A value of exactly these types is the same value as long as it is the same object.
+_UNCHANGING = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, types.CodeType, np.ufunc, np.bool_, np.int64, np.float32}
+    | {np.float64, type(np.mean)}
 )
+#: The same for these: what they take along is looked at by itself (``_reached``).
+_LOOKED_INTO = (types.FunctionType, types.ModuleType)
+#: What the import system keeps in a module, which is no part of what a function does.
+_MODULE_MACHINERY = frozenset({"__builtins__", "__spec__", "__loader__", "__path__"})
 #: ``cloudpickle`` keeps the modules that it sends by value in one list for the whole process.
 _registering = threading.Lock()
 
@@ -83,7 +81,7 @@ class PackedFunction:
         self._bytes = b""
 
     def __bytes__(self) -> bytes:
-        captured = list(_reached(self._function, set()))
+        captured = _reached(self._function)
         if self._captured is None or not _unchanged(self._captured, captured):
             self._bytes, self._captured = pack(self._function), captured
         return self._bytes
@@ -276,6 +274,10 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _variables(value)
     elif isinstance(value, types.MethodType):
         yield from (("self", value.__self__), (value.__func__.__name__, value.__func__))
+    elif isinstance(value, types.BuiltinFunctionType) and not isinstance(
+        value.__self__, (types.ModuleType, type(None))
+    ):
+        yield "self", value.__self__
     elif isinstance(value, functools.partial):
         yield from (
             (_plain_name(value.func), value.func),
@@ -297,7 +299,9 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of a class, a module or an instance, and an instance's class."""
-    yield from ((name, item) for name, item in list(getattr(value, "__dict__", {}).items()) if name != "__builtins__")
+    yield from (
+        (name, item) for name, item in list(getattr(value, "__dict__", {}).items()) if name not in _MODULE_MACHINERY
+    )
     if isinstance(value, (type, types.ModuleType)):
         return
     slots = [name for base in type(value).__mro__ for name in base.__dict__.get("__slots__", ()) if name != "__dict__"]
@@ -340,27 +344,48 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 # -- whether it changed -----------------------------------------------------------------------------
 
 
-def _reached(function: Any, seen: set[int]) -> Iterator[Any]:
-    """Yield what a function and the functions among its variables name now."""
-    if id(function) in seen:
-        return
-    seen.add(id(function))
-    for _, value in _children(function):
-        yield value
-        if isinstance(value, types.FunctionType) and _travels_or_main(value):
-            yield from _reached(value, seen)
+def _reached(function: Any) -> list[Any]:
+    """Return what goes along with a function: what it names now, and what functions and modules of that name."""
+    found: list[Any] = []
+    seen, waiting = {id(function)}, [function]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, types.FunctionType):
+            # Tools that reload code give a function that exists another body.
+            found.append(value.__code__)
+        for _, child in _children(value):
+            found.append(child)
+            if isinstance(child, _LOOKED_INTO) and id(child) not in seen and not _by_reference(child):
+                seen.add(id(child))
+                waiting.append(child)
+    return found
 
 
-def _travels_or_main(function: types.FunctionType | type) -> bool:
-    return function.__module__ == "__main__" or _travels(sys.modules.get(function.__module__ or ""))
+def _by_reference(value: Any) -> bool:
+    """Tell whether only the name of a function, class or module is sent: a node has the same under that name."""
+    is_module = isinstance(value, types.ModuleType)
+    name = value.__name__ if is_module else value.__module__
+    module = sys.modules.get(name or "")
+    if module is None or name == "__main__" or _travels(module):
+        return False
+    try:
+        return (module if is_module else operator.attrgetter(value.__qualname__)(module)) is value
+    except AttributeError:
+        return False
 
 
 def _unchanged(before: list[Any], now: list[Any]) -> bool:
-    """Tell whether all are the same objects, of kinds that cannot change inside."""
+    """Tell whether all are the same objects, of kinds that cannot change inside or are looked into."""
     return len(before) == len(now) and all(
-        old is new and (isinstance(new, _UNCHANGING) or (isinstance(new, type) and not _travels_or_main(new)))
+        old is new and (type(new) in _UNCHANGING or isinstance(new, _LOOKED_INTO) or _stays(new))
         for old, new in zip(before, now, strict=True)
     )
+
+
+def _stays(value: Any) -> bool:
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
+    return isinstance(value, type) and _by_reference(value)
 
 
 def _kind(value: Any) -> str:
