@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import functools
 import importlib
+import io
 import pickle
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from ray_gpu import functions
@@ -165,10 +168,10 @@ def test_partial_and_method_travel() -> None:
 
 
 def test_one_numpy_number_is_a_parameter() -> None:
-    """A NumPy scalar is no array, nor is an array without dimensions."""
-    alpha, beta = np.float64(0.5), np.array(2.0)
+    """A NumPy scalar is no array, nor is an array without dimensions; and so is Arrow's."""
+    alpha, beta, gamma = np.float64(0.5), np.array(2.0), pa.scalar(1.0)
 
-    assert _loaded(functions.pack(lambda x: x * alpha + beta))(2) == 3.0
+    assert _loaded(functions.pack(lambda x: x * alpha + beta + gamma.as_py()))(2) == 4.0
 
 
 def test_recursive_function_travels() -> None:
@@ -212,6 +215,18 @@ def _capturing(value: Any) -> Callable[..., Any]:
         pd.Series([1]),
         pd.Index([1]),
         array.array("d", [1.0]),
+        memoryview(b"Alice"),
+        pa.py_buffer(b"Alice"),
+        pa.scalar([1, 2]),
+        pa.scalar({"age": 1}),
+        pa.scalar("Alice"),
+        pa.array(["Alice"]).dictionary_encode()[0],
+        pc.field("age").isin(pa.array([1, 2])),
+        np.zeros(1, [("age", "f8")])[0],
+        np.zeros(1, [("age", "f8")]).view(np.recarray)[0],
+        np.array([1, 2], dtype=object)[:1].reshape(()),
+        io.BytesIO(b"Alice"),
+        io.StringIO("Alice"),
         [1, {"deep": (WEIGHTS,)}],
         {"key": WEIGHTS},
         Model(WEIGHTS),
@@ -232,6 +247,27 @@ def test_captured_data_is_refused(value: Any) -> None:
     assert error.variable == "captured"
     assert "captured" in error.message
     assert "pass it as an argument" in error.message
+
+
+def test_captured_file_is_refused(tmp_path: Path) -> None:
+    """A file would take its content along, as cloudpickle alone shows (the control); closed or open for writing too."""
+    path = tmp_path / "patients.csv"
+    path.write_text("Alice", encoding="utf-8")
+    with path.open(encoding="utf-8") as file, path.open("rb") as raw:
+        assert b"Alice" in cloudpickle.dumps(_capturing(file))
+        errors = [_refused(_capturing(file)), _refused(_capturing([raw])), _refused(lambda: file.read())]
+
+    assert [error.variable for error in errors] == ["captured", "captured", "file"]
+    assert "file object" in errors[0].message
+
+
+def test_standard_output_is_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent by name: what the function writes there is printed at the caller."""
+    # pytest's own is of a kind that cannot be pickled.
+    with Path("/dev/null").open("w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+
+        assert _loaded(functions.pack(_capturing(stdout)))() is stdout
 
 
 def test_global_table_is_named() -> None:
