@@ -196,10 +196,6 @@ def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
     places = reply.get("places")
     if places is None:
         return values.decode(view)
-    if one and len(places) != 1:
-        raise ValueRefusedError(
-            "the data is too large for one batch; use .map, or .map_reduce, which take it in shards"
-        )
     found = [values.decode(view[start:stop]) for start, stop in places]
     return found[0] if one else found
 

@@ -13,7 +13,7 @@ import pyarrow.dataset as pad
 import pytest
 
 from ray_gpu import Batch, gpu_remote
-from zones.errors import UnknownNameError
+from zones.errors import UnknownNameError, ValueRefusedError
 
 _COLUMNS: dict[str, Any] = {
     "mdvis": np.arange(5000.0),
@@ -144,3 +144,16 @@ def test_unknown_column_of_an_own_table(open_zone: Any) -> None:
     """A column that the table lacks is answered with the nearest."""
     with pytest.raises(UnknownNameError, match=r"no column 'mdvi' \(did you mean 'mdvis'\?\)"):
         double.options(columns=["mdvi"], session=open_zone).map(TABLE)
+
+
+def test_too_many_rows_for_one_batch(open_zone: Any, open_cluster: Any) -> None:
+    """``f.remote`` of more rows than fit one batch is refused before anything leaves, and names what takes them."""
+    large = pa.table([pa.array(np.zeros(9_000_000))], ["mdvis"])
+    count = gpu_remote(session=open_zone)(lambda batch: len(batch))
+    assert count.remote(large.slice(0, 5_000_000)).result(timeout=90) == 5_000_000
+    before = len(open_cluster.entries("intent")), len(open_cluster.entries("completion"))
+
+    with pytest.raises(ValueRefusedError, match=r"9000000 rows .* use \.map or \.map_reduce"):
+        count.remote(large).result(timeout=90)
+
+    assert (len(open_cluster.entries("intent")), len(open_cluster.entries("completion"))) == before
