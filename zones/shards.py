@@ -24,6 +24,7 @@ from zones.filters import to_expression as to_expression
 from zones.ipc import ipc_size as ipc_size
 from zones.ipc import plain_column
 from zones.ipc import read_ipc as read_ipc
+from zones.ipc import without_views as without_views
 from zones.ipc import write_ipc_into as write_ipc_into
 from zones.plan import SEED_BYTES as SEED_BYTES
 from zones.plan import Index

@@ -105,6 +105,22 @@ def test_text_columns_arrive(open_zone: Any) -> None:
     assert shout.map(TABLE)["loud"].to_pylist() == [f"N{i}" for i in range(5000)]
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view()], ids=str)
+def test_view_columns_are_mapped(open_zone: Any, kind: Any) -> None:
+    """Text in Arrow's view layout, which polars gives, leaves as plain text; ``f.local`` gives what ``f.map`` gives."""
+
+    @gpu_remote(columns=["name"], session=open_zone)
+    def same(batch: Batch) -> pa.Table:
+        return batch.to_arrow()
+
+    table = TABLE.set_column(2, "name", TABLE["name"].cast(kind))
+
+    found = same.map(table)
+
+    assert found.equals(same.local(table))
+    assert [str(name) for name in found["name"].cast("string").to_pylist()] == TABLE["name"].to_pylist()
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_own_table_of_few_rows(open_zone: Any, rows: int) -> None:
     """Also a table without rows, or with one."""
