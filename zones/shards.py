@@ -48,12 +48,18 @@ def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table
     *keep_categories*; then all its category values leave, used or not. Numbers in several chunks are
     joined into one, which for a moment takes their memory twice; nothing else is copied.
 
+    A field says whether its column has nulls (``nullable``). Every shard carries this one bit of the whole, so that
+    what a function gets, and returns, is not of one type here and another there, as the shuffle has it.
+
     Raises:
         ValueRefusedError: A column's type could carry more than its rows; see :func:`zones.ipc.check_type`.
     """
     names = table.column_names
     columns = [_strip_column(table.column(i), name, name in keep_categories) for i, name in enumerate(names)]
-    fields = [pa.field(name, column.type) for name, column in zip(names, columns, strict=True)]
+    fields = [
+        pa.field(name, column.type, nullable=bool(column.null_count) or pa.types.is_null(column.type))
+        for name, column in zip(names, columns, strict=True)
+    ]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 

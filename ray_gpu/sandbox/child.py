@@ -49,7 +49,7 @@ class _Libraries:
         from zones import ipc, values  # noqa: PLC0415 - after hardening
 
         self.unpickle = cloudpickle.loads
-        self.batch, self.to_host, self.device = arrays.Batch, arrays.to_host, arrays.device
+        self.batch, self.to_host, self.device = arrays.Batch.of_shard, arrays.to_host, arrays.device
         self.read_ipc = ipc.read_ipc
         self.decode, self.encode_into = values.decode, values.encode_into
 

@@ -121,6 +121,32 @@ def test_view_columns_are_mapped(open_zone: Any, kind: Any) -> None:
     assert [str(name) for name in found["name"].cast("string").to_pylist()] == TABLE["name"].to_pylist()
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([None if i == 5 else i for i in range(40_000)], pa.int64()),
+        pa.array([None if i == 5 else str(i % 7) for i in range(40_000)]).dictionary_encode(),
+        pa.array([None if i == 5 else i for i in range(40_000)], pa.int32()).cast(pa.date32()),
+        pa.array(range(40_000), pa.int64()),
+    ],
+    ids=["integers", "categories", "dates", "no null"],
+)
+def test_one_null_among_many_rows(open_zone: Any, column: Any) -> None:
+    """A column is of one type in all shards, whichever of them drew the null; ``f.local`` equals ``f.map``."""
+
+    @gpu_remote(session=open_zone, shard_bytes=64 << 10)
+    def same(batch: Batch) -> Any:
+        return batch["x"]
+
+    table = pa.table({"x": column})
+
+    found = same.map(table)
+
+    expected = same.local(table)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_own_table_of_few_rows(open_zone: Any, rows: int) -> None:
     """Also a table without rows, or with one."""
