@@ -312,18 +312,22 @@ def _scatter(parts: Sequence[Array], result: Array, plan: Plan) -> None:
                 result[source] = part[rows]
             else:
                 units = _by_unit(result, plan)
-                units[source] = part[rows].reshape(-1, *units.shape[1:])
+                units[source] = part[rows].reshape(len(source), *units.shape[1:])
 
 
 def _join_tables(parts: Sequence[pa.Table], plan: Plan) -> pa.Table:
-    if len({tuple(part.column_names) for part in parts}) > 1:
+    names = parts[0].column_names
+    if any(part.column_names != names for part in parts):
         raise ValueRefusedError("shards returned tables with different columns; return the same columns from each")
+    # By place while they are joined: names may be there twice, and Arrow promotes by name.
+    places = [str(place) for place in range(len(names))]
     try:
         # A column that is empty in one shard arrives there with the null type: promote that and nothing else.
-        joined = pa.concat_tables(parts, promote_options="default").unify_dictionaries()
+        joined = pa.concat_tables([part.rename_columns(places) for part in parts], promote_options="default")
     except pa.ArrowException:
         raise ValueRefusedError("shards returned columns of different types; cast them to one type") from None
-    return joined if plan.order is None else joined.take(_inverse(plan))
+    unified = joined.unify_dictionaries().rename_columns(names)
+    return unified if plan.order is None else unified.take(_inverse(plan))
 
 
 def _inverse(plan: Plan) -> Any:

@@ -147,6 +147,38 @@ def test_one_null_among_many_rows(open_zone: Any, column: Any) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_reader_gives_its_rows_once(open_zone: Any) -> None:
+    """A reader that was read before is refused, where it would pass for a table without rows."""
+    reader = TABLE.to_reader()
+    function = double.options(session=open_zone)
+    assert len(function.map(reader)) == 5000
+
+    for run in (function.map, function.local):
+        with pytest.raises(ValueRefusedError, match="they were read before"):
+            run(reader)
+
+
+def test_result_without_columns(open_zone: Any) -> None:
+    """N rows of nothing are N rows, too."""
+    nothing = gpu_remote(session=open_zone, shard_bytes=64 << 10)(lambda batch: batch.xp.zeros((len(batch), 0)))
+
+    assert nothing.map(TABLE).shape == (5000, 0)
+
+
+def test_result_with_a_name_twice(open_zone: Any) -> None:
+    """Arrow lets two columns have one name; the result has both, as with ``f.local``."""
+
+    @gpu_remote(columns=["mdvis"], session=open_zone, shard_bytes=64 << 10)
+    def twice(batch: Batch) -> pa.Table:
+        column = batch.to_arrow()["mdvis"]
+        return pa.Table.from_arrays([column, column], names=["a", "a"])
+
+    found = twice.map(TABLE)
+
+    assert found.column_names == ["a", "a"]
+    assert found.equals(twice.local(TABLE))
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_own_table_of_few_rows(open_zone: Any, rows: int) -> None:
     """Also a table without rows, or with one."""
