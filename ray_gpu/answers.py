@@ -18,6 +18,8 @@ from zones.packing import pack
 
 #: A traceback or print longer than this is cut, with a line that says so. Bytes.
 MAX_TEXT_BYTES = 64 << 10
+#: An exception group with more exceptions than this, itself and those in inner groups counted, comes back as text.
+MAX_MEMBERS = 64
 _META = struct.Struct("!I")
 
 

@@ -8,7 +8,7 @@ question is always ``cupy.cuda.is_available()``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,17 +65,26 @@ class Batch:
     """Rows handed to a ``@gpu_remote`` function.
 
     ``batch["age"]`` is an array ``[rows]`` of ``batch.xp`` (CuPy on a GPU, else NumPy) and is
-    copied to the device once, on first use; treat it as read-only. Nulls become NaN in floating and integer
-    columns; dictionary columns are their integer codes; dates and times are integers in their column's unit.
-    Text has no array form: use :meth:`to_arrow`.
+    copied to the device once, on first use; treat it as read-only. Nulls become NaN, and an integer column is
+    ``float64`` where the call's data has nulls in it, also in a shard that has none. Dictionary columns are their
+    integer codes; dates and times are integers in their column's unit. Text has no array form: use :meth:`to_arrow`.
 
     Args:
         table: The shard's rows. The batch borrows its memory; it is valid during the call.
+        nullable: Columns that have nulls, if not in these rows then in others; by default those that have some here.
     """
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, *, nullable: Collection[str] | None = None) -> None:
         self._table = table
+        self._nullable = nullable
         self._arrays: dict[str, Any] = {}
+
+    @classmethod
+    def of_shard(cls, table: pa.Table) -> Batch:
+        """Return a batch of rows whose fields say which columns have nulls, as ``zones.shards.strip`` writes them."""
+        nullable = frozenset(field.name for field in table.schema if field.nullable)
+        # The function gets fields as Arrow makes them, so that it can put other rows below these.
+        return cls(pa.Table.from_arrays(table.columns, names=table.column_names), nullable=nullable)
 
     @property
     def xp(self) -> Any:
@@ -98,7 +107,7 @@ class Batch:
 
     def __getitem__(self, column: str) -> Any:
         if column not in self._arrays:
-            self._arrays[column] = self.xp.asarray(_host_array(self._table, column))
+            self._arrays[column] = self.xp.asarray(self._host_array(column))
         return self._arrays[column]
 
     def matrix(self, columns: list[str] | None = None, dtype: Any = None) -> Any:
@@ -113,8 +122,8 @@ class Batch:
         # Column by column in memory, so that each column is one plain copy.
         out = np.empty((len(names), len(self)), dtype=np.float64 if dtype is None else dtype).T
         for index, name in enumerate(names):
-            array = _host_array(self._table, name)
-            if out.dtype.kind in "iub" and self._table.column(name).null_count:
+            array = self._host_array(name)
+            if out.dtype.kind in "iub" and self._has_nulls(name):
                 raise ValueError(f"column {name!r} has nulls, which {out.dtype} cannot say; ask for a floating type")
             out[:, index] = array
         return self.xp.asarray(out)
@@ -123,26 +132,33 @@ class Batch:
         """Return the rows as an Arrow table."""
         return self._table
 
+    def _has_nulls(self, column: str) -> bool:
+        if self._nullable is None:
+            return bool(self._table.column(column).null_count)
+        return column in self._nullable
+
+    def _host_array(self, column: str) -> Any:
+        try:
+            # Not asked of column_names first, which for 30 columns costs more than copying a small shard's column.
+            values = _one_array(self._table.column(column))
+        except KeyError:
+            raise KeyError(f"the batch has no column {column!r}; it has {self._table.column_names}") from None
+        if isinstance(values, pa.DictionaryArray):
+            values = values.indices
+        elif pa.types.is_temporal(values.type):
+            # CuPy has no dates: days, or the type's own unit, since 1970 or midnight.
+            values = values.cast(pa.int32() if values.type.bit_width == 32 else pa.int64())
+        array = values.to_numpy(zero_copy_only=False)
+        if array.dtype.kind in "iub" and self._has_nulls(column):
+            # What these rows would be if the draw had put a null among them.
+            array = array.astype(np.float64 if array.dtype.kind != "b" else object)
+        if array.dtype == object:
+            more = " with nulls" if pa.types.is_boolean(values.type) else ""
+            raise TypeError(f"column {column!r} of type {values.type}{more} has no array form; use batch.to_arrow()")
+        return array
+
     def __repr__(self) -> str:
         return f"Batch(rows={len(self)}, columns={self.columns}, device={device()!r})"
-
-
-def _host_array(table: pa.Table, column: str) -> Any:
-    try:
-        # Not asked of column_names first, which for 30 columns costs more than copying a small shard's column.
-        values = _one_array(table.column(column))
-    except KeyError:
-        raise KeyError(f"the batch has no column {column!r}; it has {table.column_names}") from None
-    if isinstance(values, pa.DictionaryArray):
-        values = values.indices
-    elif pa.types.is_temporal(values.type):
-        # CuPy has no dates: days, or the type's own unit, since 1970 or midnight.
-        values = values.cast(pa.int32() if values.type.bit_width == 32 else pa.int64())
-    array = values.to_numpy(zero_copy_only=False)
-    if array.dtype == object:
-        more = " with nulls" if pa.types.is_boolean(values.type) else ""
-        raise TypeError(f"column {column!r} of type {values.type}{more} has no array form; use batch.to_arrow()")
-    return array
 
 
 def _one_array(column: pa.ChunkedArray[Any]) -> Any:

@@ -196,10 +196,6 @@ def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
     places = reply.get("places")
     if places is None:
         return values.decode(view)
-    if one and len(places) != 1:
-        raise ValueRefusedError(
-            "the data is too large for one batch; use .map, or .map_reduce, which take it in shards"
-        )
     found = [values.decode(view[start:stop]) for start, stop in places]
     return found[0] if one else found
 
@@ -221,6 +217,7 @@ def as_table(data: Any, columns: tuple[str, ...] | None = None) -> Handle | pa.T
 
     Raises:
         TypeError: *data* is none of the kinds that a call takes.
+        ValueRefusedError: It is a reader that has no rows left.
         UnknownNameError: It has no such column.
     """
     if isinstance(data, Handle):
@@ -241,7 +238,7 @@ def is_data(value: Any) -> bool:
 def _stream(data: Any) -> pa.Table:
     try:
         if hasattr(data, "__arrow_c_stream__"):
-            return pa.table(data)
+            return _not_read_before(data, pa.table(data))
     except (TypeError, ValueError, pa.ArrowException):
         raise TypeError(
             f"data must have named columns, which this {type(data).__name__} has not; "
@@ -251,6 +248,16 @@ def _stream(data: Any) -> pa.Table:
         f"data must be a zone.read(...) handle, a pyarrow Dataset, or have __arrow_c_stream__ (pyarrow, pandas "
         f"and polars tables do), not {type(data).__name__}"
     )
+
+
+def _not_read_before(data: Any, table: pa.Table) -> pa.Table:
+    """Return *table* unless it is what a reader gives that somebody has read to its end."""
+    if isinstance(data, pa.RecordBatchReader) and not table.num_rows:
+        raise ValueRefusedError(
+            "the RecordBatchReader has no rows, or they were read before: it gives its rows once; "
+            "pass a table, as reader.read_all() returns"
+        )
+    return table
 
 
 def _show_printed(text: Any) -> None:

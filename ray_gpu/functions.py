@@ -10,16 +10,18 @@ from __future__ import annotations
 import array
 import functools
 import io
-import os
 import sys
-import sysconfig
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from ray_gpu.captured import PLAIN, children, reached, travels, unchanged
 from ray_gpu.request import MAX_FUNCTION_BYTES
 from zones.errors import FunctionRefusedError
 
@@ -35,41 +37,8 @@ _DATA_PROTOCOLS = (
     "__dataframe__",
     "__dlpack__",
 )
-#: Types without such attributes, which make up most of a function.
-_PLAIN = frozenset(
-    {
-        type(None),
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        tuple,
-        list,
-        dict,
-        set,
-        frozenset,
-        types.CodeType,
-        types.FunctionType,
-        types.BuiltinFunctionType,
-        types.ModuleType,
-        types.CellType,
-    }
-)
-#: A value of these types is the same value as long as it is the same object; functions are looked into.
-_UNCHANGING = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
+#: Types of data without such attributes. An expression may hold the values that it looks for.
+_HOLDERS = (array.array, memoryview, pa.Buffer, pc.Expression)
 #: ``cloudpickle`` keeps the modules that it sends by value in one list for the whole process.
 _registering = threading.Lock()
 
@@ -83,8 +52,8 @@ class PackedFunction:
         self._bytes = b""
 
     def __bytes__(self) -> bytes:
-        captured = list(_reached(self._function, set()))
-        if self._captured is None or not _unchanged(self._captured, captured):
+        captured = reached(self._function)
+        if self._captured is None or not unchanged(self._captured, captured):
             self._bytes, self._captured = pack(self._function), captured
         return self._bytes
 
@@ -146,20 +115,31 @@ class _DataFoundError(Exception):
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
     def persistent_id(self, value: Any) -> None:
         """Look at *value*, which is about to be written; always says that it has no other name."""
-        if type(value) not in _PLAIN and _is_data(value):
+        if type(value) not in PLAIN and _is_data(value):
             raise _DataFoundError(value)
 
 
 def _is_data(value: Any) -> bool:
     if isinstance(value, type):
         return False
-    if isinstance(value, (array.array, memoryview)):
+    if isinstance(value, io.IOBase):
+        # A file is pickled with its content. These two are sent by name.
+        return value not in (sys.stdout, sys.stderr)
+    if isinstance(value, _HOLDERS):
         return True
+    if isinstance(value, pa.Scalar):
+        return not pa.types.is_primitive(value.type)
     # The type is asked: an object that answers to every name is not a table.
     if not any(hasattr(type(value), protocol) for protocol in _DATA_PROTOCOLS):
         return False
-    # One number is a parameter, not data: NumPy's scalars have all that its arrays have.
-    return getattr(value, "shape", None) != ()
+    return not _is_one_number(value)
+
+
+def _is_one_number(value: Any) -> bool:
+    """Tell whether *value* is a parameter, not data: NumPy's scalars have all that its arrays have."""
+    dtype = getattr(value, "dtype", None)
+    # A record is a row, and an object may be anything. Tensors of other libraries take along what they are a part of.
+    return getattr(value, "shape", None) == () and isinstance(dtype, np.dtype) and dtype.kind not in "OV"
 
 
 def _dumps(value: Any) -> bytes:
@@ -173,7 +153,7 @@ class _by_value:  # noqa: N801 - reads as what it does: `with _by_value():`
 
     def __enter__(self) -> None:
         _registering.acquire()
-        self._modules = [module for module in list(sys.modules.values()) if _travels(module)]
+        self._modules = [module for module in list(sys.modules.values()) if travels(module)]
         for module in self._modules:
             cloudpickle.register_pickle_by_value(module)
 
@@ -181,29 +161,6 @@ class _by_value:  # noqa: N801 - reads as what it does: `with _by_value():`
         for module in self._modules:
             cloudpickle.unregister_pickle_by_value(module)
         _registering.release()
-
-
-def _travels(module: Any) -> bool:
-    path = getattr(module, "__file__", None)
-    name = getattr(module, "__name__", None)
-    # A module under another name than its own cannot be registered, and is no module that a function names.
-    return isinstance(path, str) and sys.modules.get(str(name)) is module and name != "__main__" and _own(path)
-
-
-def _installed() -> tuple[str, ...]:
-    """Return the directories of what a node has too: Python, its packages, and ray_gpu itself."""
-    packages = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    places += [os.path.join(packages, name) for name in ("ray_gpu", "zones")]
-    return tuple(dict.fromkeys(place + os.sep for path in places for place in (path, os.path.realpath(path))))
-
-
-_INSTALLED = _installed()
-
-
-@functools.lru_cache(maxsize=16384)
-def _own(path: str) -> bool:
-    return not (path.startswith(_INSTALLED) or os.path.realpath(path).startswith(_INSTALLED))
 
 
 # -- what is the cause ------------------------------------------------------------------------------
@@ -229,7 +186,7 @@ def _cannot_pickle(function: Callable[..., Any], cause: Exception) -> FunctionRe
 
 
 def _too_large(function: Callable[..., Any], size: int) -> FunctionRefusedError:
-    sizes = {name: len(_dumps(value)) for name, value in _children(_inner(function))}
+    sizes = {name: len(_dumps(value)) for name, value in children(_inner(function))}
     largest = max(sizes, key=lambda name: sizes[name], default=None)
     blame = f"; the largest part is {largest} with {sizes[largest]} bytes" if largest else ""
     return FunctionRefusedError(
@@ -254,7 +211,7 @@ def _error(value: Any) -> Exception | None:
 
 def _find(value: Any, guilty: Callable[[Any], bool], depth: int = 0, seen: frozenset[int] = frozenset()) -> str | None:
     """Return where below *value* the cause is, such as ``model.coef_`` or ``default of alpha``."""
-    for name, child in _children(value):
+    for name, child in children(value):
         if depth >= _MAX_DEPTH or id(child) in seen or not guilty(child):
             continue
         below = _find(child, guilty, depth + 1, seen | {id(value)})
@@ -270,99 +227,8 @@ def _join(name: str, below: str) -> str:
     return f"{name}{below}" if below.startswith(("[", ".")) else f"{name}.{below}"
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ``(name, value)`` of what is pickled with *value*: variables of a function, attributes, items."""
-    if isinstance(value, types.FunctionType):
-        yield from _variables(value)
-    elif isinstance(value, types.MethodType):
-        yield from (("self", value.__self__), (value.__func__.__name__, value.__func__))
-    elif isinstance(value, functools.partial):
-        yield from (
-            (_plain_name(value.func), value.func),
-            *((f"argument {i}", arg) for i, arg in enumerate(value.args)),
-            *value.keywords.items(),
-        )
-    elif isinstance(value, (staticmethod, classmethod)):
-        yield value.__func__.__name__, value.__func__
-    elif isinstance(value, property):
-        parts = (value.fget, value.fset, value.fdel)
-        yield from ((_plain_name(part), part) for part in parts if part is not None)
-    elif isinstance(value, dict):
-        yield from ((f"[{str(key)[:40]!r}]", item) for key, item in list(value.items()))
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    elif type(value) not in _PLAIN or isinstance(value, types.ModuleType):
-        yield from _attributes(value)
-
-
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes of a class, a module or an instance, and an instance's class."""
-    yield from ((name, item) for name, item in list(getattr(value, "__dict__", {}).items()) if name != "__builtins__")
-    if isinstance(value, (type, types.ModuleType)):
-        return
-    slots = [name for base in type(value).__mro__ for name in base.__dict__.get("__slots__", ()) if name != "__dict__"]
-    yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
-    yield type(value).__name__, type(value)
-
-
-def _plain_name(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield a function's closure variables, the globals that it names, and its defaults."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # the variable has no value yet
-            continue
-    for name in _global_names(function.__code__):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
-    if defaults := function.__defaults__:
-        names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        for name, value in zip(names[len(names) - len(defaults) :], defaults, strict=True):
-            yield f"default of {name}", value
-    if function.__kwdefaults__:
-        yield from ((f"default of {name}", value) for name, value in function.__kwdefaults__.items())
-    yield from function.__dict__.items()
-
-
-@functools.lru_cache(maxsize=1024)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(_global_names(constant))
-    return tuple(sorted(names))
-
-
-# -- whether it changed -----------------------------------------------------------------------------
-
-
-def _reached(function: Any, seen: set[int]) -> Iterator[Any]:
-    """Yield what a function and the functions among its variables name now."""
-    if id(function) in seen:
-        return
-    seen.add(id(function))
-    for _, value in _children(function):
-        yield value
-        if isinstance(value, types.FunctionType) and _travels_or_main(value):
-            yield from _reached(value, seen)
-
-
-def _travels_or_main(function: types.FunctionType | type) -> bool:
-    return function.__module__ == "__main__" or _travels(sys.modules.get(function.__module__ or ""))
-
-
-def _unchanged(before: list[Any], now: list[Any]) -> bool:
-    """Tell whether all are the same objects, of kinds that cannot change inside."""
-    return len(before) == len(now) and all(
-        old is new and (isinstance(new, _UNCHANGING) or (isinstance(new, type) and not _travels_or_main(new)))
-        for old, new in zip(before, now, strict=True)
-    )
-
-
 def _kind(value: Any) -> str:
+    if isinstance(value, io.IOBase):
+        return "file object"
     module = type(value).__module__.partition(".")[0]
     return type(value).__name__ if module == "builtins" else f"{module} {type(value).__name__}"

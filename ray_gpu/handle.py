@@ -6,6 +6,7 @@ name nothing else and the columns' classes are the catalog's.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class Handle:
             UnknownNameError: The data set has no such column.
             ValueError: *condition* is no filter.
         """
+        condition = filters.plain(condition)
         filters.filter_columns(condition, list(self.session.datasets[self.dataset]))
         if self.part is None:
             return replace(self, condition=_both(self.condition, condition))
@@ -68,13 +70,16 @@ class Handle:
 
         Raises:
             ValueError: Fractions are not above 0 or sum to more than 1, or the handle is a part already.
+            TypeError: A fraction or the seed is no number.
         """
-        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+        shares, seed = tuple(float(part) for part in fractions), operator.index(seed)
+        # Asked this way round, so that what is not a number is refused too.
+        if not shares or not all(part > 0 for part in shares) or not sum(shares) <= 1 + 1e-9:
             raise ValueError("split takes fractions above 0 that sum to at most 1, as in split(0.8)")
         if self.part is not None:
             raise ValueError("this handle is one part of a split; split the whole into more parts instead")
-        parts = len(fractions) + (sum(fractions) < 1 - 1e-9)
-        return tuple(replace(self, part=(fractions, seed, index)) for index in range(parts))
+        parts = len(shares) + (sum(shares) < 1 - 1e-9)
+        return tuple(replace(self, part=(shares, seed, index)) for index in range(parts))
 
     def document(self) -> dict[str, Any]:
         """Return what the gateway resolves."""

@@ -103,6 +103,7 @@ def run(session: Session, request: Request, source: Source | None, events: Event
         EgressDeniedError: Policy refuses; nothing left, and the ledger says so.
         LedgerUnavailableError: It could not be written down; nothing left.
         PlacementError, SandboxLevelError, GrantRefusedError: No node would do; nothing left.
+        ValueRefusedError: All rows shall be one batch and are too many (nothing left); or a result is refused.
         LeaseLostError: Nodes were lost more often than a shard may be sent.
         CallCancelledError, CallTimeoutError: The caller gave up.
     """
@@ -216,6 +217,11 @@ class ShardRun:
             min_shards=1 if options.whole else 2 * options.concurrency,
         )
         self._count = len(self._plan)
+        if options.whole and self._count > 1:
+            raise ValueRefusedError(
+                f"f.remote gives a function all rows as one batch, and {source.rows} rows of {self._table.nbytes} "
+                f"bytes do not fit one of {MAX_WHOLE_BYTES}; use .map or .map_reduce, which take them in shards"
+            )
         self._pending: deque[tuple[int, int]] = deque((index, 0) for index in range(self._count))
         self._lock = threading.Lock()
         self._parts: dict[int, Any] = {}

@@ -7,10 +7,12 @@ the built-in exception of the same name from it.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ray_gpu.answers import MAX_TEXT_BYTES, read_outcome
+from ray_gpu.answers import MAX_MEMBERS, MAX_TEXT_BYTES, read_outcome
 from zones import values
 from zones.errors import RemoteFunctionError, RowCountError, ValueRefusedError, from_wire
 
@@ -44,15 +46,7 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
     printed = _cut(meta.get("printed", ""))
     status = meta.get("status")
     if status == "error":
-        raise RemoteFunctionError(
-            f"{_cut(meta.get('type'), 200)}: {_cut(meta.get('message'), 2000)}",
-            type_name=_cut(meta.get("type"), 200),
-            builtin=meta.get("builtin") is True,
-            text=_cut(meta.get("message")),
-            plain_args=_plain(meta.get("args")),
-            traceback=_cut(meta.get("traceback")),
-            printed=printed,
-        )
+        raise _raised(meta, printed)
     if status == "refused":
         text = _cut(meta.get("message"), 2000)
         error = from_wire({"error": meta.get("error"), "message": text, "fields": meta.get("fields")})
@@ -69,11 +63,39 @@ def _cut(text: Any, most: int = MAX_TEXT_BYTES + 100) -> str:
     return str(text)[:most]
 
 
+def _raised(meta: dict[str, Any], printed: str) -> RemoteFunctionError:
+    one = _described(meta, itertools.count())
+    return RemoteFunctionError(
+        f"{one['type']}: {one['message'][:2000]}",
+        type_name=one["type"],
+        builtin=one["builtin"],
+        text=one["message"],
+        plain_args=one["args"],
+        members=one["members"],
+        traceback=_cut(meta.get("traceback")),
+        printed=printed,
+    )
+
+
+def _described(meta: dict[str, Any], counted: Iterator[int]) -> dict[str, Any]:
+    """Return the description of an exception with what a sandbox of ours says, and nothing else."""
+    members = meta.get("members")
+    if not isinstance(members, list) or next(counted) >= MAX_MEMBERS:
+        members = []
+    return {
+        "type": _cut(meta.get("type"), 200),
+        "builtin": meta.get("builtin") is True,
+        "message": _cut(meta.get("message")),
+        "args": _plain(meta.get("args")),
+        "members": [_described(one, counted) for one in members[:MAX_MEMBERS] if isinstance(one, dict)],
+    }
+
+
 def _plain(args: Any) -> list[Any]:
     """Return the arguments of an exception as its sandbox sent them, if they are what a sandbox of ours sends."""
-    if not isinstance(args, list) or not all(isinstance(arg, (str, int, float, bool, type(None))) for arg in args):
+    if not isinstance(args, list) or not all(isinstance(arg, (str, bytes, int, float, type(None))) for arg in args):
         return []
-    return args if sum(len(arg) for arg in args if isinstance(arg, str)) <= MAX_TEXT_BYTES else []
+    return args if sum(len(arg) for arg in args if isinstance(arg, (str, bytes))) <= MAX_TEXT_BYTES else []
 
 
 def _check_rows(value: Any, rows: int) -> None:

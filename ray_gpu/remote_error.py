@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from typing import Any
 
 from zones.errors import RemoteFunctionError
 
@@ -18,14 +19,19 @@ class RemoteTraceback(Exception):  # noqa: N818 - it is no error, it is where on
         return f'\n"""\n{self.text}"""'
 
 
-#: Exceptions that would end or confuse the notebook if a remote function could raise them there.
-_NEVER = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration"}
+#: Exceptions that would end the notebook, or a coroutine of its own, if a remote function could raise them there.
+_NEVER = {"SystemExit", "KeyboardInterrupt", "GeneratorExit"}
 
 
 def rebuild(error: RemoteFunctionError) -> Exception:
     """Return the built-in exception of the same name and text, else *error*; the remote traceback is its cause.
 
-    So ``except KeyError`` works at the caller. Nothing is unpickled: only names of built-in exceptions are looked up.
+    So ``except KeyError`` works at the caller, and ``except*`` for the members of an ``ExceptionGroup``. Nothing is
+    unpickled: only names of built-in exceptions are looked up.
+
+    A ``StopIteration`` is one too, and does to the caller's code what it does where a function is called directly:
+    within a generator Python turns it into ``RuntimeError``, and ``map(...)`` or a ``__next__`` of the caller's own
+    take it for the end of what they go through.
     """
     found = _builtin(error) or error
     found.__cause__ = RemoteTraceback(error.traceback)
@@ -37,14 +43,39 @@ def _builtin(error: RemoteFunctionError) -> Exception | None:
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         return None
     arguments = tuple(error.plain_args or ())
+    if issubclass(kind, ExceptionGroup):
+        return _made(kind, (*arguments, [_member(one) for one in error.members or ()]))
     made = _made(kind, arguments)
     if made is not None and str(made) == error.text:
         return made
+    if isinstance(made, UnicodeError):
+        # The text that it is about was too long, or is none: what it says of that text was said where it was.
+        return _made(_saying(kind, error.text), arguments)
     # Its arguments were more than plain values: the text alone has to do.
-    made = _made(kind, (error.text,)) or _unicode_error(kind, error.text)
+    made = _made(kind, (error.text,))
     if isinstance(made, OSError) and arguments and isinstance(arguments[0], int):
         made.errno = arguments[0]
     return made
+
+
+def _member(described: dict[str, Any]) -> Exception:
+    """Return one exception of a group, whose traceback is in the group's."""
+    one = RemoteFunctionError(
+        f"{described['type']}: {described['message']}",
+        type_name=described["type"],
+        builtin=described["builtin"],
+        text=described["message"],
+        plain_args=described["args"],
+        members=described["members"],
+        traceback="",
+        printed="",
+    )
+    return _builtin(one) or one
+
+
+def _saying(kind: type[Exception], text: str) -> type[Exception]:
+    """Return a kind of *kind*, with its name, that says *text*."""
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__str__": lambda _: text})
 
 
 def _made(kind: type[Exception], arguments: tuple[object, ...]) -> Exception | None:
@@ -52,11 +83,3 @@ def _made(kind: type[Exception], arguments: tuple[object, ...]) -> Exception | N
         return kind(*arguments)
     except Exception:  # noqa: BLE001 - some types want other arguments, and say so in their own ways
         return None
-
-
-def _unicode_error(kind: type[Exception], text: str) -> Exception | None:
-    """Return an error about an empty text: the one that it was raised for stays where it was."""
-    for empty in (b"", ""):
-        if made := _made(kind, ("?", empty, 0, 0, text)) or _made(kind, (empty, 0, 0, text)):
-            return made
-    return None

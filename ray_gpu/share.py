@@ -63,8 +63,9 @@ def open_sealed(fd: int) -> memoryview:
 
 
 def share_table(table: pa.Table) -> int:
-    """Return a sealed memory file that holds *table* as an Arrow IPC stream."""
-    return sealed_file(shards.ipc_size(table), lambda view: shards.write_ipc_into(table, view))
+    """Return a sealed memory file that holds *table* as an Arrow IPC stream, view columns as large text or bytes."""
+    plain = shards.without_views(table)
+    return sealed_file(shards.ipc_size(plain), lambda view: shards.write_ipc_into(plain, view))
 
 
 def open_table(fd: int, *, trusted: bool) -> pa.Table:

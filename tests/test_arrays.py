@@ -111,6 +111,22 @@ def test_no_array_form(column: Any) -> None:
         _batch(x=column)["x"]
 
 
+def test_type_of_a_column_does_not_depend_on_the_rows() -> None:
+    """Where the call's data has nulls, a shard without one gives the same types as one with some."""
+    kinds: dict[str, Any] = {"a": pa.int64(), "b": pa.int64(), "c": pa.bool_(), "d": pa.date32()}
+    fields = [pa.field(name, kind, nullable=name != "b") for name, kind in kinds.items()]
+    columns = [pa.array([0, 1], pa.int32()).cast(kind) for kind in kinds.values()]
+    batch = Batch.of_shard(pa.Table.from_arrays(columns, schema=pa.schema(fields)))
+
+    assert [batch[name].dtype for name in "abd"] == [np.dtype("float64"), np.dtype("int64"), np.dtype("float64")]
+    with pytest.raises(TypeError, match="bool with nulls has no array form"):
+        batch["c"]
+    with pytest.raises(ValueError, match="column 'a' has nulls"):
+        batch.matrix(["b", "a"], dtype=np.int64)
+    assert batch.matrix(["b"], dtype=np.int64).dtype == np.int64
+    assert all(field.nullable for field in batch.to_arrow().schema)
+
+
 def test_matrix() -> None:
     """``matrix`` puts columns side by side, in the order asked for, as ``float64`` unless told otherwise."""
     batch = _batch(a=[1, 2], b=[3.5, None])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import array
 import functools
+import importlib
+import io
 import pickle
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from ray_gpu import functions
@@ -163,10 +168,10 @@ def test_partial_and_method_travel() -> None:
 
 
 def test_one_numpy_number_is_a_parameter() -> None:
-    """A NumPy scalar is no array, nor is an array without dimensions."""
-    alpha, beta = np.float64(0.5), np.array(2.0)
+    """A NumPy scalar is no array, nor is an array without dimensions; and so is Arrow's."""
+    alpha, beta, gamma = np.float64(0.5), np.array(2.0), pa.scalar(1.0)
 
-    assert _loaded(functions.pack(lambda x: x * alpha + beta))(2) == 3.0
+    assert _loaded(functions.pack(lambda x: x * alpha + beta + gamma.as_py()))(2) == 4.0
 
 
 def test_recursive_function_travels() -> None:
@@ -210,6 +215,18 @@ def _capturing(value: Any) -> Callable[..., Any]:
         pd.Series([1]),
         pd.Index([1]),
         array.array("d", [1.0]),
+        memoryview(b"Alice"),
+        pa.py_buffer(b"Alice"),
+        pa.scalar([1, 2]),
+        pa.scalar({"age": 1}),
+        pa.scalar("Alice"),
+        pa.array(["Alice"]).dictionary_encode()[0],
+        pc.field("age").isin(pa.array([1, 2])),
+        np.zeros(1, [("age", "f8")])[0],
+        np.zeros(1, [("age", "f8")]).view(np.recarray)[0],
+        np.array([1, 2], dtype=object)[:1].reshape(()),
+        io.BytesIO(b"Alice"),
+        io.StringIO("Alice"),
         [1, {"deep": (WEIGHTS,)}],
         {"key": WEIGHTS},
         Model(WEIGHTS),
@@ -230,6 +247,27 @@ def test_captured_data_is_refused(value: Any) -> None:
     assert error.variable == "captured"
     assert "captured" in error.message
     assert "pass it as an argument" in error.message
+
+
+def test_captured_file_is_refused(tmp_path: Path) -> None:
+    """A file would take its content along, as cloudpickle alone shows (the control); closed or open for writing too."""
+    path = tmp_path / "patients.csv"
+    path.write_text("Alice", encoding="utf-8")
+    with path.open(encoding="utf-8") as file, path.open("rb") as raw:
+        assert b"Alice" in cloudpickle.dumps(_capturing(file))
+        errors = [_refused(_capturing(file)), _refused(_capturing([raw])), _refused(lambda: file.read())]
+
+    assert [error.variable for error in errors] == ["captured", "captured", "file"]
+    assert "file object" in errors[0].message
+
+
+def test_standard_output_is_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent by name: what the function writes there is printed at the caller."""
+    # pytest's own is of a kind that cannot be pickled.
+    with Path("/dev/null").open("w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+
+        assert _loaded(functions.pack(_capturing(stdout)))() is stdout
 
 
 def test_global_table_is_named() -> None:
@@ -406,6 +444,113 @@ def test_data_that_comes_later_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(FunctionRefusedError):
         bytes(packed)
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A module of the user's, beside the notebook."""
+    path = tmp_path / "mine_to_change.py"
+    path.write_text("FACTOR = 3\n\ndef times(x):\n    return FACTOR * x\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield importlib.import_module("mine_to_change")
+    del sys.modules["mine_to_change"]
+
+
+def test_changed_module_of_the_user_is_packed_again(own_module: Any) -> None:
+    """A value in a module that travels goes with its new value, named by the function or by what it calls."""
+    named = functions.PackedFunction(lambda: own_module.FACTOR)
+    called = functions.PackedFunction(lambda: own_module.times(1))
+    assert (_loaded(bytes(named))(), _loaded(bytes(called))()) == (3, 3)
+    assert bytes(named) is bytes(named)
+
+    own_module.FACTOR = 7
+
+    assert (_loaded(bytes(named))(), _loaded(bytes(called))()) == (7, 7)
+
+
+def test_module_in_a_module_of_the_user_is_looked_into(own_module: Any) -> None:
+    """A module that travels takes along those that it imported."""
+    outer = types.ModuleType("outer_of_mine")
+    outer.inner = own_module  # type: ignore[attr-defined]  # as an import there does
+    packed = functions.PackedFunction(lambda: outer.inner.FACTOR)
+    assert _loaded(bytes(packed))() == 3
+
+    own_module.FACTOR = 7
+
+    assert _loaded(bytes(packed))() == 7
+
+
+def test_reloaded_module_of_the_user_is_packed_again(own_module: Any) -> None:
+    """After ``importlib.reload`` the new code runs, remote as local."""
+    packed = functions.PackedFunction(lambda x: own_module.times(x))
+    assert _loaded(bytes(packed))(1) == 3
+    Path(own_module.__file__).write_text("def times(x):\n    return x + 1000  # mended\n", encoding="utf-8")
+
+    importlib.reload(own_module)
+
+    assert _loaded(bytes(packed))(1) == 1001
+
+
+def test_changed_code_of_a_function_is_packed_again(own_module: Any) -> None:
+    """Tools that reload modules give old functions new code."""
+    times = own_module.times
+    packed = functions.PackedFunction(lambda x: times(x))
+    assert _loaded(bytes(packed))(1) == 3
+
+    times.__code__ = compile("lambda x: FACTOR + x", "mended", "eval").co_consts[0]
+
+    assert _loaded(bytes(packed))(1) == 4
+
+
+def test_class_of_a_module_of_the_user_is_packed_again(own_module: Any) -> None:
+    """What hangs on a class may change too."""
+    own_module.Settings = type("Settings", (), {"k": 1, "__module__": "mine_to_change"})
+    packed = functions.PackedFunction(lambda: own_module.Settings.k)
+    assert _loaded(bytes(packed))() == 1
+
+    own_module.Settings.k = 2
+
+    assert _loaded(bytes(packed))() == 2
+
+
+def test_data_that_comes_into_a_module_later_is_refused(own_module: Any) -> None:
+    """A module that travels may not take a table along, whenever it got it."""
+    packed = functions.PackedFunction(lambda: own_module.FACTOR)
+    bytes(packed)
+    own_module.TABLE = TABLE
+
+    with pytest.raises(FunctionRefusedError) as refused:
+        bytes(packed)
+    assert "TABLE" in refused.value.message
+
+
+def test_method_of_a_list_is_packed_again() -> None:
+    """A built-in method is bound to an object, which may change."""
+    names = ["age"]
+    count = names.count
+    captured, itself = functions.PackedFunction(lambda: count("age")), functions.PackedFunction(names.count)
+    assert (_loaded(bytes(captured))(), _loaded(bytes(itself))("age")) == (1, 1)
+
+    names.append("age")
+
+    assert (_loaded(bytes(captured))(), _loaded(bytes(itself))("age")) == (2, 2)
+
+
+def test_function_made_by_an_installed_module_is_looked_into() -> None:
+    """A function that no name leads to goes by value, whatever module it says it is from."""
+    state = [1]
+
+    def read() -> int:
+        return state[0]
+
+    read.__module__ = "functools"
+    packed = functions.PackedFunction(lambda: read())
+    assert _loaded(bytes(packed))() == 1
+
+    state[0] = 2
+
+    assert _loaded(bytes(packed))() == 2
 
 
 def test_threads_pack_at_once() -> None:

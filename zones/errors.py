@@ -302,16 +302,18 @@ class RemoteFunctionError(ZoneError):
         type_name: Qualified name of the remote exception's type; a bare name if it is a built-in.
         builtin: Whether the type is a built-in.
         text: ``str()`` of the remote exception.
-        plain_args: Its arguments that are plain values.
+        plain_args: Its arguments, if all are plain values.
+        members: What an exception group holds, each described by type, message, arguments and members.
         traceback: The remote traceback as text.
         printed: What the function printed before it raised.
     """
 
-    field_names = ("type_name", "builtin", "text", "plain_args", "traceback", "printed")
+    field_names = ("type_name", "builtin", "text", "plain_args", "members", "traceback", "printed")
     type_name: str
     builtin: bool
     text: str
-    plain_args: list[str | int | float | bool | None]
+    plain_args: list[str | bytes | int | float | bool | None]
+    members: list[dict[str, Any]]
     traceback: str
     printed: str
 

@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -50,6 +51,13 @@ def to_expression(doc: Any, columns: pa.Schema | Sequence[str]) -> pc.Expression
     """
     expression: pc.Expression = _Builder(columns).build(doc, 0)
     return expression
+
+
+def plain(doc: Any, depth: int = 0) -> Any:
+    """Return a filter document with NumPy's scalars as the Python values that they are."""
+    if isinstance(doc, (list, tuple)) and depth <= MAX_DEPTH + 1:
+        return [plain(part, depth + 1) for part in doc]
+    return doc.item() if isinstance(doc, np.generic) else doc
 
 
 def filter_columns(doc: Any, columns: pa.Schema | Sequence[str]) -> set[str]:

@@ -99,11 +99,27 @@ def plain_table(table: pa.Table, where: str = "the table") -> pa.Table:
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
+def without_views(table: pa.Table) -> pa.Table:
+    """Return *table* with its view columns, which a stream from outside may not have, as large text or bytes."""
+    if not any(_is_view(kind) for kind in table.schema.types):
+        return table
+    return pa.Table.from_arrays([_without_views(column) for column in table.columns], names=table.column_names)
+
+
+def _without_views(column: Any) -> Any:
+    # A view's buffers hold the text of rows that were filtered away.
+    if not _is_view(column.type):
+        return column
+    return column.cast(pa.large_string() if pa.types.is_string_view(column.type) else pa.large_binary())
+
+
+def _is_view(kind: Any) -> bool:
+    return bool(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind))
+
+
 def plain_column(column: Any, where: str) -> Any:
     """Return a chunked array without metadata inside its type. Raises as :func:`plain_table`, naming *where*."""
-    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
-        # A view's buffers hold the text of rows that were filtered away.
-        column = column.cast(pa.large_string() if pa.types.is_string_view(column.type) else pa.large_binary())
+    column = _without_views(column)
     check_type(column.type, where)
     plain = _plain_type(column.type)
     return column if plain.equals(column.type, check_metadata=True) else column.cast(plain)

@@ -24,6 +24,7 @@ from zones.filters import to_expression as to_expression
 from zones.ipc import ipc_size as ipc_size
 from zones.ipc import plain_column
 from zones.ipc import read_ipc as read_ipc
+from zones.ipc import without_views as without_views
 from zones.ipc import write_ipc_into as write_ipc_into
 from zones.plan import SEED_BYTES as SEED_BYTES
 from zones.plan import Index
@@ -47,12 +48,18 @@ def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table
     *keep_categories*; then all its category values leave, used or not. Numbers in several chunks are
     joined into one, which for a moment takes their memory twice; nothing else is copied.
 
+    A field says whether its column has nulls (``nullable``). Every shard carries this one bit of the whole, so that
+    what a function gets, and returns, is not of one type here and another there, as the shuffle has it.
+
     Raises:
         ValueRefusedError: A column's type could carry more than its rows; see :func:`zones.ipc.check_type`.
     """
     names = table.column_names
     columns = [_strip_column(table.column(i), name, name in keep_categories) for i, name in enumerate(names)]
-    fields = [pa.field(name, column.type) for name, column in zip(names, columns, strict=True)]
+    fields = [
+        pa.field(name, column.type, nullable=bool(column.null_count) or pa.types.is_null(column.type))
+        for name, column in zip(names, columns, strict=True)
+    ]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
@@ -305,18 +312,22 @@ def _scatter(parts: Sequence[Array], result: Array, plan: Plan) -> None:
                 result[source] = part[rows]
             else:
                 units = _by_unit(result, plan)
-                units[source] = part[rows].reshape(-1, *units.shape[1:])
+                units[source] = part[rows].reshape(len(source), *units.shape[1:])
 
 
 def _join_tables(parts: Sequence[pa.Table], plan: Plan) -> pa.Table:
-    if len({tuple(part.column_names) for part in parts}) > 1:
+    names = parts[0].column_names
+    if any(part.column_names != names for part in parts):
         raise ValueRefusedError("shards returned tables with different columns; return the same columns from each")
+    # By place while they are joined: names may be there twice, and Arrow promotes by name.
+    places = [str(place) for place in range(len(names))]
     try:
         # A column that is empty in one shard arrives there with the null type: promote that and nothing else.
-        joined = pa.concat_tables(parts, promote_options="default").unify_dictionaries()
+        joined = pa.concat_tables([part.rename_columns(places) for part in parts], promote_options="default")
     except pa.ArrowException:
         raise ValueRefusedError("shards returned columns of different types; cast them to one type") from None
-    return joined if plan.order is None else joined.take(_inverse(plan))
+    unified = joined.unify_dictionaries().rename_columns(names)
+    return unified if plan.order is None else unified.take(_inverse(plan))
 
 
 def _inverse(plan: Plan) -> Any:

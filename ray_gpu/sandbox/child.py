@@ -21,28 +21,22 @@ Any message to the sandbox may also carry ``free``: out slots whose results the 
 
 from __future__ import annotations
 
-import builtins
 import gc
 import io
 import mmap
 import os
 import socket
 import sys
-import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import msgpack
-
 from ray_gpu.answers import MAX_TEXT_BYTES, write_outcome
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
+from ray_gpu.sandbox.raised import describe
 from ray_gpu.wire import Inbox, PeerClosedError, send_message
-from zones.errors import ResultTooLargeError, ValueRefusedError, ZoneError
-
-#: A type's name longer than this is cut, characters.
-MAX_NAME_CHARS = 200
+from zones.errors import ResultTooLargeError, ValueRefusedError
 
 
 class _Libraries:
@@ -55,7 +49,7 @@ class _Libraries:
         from zones import ipc, values  # noqa: PLC0415 - after hardening
 
         self.unpickle = cloudpickle.loads
-        self.batch, self.to_host, self.device = arrays.Batch, arrays.to_host, arrays.device
+        self.batch, self.to_host, self.device = arrays.Batch.of_shard, arrays.to_host, arrays.device
         self.read_ipc = ipc.read_ipc
         self.decode, self.encode_into = values.decode, values.encode_into
 
@@ -151,7 +145,7 @@ class Sandbox:
             value = self._libraries.to_host(work())
             outcome: dict[str, Any] = {"status": "ok"}
         except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
-            value, outcome = None, _describe(error)
+            value, outcome = None, describe(error)
         if os.getpid() != self._pid:
             os._exit(0)  # The function forked and its child returned too; one answer is enough.
         outcome["printed"] = self._take_printed()
@@ -172,7 +166,7 @@ class Sandbox:
             }
             return write_outcome(view, refused, None, self._libraries.encode_into)
         except Exception as error:  # noqa: BLE001 - objects of the user's own may raise anything while they are read
-            failed = _describe(error) | {"printed": outcome["printed"]}
+            failed = describe(error) | {"printed": outcome["printed"]}
             return write_outcome(view, failed, None, self._libraries.encode_into)
 
     def _out_slot(self) -> int:
@@ -202,47 +196,6 @@ class Sandbox:
         os.ftruncate(self._output_fd, 0)
         os.lseek(self._output_fd, 0, os.SEEK_SET)
         return text if size <= MAX_TEXT_BYTES else f"{text}\n[cut: {size} bytes printed, {MAX_TEXT_BYTES} kept]\n"
-
-
-def _describe(error: BaseException) -> dict[str, Any]:
-    """Describe an exception of the user's function by type, message and traceback text."""
-    kind = type(error)
-    builtin = getattr(builtins, kind.__name__, None) is kind
-    message = _text(lambda: str(error))[:MAX_TEXT_BYTES]
-    return {
-        "status": "error",
-        "type": kind.__name__ if builtin else _text(lambda: f"{kind.__module__}.{kind.__qualname__}")[:MAX_NAME_CHARS],
-        "builtin": builtin,
-        "message": message,
-        "args": _plain_args(error),
-        "traceback": _text(lambda: _traceback(error))[-MAX_TEXT_BYTES:],
-    }
-
-
-def _traceback(error: BaseException) -> str:
-    if isinstance(error, ZoneError):
-        return error.message
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    return "".join([*traceback.format_list(frames), *traceback.format_exception_only(error)])
-
-
-def _plain_args(error: BaseException) -> list[Any]:
-    """Return an exception's arguments, for the caller to build it again, if all are small plain values; else none."""
-    try:
-        args = list(error.args)
-        if all(type(arg) in (str, int, float, bool, type(None)) for arg in args):
-            return args if len(msgpack.packb(args)) <= MAX_TEXT_BYTES else []
-    except Exception:  # noqa: BLE001 - a lone surrogate, an integer over 64 bits, or args that are a property
-        return []
-    return []
-
-
-def _text(make: Callable[[], str]) -> str:
-    """Return the text that *make* makes of the user's object, as valid Unicode, or what kept it from doing so."""
-    try:
-        return make().encode("utf-8", "backslashreplace").decode("utf-8")
-    except Exception as error:  # noqa: BLE001 - a __str__ of the user's own may raise anything
-        return f"<its text cannot be shown: {type(error).__name__}>"
 
 
 def _capture_output() -> int:

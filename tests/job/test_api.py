@@ -555,6 +555,17 @@ def test_split_parts_are_disjoint_and_whole(zone: Any) -> None:
     assert data.split(0.8, seed=4)[1].to_arrow()["record_number"].to_pylist() != numbers[1]
 
 
+def test_numpy_numbers_are_numbers(zone: Any) -> None:
+    """Fractions, seeds and constants may come from NumPy; they stand for their Python values."""
+    data = zone.read("randhie", columns=["record_number"])
+    often = data.filter(["or", ("mdvis", "in", [np.int64(11), np.int16(12)]), ["mdvis", ">", np.float32(12)]])
+
+    assert len(often) == len(data.filter(["mdvis", ">", 10])) > 0
+    assert len(data.split(np.float32(0.5), seed=np.int64(3))[0]) == 10_095
+    drawn = [data.split(0.5, seed=seed)[0].to_arrow() for seed in (3, np.int64(3))]
+    assert drawn[0].equals(drawn[1])
+
+
 def test_filter_after_split_keeps_the_part(zone: Any) -> None:
     """Filtering a part gives rows of that part only: no row of the test set gets into the training set."""
     train, test = zone.read("randhie", columns=["record_number"]).split(0.8)
@@ -606,6 +617,8 @@ def test_labels_follow_the_handle(zone: Any, how: str) -> None:
         (lambda zone: zone.read("randhie").filter(["mdvis", "~", 1]), ValueError, "operator '~'"),
         (lambda zone: zone.read("randhie").split(), ValueError, r"split\(0.8\)"),
         (lambda zone: zone.read("randhie").split(0.8, 0.3), ValueError, "at most 1"),
+        (lambda zone: zone.read("randhie").split(float("nan")), ValueError, r"split\(0.8\)"),
+        (lambda zone: zone.read("randhie").split(0.5, seed="a"), TypeError, "integer"),
         (lambda zone: zone.read("randhie").split(0.5)[0].split(0.5), ValueError, "split the whole"),
         (
             lambda zone: double.options(columns=["idp"]).map(zone.read("randhie", columns=["mdvis"])),

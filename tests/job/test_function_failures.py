@@ -181,13 +181,14 @@ class Bare(BaseException):
         (MuteError(), RemoteFunctionError, "MuteError: <its text cannot be shown: RuntimeError>"),
         (StubbornError(), RemoteFunctionError, "StubbornError"),
         (Bare("bare"), RemoteFunctionError, "Bare: bare"),
-        (StopIteration(5), RemoteFunctionError, "StopIteration: 5"),
+        (StopIteration(5), StopIteration, "5"),
         (KeyboardInterrupt(), RemoteFunctionError, "KeyboardInterrupt"),
         (GeneratorExit(), RemoteFunctionError, "GeneratorExit"),
         (MemoryError(), MemoryError, "^$"),
         (TimeoutError("the function's own"), TimeoutError, "the function's own"),
         (ConnectionResetError("the function's own"), ConnectionResetError, "the function's own"),
-        (ExceptionGroup("several", [ValueError("one")]), RemoteFunctionError, "several"),
+        (ExceptionGroup("several", [ValueError("one")]), ExceptionGroup, "several"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), UnicodeDecodeError, "can't decode byte 0xff in position 0"),
         (ValueError("\ud800 is no character"), ValueError, "ud800 is no character"),
         (ValueError(1 << 80), ValueError, str(1 << 80)),
     ],
@@ -209,6 +210,24 @@ def test_exception_of_an_odd_kind(zone: Any, error: BaseException, kind: type[Ex
     assert "in raises" in str(raised.value.__cause__)
     assert works()
     assert {lease["lease"] for lease in zone.status()["leases"]} == before
+
+
+def test_chained_exception_shows_all_links(zone: Any) -> None:
+    """What an exception came from is in the remote traceback; what called the function is not."""
+
+    def raises() -> None:
+        try:
+            dict[str, int]()["patient"]
+        except KeyError as error:
+            raise ValueError("outer") from error
+
+    with pytest.raises(ValueError, match="outer") as raised:
+        run(raises)
+
+    shown = str(raised.value.__cause__)
+    assert "KeyError: 'patient'" in shown
+    assert "direct cause" in shown
+    assert "child.py" not in shown
 
 
 def test_exception_with_a_huge_text(zone: Any) -> None:

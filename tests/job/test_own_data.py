@@ -13,7 +13,7 @@ import pyarrow.dataset as pad
 import pytest
 
 from ray_gpu import Batch, gpu_remote
-from zones.errors import UnknownNameError
+from zones.errors import UnknownNameError, ValueRefusedError
 
 _COLUMNS: dict[str, Any] = {
     "mdvis": np.arange(5000.0),
@@ -105,6 +105,80 @@ def test_text_columns_arrive(open_zone: Any) -> None:
     assert shout.map(TABLE)["loud"].to_pylist() == [f"N{i}" for i in range(5000)]
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view()], ids=str)
+def test_view_columns_are_mapped(open_zone: Any, kind: Any) -> None:
+    """Text in Arrow's view layout, which polars gives, leaves as plain text; ``f.local`` gives what ``f.map`` gives."""
+
+    @gpu_remote(columns=["name"], session=open_zone)
+    def same(batch: Batch) -> pa.Table:
+        return batch.to_arrow()
+
+    table = TABLE.set_column(2, "name", TABLE["name"].cast(kind))
+
+    found = same.map(table)
+
+    assert found.equals(same.local(table))
+    assert [str(name) for name in found["name"].cast("string").to_pylist()] == TABLE["name"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([None if i == 5 else i for i in range(40_000)], pa.int64()),
+        pa.array([None if i == 5 else str(i % 7) for i in range(40_000)]).dictionary_encode(),
+        pa.array([None if i == 5 else i for i in range(40_000)], pa.int32()).cast(pa.date32()),
+        pa.array(range(40_000), pa.int64()),
+    ],
+    ids=["integers", "categories", "dates", "no null"],
+)
+def test_one_null_among_many_rows(open_zone: Any, column: Any) -> None:
+    """A column is of one type in all shards, whichever of them drew the null; ``f.local`` equals ``f.map``."""
+
+    @gpu_remote(session=open_zone, shard_bytes=64 << 10)
+    def same(batch: Batch) -> Any:
+        return batch["x"]
+
+    table = pa.table({"x": column})
+
+    found = same.map(table)
+
+    expected = same.local(table)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_reader_gives_its_rows_once(open_zone: Any) -> None:
+    """A reader that was read before is refused, where it would pass for a table without rows."""
+    reader = TABLE.to_reader()
+    function = double.options(session=open_zone)
+    assert len(function.map(reader)) == 5000
+
+    for run in (function.map, function.local):
+        with pytest.raises(ValueRefusedError, match="they were read before"):
+            run(reader)
+
+
+def test_result_without_columns(open_zone: Any) -> None:
+    """N rows of nothing are N rows, too."""
+    nothing = gpu_remote(session=open_zone, shard_bytes=64 << 10)(lambda batch: batch.xp.zeros((len(batch), 0)))
+
+    assert nothing.map(TABLE).shape == (5000, 0)
+
+
+def test_result_with_a_name_twice(open_zone: Any) -> None:
+    """Arrow lets two columns have one name; the result has both, as with ``f.local``."""
+
+    @gpu_remote(columns=["mdvis"], session=open_zone, shard_bytes=64 << 10)
+    def twice(batch: Batch) -> pa.Table:
+        column = batch.to_arrow()["mdvis"]
+        return pa.Table.from_arrays([column, column], names=["a", "a"])
+
+    found = twice.map(TABLE)
+
+    assert found.column_names == ["a", "a"]
+    assert found.equals(twice.local(TABLE))
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_own_table_of_few_rows(open_zone: Any, rows: int) -> None:
     """Also a table without rows, or with one."""
@@ -144,3 +218,16 @@ def test_unknown_column_of_an_own_table(open_zone: Any) -> None:
     """A column that the table lacks is answered with the nearest."""
     with pytest.raises(UnknownNameError, match=r"no column 'mdvi' \(did you mean 'mdvis'\?\)"):
         double.options(columns=["mdvi"], session=open_zone).map(TABLE)
+
+
+def test_too_many_rows_for_one_batch(open_zone: Any, open_cluster: Any) -> None:
+    """``f.remote`` of more rows than fit one batch is refused before anything leaves, and names what takes them."""
+    large = pa.table([pa.array(np.zeros(9_000_000))], ["mdvis"])
+    count = gpu_remote(session=open_zone)(lambda batch: len(batch))
+    assert count.remote(large.slice(0, 5_000_000)).result(timeout=90) == 5_000_000
+    before = len(open_cluster.entries("intent")), len(open_cluster.entries("completion"))
+
+    with pytest.raises(ValueRefusedError, match=r"9000000 rows .* use \.map or \.map_reduce"):
+        count.remote(large).result(timeout=90)
+
+    assert (len(open_cluster.entries("intent")), len(open_cluster.entries("completion"))) == before
