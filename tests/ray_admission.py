@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from ray_gpu.nodes import NodePorts
+from ray_gpu.ports import NodePorts
 
 #: A node that is let in serves in some 5 s, and one that is not gives up by itself in some 20 s.
 ANSWER_S = 90.0
