@@ -8,17 +8,18 @@ do both. This module does I/O and starts processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_gpu import background, nodes, raylet, services
+from ray_gpu import background, node_identity, nodes, raylet, services
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
 from ray_gpu.vault_declaration import Declaration, NodeSpec, PersonSpec
@@ -86,9 +87,9 @@ class Supervisor:
         roles = self._setup_vault(self._vault)
         self._say("starting three raylets, two custodians, the gateway and its relay")
         for index, node in enumerate(GPU_NODES):
-            self._start_custodian(index, node, roles["custodians"][node])
+            self._start_custodian(index, node, roles["nodes"][node])
         self._start_gateway(roles["gateway"])
-        self._start_cluster()
+        self._start_cluster(roles["nodes"])
         self._await_sockets()
         if data is not None and data.wait() != 0:
             raise ClusterError(f"the data sets could not be written; see {layout.log}", node="", reason="data")
@@ -126,9 +127,12 @@ class Supervisor:
         person = PersonSpec(name="dana", zone=self._plan.zone, groups=("research",))
         declaration = Declaration(
             zones=(self._plan.zone,),
-            nodes=tuple(
-                NodeSpec(name=node, role="gpu", addresses=(self._address(index),))
-                for index, node in enumerate(GPU_NODES)
+            nodes=(
+                *(
+                    NodeSpec(name=node, role="gpu", addresses=(self._address(index),))
+                    for index, node in enumerate(GPU_NODES)
+                ),
+                NodeSpec(name=self._zone_node, role="zone", addresses=(self._address(len(GPU_NODES)),)),
             ),
             people=(person,),
         )
@@ -137,7 +141,25 @@ class Supervisor:
         finally:
             root.revoke()
         background.write_private(self._layout.person, {"user": person.name, "password": made.people[person.name]})
-        return {"gateway": made.gateways[self._plan.zone], "custodians": made.nodes}
+        return {"gateway": made.gateways[self._plan.zone], "nodes": made.nodes}
+
+    @property
+    def _zone_node(self) -> str:
+        return f"zone-{self._plan.zone}"
+
+    def _identify(self, roles: Mapping[str, AppRole], spec: raylet.NodeSpec, uid: int) -> raylet.Credentials:
+        """Get a node's certificate and the cluster's token from Vault, as a host of its own does."""
+        assert self._vault is not None
+        vault, role = self._vault.client(), roles[spec.name]
+        try:
+            vault.login_approle(role.role_id, role.secret_id)
+            identity = node_identity.fetch(vault, node=spec.name, addresses=[spec.address])
+            vault.revoke()
+        finally:
+            vault.close()
+        directory = self._layout.root / "ray" / spec.name
+        files = node_identity.write(identity, directory, uid=uid if os.geteuid() == 0 else None)
+        return raylet.Credentials(files=files.paths(), environment=files.environment())
 
     def _address(self, index: int) -> str:
         return f"127.0.{self._plan.net}.{index + 1}"
@@ -183,7 +205,7 @@ class Supervisor:
             settings, layout.zone(zone) / "settings.json", log=layout.log
         )
 
-    def _start_cluster(self) -> None:
+    def _start_cluster(self, roles: Mapping[str, AppRole]) -> None:
         plan, layout = self._plan, self._layout
         specs = [
             raylet.NodeSpec(
@@ -198,7 +220,7 @@ class Supervisor:
         ]
         specs.append(
             raylet.NodeSpec(
-                name=f"zone-{plan.zone}",
+                name=self._zone_node,
                 address=self._address(len(specs)),
                 role="zone",
                 zone=plan.zone,
@@ -207,7 +229,11 @@ class Supervisor:
             )
         )
         self._cluster = nodes.Cluster.start(
-            layout.root / "ray", specs, uid_base=CAGE_UID, base_port=plan.base_port or nodes.free_base_port()
+            layout.root / "ray",
+            specs,
+            identify=functools.partial(self._identify, roles),
+            uid_base=CAGE_UID,
+            base_port=plan.base_port or nodes.free_base_port(),
         )
 
     def _await_sockets(self) -> None:

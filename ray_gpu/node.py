@@ -131,8 +131,7 @@ class Service:
         files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
         if config.role == "gpu":
             self._start_custodian(role_id, secret_id)
-        shown = (files.ca, files.certificate, files.key, files.token)
-        self._start_ray(raylet.Credentials(files=shown, environment=files.environment()))
+        self._start_ray(raylet.Credentials(files=files.paths(), environment=files.environment()))
         assert self._node is not None
         if config.zone:
             self._await_gateway(config.zone)

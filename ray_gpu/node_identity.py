@@ -71,6 +71,10 @@ class RayFiles:
         """The cluster's token."""
         return self.directory / "ray-token"
 
+    def paths(self) -> tuple[Path, ...]:
+        """Return all of them."""
+        return self.certificate, self.key, self.ca, self.token
+
     def environment(self) -> dict[str, str]:
         """Return what makes Ray's processes use the files: mutual TLS and the token. Paths only, no secret."""
         return {

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ray_gpu.ports import NodePorts
@@ -32,14 +32,16 @@ class Cluster:
         state_dir: Path,
         specs: Sequence[NodeSpec],
         *,
+        identify: Callable[[NodeSpec, int], Credentials] | None = None,
         uid_base: int = 61001,
         base_port: int = 26000,
     ) -> Cluster:
         """Start every node and return when all of them serve.
 
         Args:
-            state_dir: Private directory for the cluster's token; created if missing.
+            state_dir: Directory for the cluster's token; created if missing.
             specs: The nodes; the first is Ray's head.
+            identify: Returns a node's credentials, readable by the uid that it is given; by default a token alone.
             uid_base: Uid of the first node's cage when root; the others count up.
             base_port: First port; see :func:`free_base_port`.
 
@@ -48,14 +50,14 @@ class Cluster:
         """
         cluster = cls()
         deadline = time.monotonic() + START_TIMEOUT_S
-        token = secrets.token_hex(32)
+        identify = identify or _token_alone(state_dir)
         gcs = f"{specs[0].address}:{base_port}"
         try:
             for index, spec in enumerate(specs):
                 check_id(spec.name, what="node")
                 ports = NodePorts.of(base_port, index)
                 _check_free(ports, spec, first=index == 0)
-                credentials = _token_file(state_dir / spec.name / "ray-token", token, uid_base + index)
+                credentials = identify(spec, uid_base + index)
                 node = start_node(spec, gcs=gcs, ports=ports, uid=uid_base + index, credentials=credentials)
                 cluster.nodes.append(node)
                 if index == 0:
@@ -138,6 +140,11 @@ def _check_free(ports: NodePorts, spec: NodeSpec, *, first: bool) -> None:
             node=spec.name,
             reason=f"taken: {taken}",
         )
+
+
+def _token_alone(state_dir: Path) -> Callable[[NodeSpec, int], Credentials]:
+    token = secrets.token_hex(32)
+    return lambda spec, uid: _token_file(state_dir / spec.name / "ray-token", token, uid)
 
 
 def _token_file(path: Path, token: str, uid: int) -> Credentials:
