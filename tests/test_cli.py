@@ -277,13 +277,27 @@ def test_demo_uses_a_running_cluster(up: object, run: Run) -> None:
 
 
 @pytest.fixture
-def copy(up: object, state: Path, tmp_path: Path) -> Path:
+def copy(up: object, run: Run, tmp_path: Path) -> Path:
     """A copy of the running cluster's ledger."""
     path = tmp_path / "copy.sqlite"
-    ledger = f"file:{Layout(state).ledger('clinic')}?mode=ro"
-    with closing(sqlite3.connect(ledger, uri=True)) as original, closing(sqlite3.connect(path)) as target:
-        original.backup(target)
+    done = run("audit", "copy", str(path))
+    assert done.returncode == 0, done.stderr
     return path
+
+
+def test_copy_holds_all_entries(copy: Path, state: Path, run: Run) -> None:
+    """The copy has what the running ledger has, unlike what ``cp`` makes of it; a file that exists stays as it is."""
+    ledger = Layout(state).ledger("clinic")
+    plain = Path(shutil.copy(ledger, copy.with_name("plain.sqlite")))
+
+    assert list(read(copy)) == list(read(ledger))
+    again, warned, told = (
+        run("audit", *arguments) for arguments in (["copy", str(copy)], ["verify", str(plain)], ["verify", str(copy)])
+    )
+
+    assert (again.returncode, "name a new file" in again.stderr) == (2, True)
+    assert "`ray-gpu audit copy`" in warned.stderr
+    assert "audit copy" not in told.stderr
 
 
 def test_verify(copy: Path, run: Run) -> None:
@@ -345,6 +359,7 @@ def test_verify_with_a_head_noted_earlier(copy: Path, run: Run) -> None:
         (["status", "--state", "none"], 1, "start it with ray-gpu up"),
         (["down", "--state", "none"], 0, "nothing runs"),
         (["audit", "verify", "--state", "none"], 2, "there is no ledger file"),
+        (["audit", "copy", "--state", "none", "copy.sqlite"], 2, "there is no ledger file"),
         (["audit", "log", "none.sqlite"], 2, "there is no ledger file"),
         (["up", "--state", "none", "--zone", "clinik"], 1, "did you mean 'clinic'?"),
         (["up", "--state", "none", "--zone", "../clinic"], 2, "must be 1 to 40"),

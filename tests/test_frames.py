@@ -18,6 +18,7 @@ from ray_gpu import keeper as keeper_module
 from ray_gpu import source
 from ray_gpu.frames import PlainBuffer, SealedSocket
 from ray_gpu.keeper import Keeper
+from ray_gpu.request import MAX_FUNCTION_BYTES, pack_work, parse
 from ray_gpu.sandbox import memory
 from ray_gpu.share import share_table
 from ray_gpu.wire import recv_message, send_message
@@ -121,6 +122,28 @@ def keeper_side(sockets: tuple[socket.socket, socket.socket], monkeypatch: pytes
             assert not thread.is_alive()
 
 
+def _said_hello(sock: socket.socket) -> SealedSocket:
+    """Return the gateway's end of a connection whose keeper has answered."""
+    gateway = sealed(sock, Direction.OUT)
+    gateway.send(gateway.slot(Kind.HELLO, call=0), b"")
+    assert gateway.receive()[0].kind is Kind.HELLO
+    return gateway
+
+
+def _answer(keeper_side: Any, op: str) -> bytes:
+    """Do the sandbox's part for one message: return what it holds, having echoed it if it wants a result."""
+    sandbox, slots = keeper_side
+    message, _ = recv_message(sandbox)
+    assert message["op"] == op
+    held = bytes(slots.payload(message["slot"], message["bytes"]))
+    if op in ("function", "arguments"):
+        send_message(sandbox, {"op": "done"})
+    else:
+        slots.out_view(0)[: len(held)] = held
+        send_message(sandbox, {"op": "result", "slot": 0, "bytes": len(held)})
+    return held
+
+
 def test_ciphers_see_private_memory_alone(
     sockets: tuple[socket.socket, socket.socket], keeper_side: Any, seen: Seen
 ) -> None:
@@ -129,10 +152,7 @@ def test_ciphers_see_private_memory_alone(
     The gateway's and the keeper's own code runs here, on a real memory file and the real slots; only the sandbox's
     part of the conversation is this test's.
     """
-    sandbox, slots = keeper_side
-    gateway = sealed(sockets[0], Direction.OUT)
-    gateway.send(gateway.slot(Kind.HELLO, call=0), b"")
-    assert gateway.receive()[0].kind is Kind.HELLO
+    gateway = _said_hello(sockets[0])
     found = source.from_memory(share_table(pa.table({"x": pa.array(np.arange(300_000.0))})), None)
     table = shards.strip(found.table)
     order = plan.make_plan(
@@ -143,14 +163,41 @@ def test_ciphers_see_private_memory_alone(
     for shard in range(len(order)):
         size = shards.write_shard(table, order, shard, plain.payload)
         gateway.send_padded(gateway.slot(Kind.SHARD, call=1, shard=shard), plain.padded(size))
-        message, _ = recv_message(sandbox)
-        result = bytes(slots.payload(message["slot"], message["bytes"]))
-        slots.out_view(0)[: len(result)] = result
-        send_message(sandbox, {"op": "result", "slot": 0, "bytes": len(result)})
+        _answer(keeper_side, "run")
         _, payload = gateway.receive()
         assert shards.read_ipc(payload, trusted=False).num_rows == order.shard_rows(shard)
 
     assert seen.uses > 4 * len(order)
+    assert seen.shared == []
+
+
+@pytest.mark.parametrize("size", [100, 700_000], ids=["small", "large"])
+def test_ciphers_see_private_functions_and_arguments(
+    sockets: tuple[socket.socket, socket.socket], keeper_side: Any, seen: Seen, size: int
+) -> None:
+    """The same holds for a function, arguments for shards, and a call with its result: as a notebook sent them."""
+    gateway = _said_hello(sockets[0])
+    function, arguments = os.urandom(min(size, MAX_FUNCTION_BYTES)), os.urandom(size)
+    notebook, connection = socket.socketpair()
+    with notebook, connection:
+        work = pack_work(function, "f", {})
+        asked = {"op": "call", "mode": "call", "work": work, "arguments": arguments}
+        threading.Thread(target=send_message, args=(notebook, asked), daemon=True).start()
+        request = parse(recv_message(connection)[0])
+
+    before = seen.uses
+    gateway.send(gateway.slot(Kind.FUNCTION, call=1), request.work.function)
+    assert _answer(keeper_side, "function") == function
+    gateway.send(gateway.slot(Kind.ARGUMENTS, call=2, shard=1), request.arguments)
+    assert _answer(keeper_side, "arguments") == arguments
+    for call in (3, 4):
+        gateway.send(gateway.slot(Kind.CALL, call=call, shard=1), request.arguments)
+        assert _answer(keeper_side, "call") == arguments
+        header, payload = gateway.receive()
+        assert (header.kind, header.call, bytes(payload)) == (Kind.RESULT, call, arguments)
+
+    # Sealed and opened, each with at least one input and output: a function, arguments, two calls, two results.
+    assert seen.uses - before >= 2 * 2 * 6
     assert seen.shared == []
 
 

@@ -85,6 +85,8 @@ class Report:
     last: str
     #: Hash of the last entry, 64 hexadecimal digits.
     head_hash: str
+    #: The file was copied from a running gateway without its -wal: later entries may be missing.
+    without_wal: bool = False
 
     @property
     def head(self) -> Head:
@@ -125,6 +127,7 @@ def verify(path: Path, *, expected_head: Head | None = None) -> Report:
         LedgerUnavailableError: There is no such file, or it may not be read.
     """
     first = last = zone = ""
+    without_wal = lacks_wal(path)
     head = Head(seq=0, hash="")
     for entry, head_hash in _walk(path):
         head = Head(seq=entry["seq"], hash=head_hash)
@@ -134,7 +137,41 @@ def verify(path: Path, *, expected_head: Head | None = None) -> Report:
     if expected_head is not None and head.seq < expected_head.seq:
         noted = f"a head of {expected_head.seq} was noted"
         raise _corrupt(head.seq + 1, f"missing: the ledger ends at entry {head.seq}, {noted}")
-    return Report(zone=zone, entries=head.seq, first=first, last=last, head_hash=head.hash)
+    return Report(zone=zone, entries=head.seq, first=first, last=last, head_hash=head.hash, without_wal=without_wal)
+
+
+def copy_ledger(path: Path, target: Path) -> None:
+    """Copy the ledger at *path*, running or not, to a new file: complete without a ``-wal``, mode 0600.
+
+    Raises:
+        LedgerUnavailableError: There is no such file or it may not be read, or *target* exists or cannot be written.
+        LedgerCorruptError: It is no SQLite file, or a damaged one.
+    """
+    try:
+        with closing(_open_to_read(path)) as database:
+            database.execute("SELECT count(*) FROM sqlite_schema")
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            with closing(sqlite3.connect(target)) as made:
+                database.backup(made)
+                made.execute("PRAGMA journal_mode = DELETE")
+    except OSError as error:
+        raise LedgerUnavailableError(
+            f"{target} cannot be written ({error.strerror}); name a new file in a directory that you can write"
+        ) from error
+    except UNREADABLE as error:
+        raise _unreadable(path, 0, error) from error
+
+
+def lacks_wal(path: Path) -> bool:
+    """Tell whether a ledger file says that its gateway runs, and the ``-wal`` of that run is not beside it.
+
+    A gateway that stops leaves no ``-wal`` and says so in the file (SQLite file format, section 1.3: bytes 18, 19).
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(20)[18:] == b"\2\2" and not wal_path(path).exists()
+    except OSError:
+        return False
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -153,7 +190,7 @@ def _walk(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         with closing(_open_to_read(path)) as database:
             database.execute("BEGIN")
-            _check_schema(database)
+            _check_schema(database, path)
             previous: bytes | None = None
             for row in _rows(database, "ORDER BY seq"):
                 entry, previous = _check(database, row, seq + 1, previous)
@@ -163,12 +200,16 @@ def _walk(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 raise _corrupt(1, "missing: the ledger is empty")
             _check_surroundings(database, path, seq)
     except UNREADABLE as error:
-        if sqlite_name(error).startswith(("SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_READONLY")):
-            raise LedgerUnavailableError(
-                f"{path.name} cannot be read ({error}); copy it, with its -wal file if there is one, "
-                "to a directory that you can write, and verify the copy"
-            ) from error
-        raise _corrupt(seq + 1, f"not readable: SQLite stops at or after this entry ({error})") from error
+        raise _unreadable(path, seq, error) from error
+
+
+def _unreadable(path: Path, seq: int, error: Exception) -> LedgerUnavailableError | LedgerCorruptError:
+    if sqlite_name(error).startswith(("SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_READONLY")):
+        return LedgerUnavailableError(
+            f"{path.name} cannot be read ({error}); copy it, with its -wal file if there is one, "
+            "to a directory that you can write, and verify the copy"
+        )
+    return _corrupt(seq + 1, f"not readable: SQLite stops at or after this entry ({error})")
 
 
 def check_row(row: tuple[int, bytes, bytes], *, seq: int, previous: bytes) -> tuple[dict[str, Any], bytes]:
@@ -281,8 +322,13 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _check_schema(database: sqlite3.Connection) -> None:
+def _check_schema(database: sqlite3.Connection, path: Path) -> None:
     found = database.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+    if not found and lacks_wal(path):
+        raise LedgerUnavailableError(
+            f"{path.name} was copied from a running gateway without its -wal file, which holds all entries; "
+            "copy the ledger with `ray-gpu audit copy`"
+        )
     if found != [(b"table", b"entries", SCHEMA.encode())]:
         raise _corrupt(1, "the file is not a ledger, or its table was redefined")
 

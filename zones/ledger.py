@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from zones import audit
-from zones.audit import Head, Report, read, verify
+from zones.audit import Head, Report, copy_ledger, read, verify
 from zones.budget import MAX_ENTRY_BYTES, Budget, Egress, check_entry, check_kind, recovered
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.model import Decision, canonical, check_id
 
-__all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "read", "verify"]
+__all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "copy_ledger", "read", "verify"]
 
 #: How long a write waits for another program that holds the database, milliseconds.
 BUSY_TIMEOUT_MS = 1000
@@ -176,33 +176,19 @@ class Ledger:
         chain = self._chain
         return Head(seq=chain.seq, hash=chain.hash.hex())
 
-    def copy_to(self, path: Path) -> None:
-        """Copy the ledger as it is now to a new file, complete without a ``-wal``, mode 0600.
-
-        Raises:
-            LedgerUnavailableError: *path* exists or cannot be written, or the ledger is closed.
-        """
-        try:
-            with self._commit_guard:
-                if self._refusal:
-                    raise _unavailable(self._path, self._refusal)
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-                with contextlib.closing(sqlite3.connect(path)) as copy:
-                    self._database.backup(copy)
-                    copy.execute("PRAGMA journal_mode = DELETE")
-        except OSError as error:
-            raise _unavailable(path, f"{error.strerror}; name a new file in a directory that you can write") from error
-        except audit.UNREADABLE as error:
-            raise _translate(path, error)[0] from error
-
     def close(self) -> None:
-        """Fold the ``-wal`` into the file and give the ledger back. Later writes raise. May be called twice."""
+        """Fold the ``-wal`` into the file, which then says that it has none, and give the ledger back.
+
+        Later writes raise. May be called twice.
+        """
         with self._commit_guard:
             if self._lock < 0:
                 return
             self._refusal = "it is closed; open it again"
             with contextlib.suppress(sqlite3.Error):
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                # Refused while somebody reads: then the file is whole all the same.
+                self._database.execute("PRAGMA journal_mode = DELETE")
             self._database.close()
             os.close(self._lock)
             self._lock = -1

@@ -241,5 +241,6 @@ def _farewell(console: Console, ledger: Path, *, stopped: bool) -> None:
         console.print(f"\nthe cluster goes on running; stop it with: {command} down\n", soft_wrap=True)
         return
     console.print("\neverything that this demo started is stopped; the ledger stays. Change a byte in a copy of it:")
-    console.print(f"""  LC_ALL=C sed 's/"rows":569/"rows":568/' {ledger} > copy.sqlite""", soft_wrap=True, style="dim")
+    console.print(f"  {command} audit copy --from {ledger} copy.sqlite", soft_wrap=True, style="dim")
+    console.print("""  LC_ALL=C sed -i 's/"rows":569/"rows":568/' copy.sqlite""", soft_wrap=True, style="dim")
     console.print(f"  {command} audit verify copy.sqlite\n", soft_wrap=True, style="dim")

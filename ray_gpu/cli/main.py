@@ -185,6 +185,28 @@ def verify(ledger: Path | None, state: Path, zone: str, head_text: str | None) -
     console.print(
         f"[green]verifies[/]: zone {report.zone}, {report.entries} entries, head {report.head}", soft_wrap=True
     )
+    if report.without_wal:
+        errors.print(
+            "[yellow]perhaps not all of it[/]: the file was copied from a running gateway without its -wal file, where "
+            "later entries are; copy it with `ray-gpu audit copy`",
+            soft_wrap=True,
+        )
+
+
+@audit.command()
+@click.argument("target", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--from", "ledger", type=click.Path(path_type=Path, dir_okay=False), help="Ledger file, instead.")
+@_state
+@_zone
+def copy(target: Path, ledger: Path | None, state: Path, zone: str) -> None:
+    """Copy a ledger, by default the embedded cluster's, to the new file TARGET, while its gateway runs or not.
+
+    Copying the file alone leaves out what a running gateway has written last.
+    """
+    from zones import ledger as ledgers  # noqa: PLC0415 - imports what only this command needs
+
+    ledgers.copy_ledger(ledger or Layout(state).ledger(zone), target)
+    console.print(f"copied to {target}; check it with: ray-gpu audit verify {target}", soft_wrap=True)
 
 
 @audit.command()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from zones.audit import entry_hash, genesis, wal_is_whole
 from zones.errors import BudgetSpentError, LedgerCorruptError, LedgerUnavailableError
-from zones.ledger import MAX_ENTRY_BYTES, Budget, Egress, Head, Ledger, read, verify
+from zones.ledger import MAX_ENTRY_BYTES, Budget, Egress, Head, Ledger, copy_ledger, read, verify
 from zones.model import Decision, EgressRequest, canonical
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -495,7 +495,7 @@ def test_deleted_file(path: Path, ledger: Ledger, suffix: str) -> None:
 
 
 def test_closed(path: Path, ledger: Ledger) -> None:
-    """A closed ledger refuses entries, intents, completions and copies."""
+    """A closed ledger refuses entries, intents and completions."""
     budget, decision = budget_of(ledger), ledger.decided(EGRESS, ALLOWED)
     ledger.close()
     ledger.close()
@@ -504,7 +504,6 @@ def test_closed(path: Path, ledger: Ledger) -> None:
         lambda: ledger.append(START),
         lambda: ledger.intend(EGRESS, decision=decision, calls=1, bytes_=1),
         lambda: budget.settle(outcome="done"),
-        lambda: ledger.copy_to(path.with_name("copy.sqlite")),
     ):
         with pytest.raises(LedgerUnavailableError, match="closed"):
             act()
@@ -808,18 +807,51 @@ def test_copies(path: Path, tmp_path: Path, ledger: Ledger) -> None:
     """A copy made while the gateway runs is one complete file; so is the file after a close."""
     ledger.append(START)
     head = ledger.head
-    ledger.copy_to(tmp_path / "copy.sqlite")
+    copy_ledger(path, tmp_path / "copy.sqlite")
     with pytest.raises(LedgerUnavailableError, match="new file"):
-        ledger.copy_to(tmp_path / "copy.sqlite")
+        copy_ledger(path, tmp_path / "copy.sqlite")
     ledger.append(START)
     ledger.close()
     plain = Path(shutil.copy(path, tmp_path / "plain.sqlite"))
 
     assert verify(tmp_path / "copy.sqlite").head == head
+    assert not verify(tmp_path / "copy.sqlite").without_wal
+    assert not verify(plain).without_wal
     assert (tmp_path / "copy.sqlite").stat().st_mode & 0o777 == 0o600
     assert verify(plain).entries == 3
     assert not list(tmp_path.glob("*-wal"))
     assert not list(tmp_path.glob("*-shm"))
+
+
+def test_copy_without_the_wal_says_so(path: Path, tmp_path: Path, ledger: Ledger) -> None:
+    """What `cp` alone takes from a running gateway lacks entries: verifying says that it may, or that it has none."""
+    empty = Path(shutil.copy(path, tmp_path / "empty.sqlite"))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(FULL)")
+    ledger.append(START)
+    older = Path(shutil.copy(path, tmp_path / "older.sqlite"))
+
+    with pytest.raises(LedgerUnavailableError, match="`ray-gpu audit copy`"):
+        verify(empty)
+    report = verify(older)
+    assert (report.entries, report.without_wal) == (1, True)
+    report = verify(path)
+    assert (report.entries, report.without_wal) == (2, False)
+    shutil.copy(path.with_name(path.name + "-wal"), tmp_path / "older.sqlite-wal")
+    report = verify(older)
+    assert (report.entries, report.without_wal) == (2, False)
+
+
+@pytest.mark.parametrize("content", [b"", b"no ledger"], ids=["none", "other"])
+def test_what_is_no_ledger_is_not_copied(tmp_path: Path, content: bytes) -> None:
+    """A missing file and one of another kind are told apart, and nothing is made of them."""
+    source = tmp_path / "ledger.sqlite"
+    if content:
+        source.write_bytes(content)
+
+    with pytest.raises(LedgerCorruptError if content else LedgerUnavailableError):
+        copy_ledger(source, tmp_path / "copy.sqlite")
+    assert not (tmp_path / "copy.sqlite").exists()
 
 
 def test_verify_leaves_nothing_behind(whole: Path, tmp_path: Path) -> None:
