@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 #: Rows of the volume job.
 ROWS = 2000
 #: Lines with one long word (a path, a hash, a list) are not folded, so that they can be copied.
-UNFOLDED = re.compile(r"degraded: |the ledger verifies|  LC_ALL|  .*audit verify|using the cluster|.*stop it with")
+UNFOLDED = re.compile(
+    r"degraded: |the ledger verifies|  LC_ALL|  .*audit (?:copy|verify)|using the cluster|.*stop it with"
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

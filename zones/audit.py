@@ -1,7 +1,7 @@
-"""Read and verify a ledger file. docs/ledger.md is the specification.
+"""Read, verify and copy a ledger file. docs/ledger.md is the specification.
 
-Does I/O: reads a SQLite file and its ``-wal``, and never writes to either. The chain itself
-(:func:`genesis`, :func:`entry_hash`) and :func:`wal_is_whole` are functions of their arguments.
+Does I/O: reads a SQLite file and its ``-wal`` (``zones.wal``), and never writes to either. The chain itself
+(:func:`genesis`, :func:`entry_hash`) is a matter of arguments alone.
 
 Rules:
 
@@ -18,7 +18,6 @@ import json
 import os
 import re
 import sqlite3
-import struct
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.model import canonical
+from zones.wal import lacks_wal, wal_is_whole, wal_path
 
 SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
 
@@ -160,18 +160,6 @@ def copy_ledger(path: Path, target: Path) -> None:
         ) from error
     except UNREADABLE as error:
         raise _unreadable(path, 0, error) from error
-
-
-def lacks_wal(path: Path) -> bool:
-    """Tell whether a ledger file says that its gateway runs, and the ``-wal`` of that run is not beside it.
-
-    A gateway that stops leaves no ``-wal`` and says so in the file (SQLite file format, section 1.3: bytes 18, 19).
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(20)[18:] == b"\2\2" and not wal_path(path).exists()
-    except OSError:
-        return False
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -345,43 +333,6 @@ def _check_surroundings(database: sqlite3.Connection, path: Path, seq: int) -> N
             f"all {seq} entries verify, but the SQLite file around them is damaged "
             f"({verdict.decode(errors='replace')}); keep the file as evidence and compare it with a backup"
         )
-
-
-def wal_is_whole(wal: bytes) -> bool:
-    """Tell whether every frame of the log's current generation is intact (SQLite file format, section 4).
-
-    Frames left over from an earlier generation have other salts in both halves and do not count.
-    """
-    if len(wal) < 32:
-        return len(wal) == 0
-    magic, _, page_size, _, salt_1, salt_2, sum_1, sum_2 = struct.unpack(">8I", wal[:32])
-    order = {0x377F0682: "<", 0x377F0683: ">"}.get(magic)
-    if order is None or _wal_sum(wal[:24], (0, 0), order) != (sum_1, sum_2) or (len(wal) - 32) % (page_size + 24):
-        return False
-    running, intact = (sum_1, sum_2), True
-    for at in range(32, len(wal), page_size + 24):
-        salts = struct.unpack_from(">2I", wal, at + 8)
-        if salts[0] != salt_1 and salts[1] != salt_2:
-            intact = False
-            continue
-        running = _wal_sum(wal[at + 24 : at + 24 + page_size], _wal_sum(wal[at : at + 8], running, order), order)
-        if not intact or salts != (salt_1, salt_2) or running != struct.unpack_from(">2I", wal, at + 16):
-            return False
-    return True
-
-
-def _wal_sum(data: bytes, start: tuple[int, int], order: str) -> tuple[int, int]:
-    first, second = start
-    words = struct.unpack(f"{order}{len(data) // 4}I", data)
-    for even, odd in zip(words[::2], words[1::2], strict=True):
-        first = (first + even + second) & 0xFFFFFFFF
-        second = (second + odd + first) & 0xFFFFFFFF
-    return first, second
-
-
-def wal_path(path: Path) -> Path:
-    """Return SQLite's write-ahead log beside *path*."""
-    return path.with_name(path.name + "-wal")
 
 
 def lock_path(path: Path) -> Path:

@@ -28,6 +28,7 @@ from zones.audit import Head, Report, copy_ledger, read, verify
 from zones.budget import MAX_ENTRY_BYTES, Budget, Egress, check_entry, check_kind, recovered
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.model import Decision, canonical, check_id
+from zones.wal import wal_path
 
 __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "copy_ledger", "read", "verify"]
 
@@ -211,7 +212,7 @@ class Ledger:
             self._chain = _Chain(hash=audit.genesis(zone))
         opened = {"kind": "opened", "zone": zone, "format": _FORMAT}
         self._write([opened, *(recovered(intent) for intent in self._chain.unfinished)])
-        self._files = {path: _identity(path) for path in (self._path, audit.wal_path(self._path))}
+        self._files = {path: _identity(path) for path in (self._path, wal_path(self._path))}
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> int:
         """Write *entries* together, durably, and return the number of the last.

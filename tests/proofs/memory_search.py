@@ -23,6 +23,8 @@ _OVERLAP = 256
 #: Bits of /proc/PID/pagemap: present, and backed by a file or shared.
 _PRESENT, _FILE = np.uint64(1 << 63), np.uint64(1 << 61)
 _REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ *(.*)")
+#: Where a process is looked at: its memory, and the files that it maps or has open, deleted ones too.
+PROCESS_PLACES = frozenset({"memory", "map_files", "fd"})
 #: Memory that belongs to files of these places can have changed without a trace in the file's times.
 _VOLATILE = ("/memfd:", "/dev/", "/s/", "/tmp/", "/SYSV")
 
@@ -58,6 +60,8 @@ class Search:
     text: str
     #: Files that have not changed since then cannot hold the text, UTC seconds since the epoch.
     since: float
+    #: Of ``PROCESS_PLACES``, those to look at. Fewer than all show that a control is found there and nowhere else.
+    places: frozenset[str] = PROCESS_PLACES
     hits: list[Hit] = field(default_factory=list)
     #: Bytes looked at.
     searched_bytes: int = 0
@@ -76,8 +80,9 @@ class Search:
         """Look at a process's memory, and at the files that it maps or has open. One that is gone holds nothing."""
         name = f"{os.path.basename((command(pid) or ['?'])[0].partition(' ')[0])}[{pid}]"
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            self._memory(pid, name)
-            for kind in ("map_files", "fd"):
+            if "memory" in self.places:
+                self._memory(pid, name)
+            for kind in sorted(self.places - {"memory"}):
                 for link in sorted(Path(f"/proc/{pid}/{kind}").iterdir()):
                     self._linked(link, f"{name} {kind}")
 
@@ -177,9 +182,16 @@ def _device(path: Path) -> int | None:
     return None
 
 
-def search(text: str, pids: Iterable[int], *, since: float, trees: Iterable[Path] = ()) -> Search:
+def search(
+    text: str,
+    pids: Iterable[int],
+    *,
+    since: float,
+    trees: Iterable[Path] = (),
+    places: frozenset[str] = PROCESS_PLACES,
+) -> Search:
     """Look for *text* in processes and directories."""
-    done = Search(text=text, since=since)
+    done = Search(text=text, since=since, places=places & PROCESS_PLACES)
     for pid in pids:
         done.process(pid)
     for root in trees:

@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,22 @@ import pytest
 
 import ray_gpu
 from tests.proofs.attacked import Attacked, all_powerful, command
-from tests.proofs.memory_search import Search, search
+from tests.proofs.memory_search import PROCESS_PLACES, Search, search
 
 NODES = ("gpu-1", "gpu-2")
 #: What the processes of a cage can write to.
 WRITABLE = ("s", "tmp", "dev/shm")
+#: Every place that is searched for what Ray has.
+PLACES = PROCESS_PLACES | set(WRITABLE)
+#: What the control plants in each of them and nowhere else: the word that follows its canary.
+PLANTED = {
+    "memory": "memory",
+    "map_files": "mapped",
+    "fd": "opened",
+    "s": "session",
+    "tmp": "tmp",
+    "dev/shm": "shm",
+}
 #: The custodian learns of a session's end from the keeper or the actor, whichever is first; seconds.
 GONE_TIMEOUT_S = 5.0
 #: What must be among the processes that were searched, or the search proves nothing.
@@ -47,10 +58,35 @@ class Plain:
         print(self.shown, flush=True)
     def fail(self, argument):
         raise ValueError((argument + "-exception ") * 10_000)
+    def give(self, argument):
+        return (argument + "-result ") * 10_000
+    def plant(self, argument):
+        import ctypes, os
+        self.kept = bytearray((argument + "-memory").encode())
+        def written(path, word):
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+            # In two parts, so that both together are in the file and not in this memory.
+            os.write(fd, argument.encode())
+            os.write(fd, word)
+            return fd
+        for directory, word in ("/s/ray", b"-session"), ("/tmp", b"-tmp"), ("/dev/shm", b"-shm"):
+            os.close(written(directory + "/planted", word))
+        self.opened = written("/tmp/opened", b"-opened")
+        mapped = written("/tmp/mapped", b"-mapped")
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        # Mapped and never touched: no page of it is in this process's memory. mmap.mmap() would keep it open, too.
+        self.mapped = libc.mmap(None, ctypes.c_size_t(4096), 1, 1, mapped, ctypes.c_long(0))
+        os.close(mapped)
+        for name in "opened", "mapped":
+            os.unlink("/tmp/" + name)
 actor = ray.remote(num_cpus=0, label_selector={"ray-gpu-node": "gpu-1"})(Plain).remote()
 ray.get(actor.show.remote(mark))
 failed = actor.fail.remote(mark)
 ray.wait([failed])
+given = actor.give.remote(mark)
+ray.wait([given])
+ray.get(actor.plant.remote(mark))
 print("planted", flush=True)
 sys.stdin.read()
 """
@@ -131,12 +167,14 @@ def plant(session: ray_gpu.Session, mark: str) -> dict[str, Any]:
     return {"result": result, "printed": printed.getvalue(), "error": str(error.value)}
 
 
-def search_ray(attacked: Attacked, mark: str, since: float, *, leave_out: str = "") -> Search:
+def search_ray(
+    attacked: Attacked, mark: str, since: float, *, leave_out: str = "", places: Set[str] = PLACES
+) -> Search:
     """Search all that Ray has: the processes of every cage, what they map and have open, what they can write to."""
     cages = attacked.caged()
     pids = [pid for pids in cages.values() for pid in pids if leave_out not in command(pid) or not leave_out]
-    trees = [Path(f"/proc/{pids[0]}/root", place) for pids in cages.values() for place in WRITABLE]
-    return search(mark, pids, since=since, trees=trees)
+    trees = [Path(f"/proc/{pids[0]}/root", place) for pids in cages.values() for place in WRITABLE if place in places]
+    return search(mark, pids, since=since, trees=trees, places=frozenset(places))
 
 
 def search_custodians(attacked: Attacked, mark: str, since: float) -> Search:
@@ -189,7 +227,7 @@ def test_gone_with_the_lease(run: Run) -> None:
     assert run.left == []
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain_ray(run: Run, attacked: Attacked) -> Iterator[str]:
     """Use plain Ray from inside the zone's cage, beside the relay, and keep it there; return its canary."""
     mark = secrets.token_hex(12)
@@ -214,10 +252,47 @@ def plain_ray(run: Run, attacked: Attacked) -> Iterator[str]:
 
 
 def test_plain_ray_is_found(plain_ray: str, attacked: Attacked) -> None:
-    """The same search of the same cages finds what plain Ray was given: object, closure, print and exception."""
+    """The same search of the same cages finds what plain Ray was given: object, closure, print, exception, result."""
     found = search_ray(attacked, plain_ray, time.time() - 60.0, leave_out=PLAIN_RAY)
 
-    assert found.kinds() >= {"object", "closure", "print", "exception"}
+    assert found.kinds() >= {"object", "closure", "print", "exception", "result"}
+
+
+def test_each_place_is_searched(plain_ray: str, attacked: Attacked) -> None:
+    """What lies in one place is found by the search of that place alone: were it left out, this would fail."""
+    since = time.time() - 60.0
+    found = {
+        place: search_ray(attacked, plain_ray, since, leave_out=PLAIN_RAY, places={place}).kinds() for place in PLACES
+    }
+
+    words = set(PLANTED.values())
+    assert {place: kinds & words for place, kinds in found.items()} == {
+        place: {word} for place, word in PLANTED.items()
+    }
+
+
+@pytest.mark.parametrize("place", ["directory", "log"])
+def test_each_file_of_the_custodians_is_searched(run: Run, attacked: Attacked, place: str) -> None:
+    """The search of the custodians finds what is written to a node's directory, and to the log."""
+    mark, since = secrets.token_hex(12), time.time() - 60.0
+    assert search_custodians(attacked, mark, since).hits == []
+    path = attacked.layout.log if place == "log" else attacked.layout.node(NODES[1]) / "planted"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{mark}-{place}\n")
+
+    try:
+        assert str(path) in [hit.where for hit in search_custodians(attacked, mark, since).hits]
+    finally:
+        if place == "directory":
+            path.unlink()
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_memory_of_the_custodians_is_searched(run: Run, attacked: Attacked, node: str) -> None:
+    """It finds what a custodian must know: the role that it logs in to Vault with."""
+    found = search_custodians(attacked, attacked.settings(node)["role_id"], time.time())
+
+    assert f"[{attacked.custodian(node)}] memory" in " ".join(hit.where for hit in found.hits)
 
 
 @pytest.mark.parametrize("form", ["raw", "utf-16", "hex", "base64"])

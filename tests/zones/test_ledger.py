@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zones.audit import entry_hash, genesis, wal_is_whole
+from zones.audit import entry_hash, genesis
 from zones.errors import BudgetSpentError, LedgerCorruptError, LedgerUnavailableError
 from zones.ledger import MAX_ENTRY_BYTES, Budget, Egress, Head, Ledger, copy_ledger, read, verify
 from zones.model import Decision, EgressRequest, canonical
+from zones.wal import wal_is_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 ZONE = "clinic"
