@@ -60,7 +60,6 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_keys.py::",
 )
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
-_DOCTOR, _DOCTOR_HOSTS = "tests/doctor/test_checks.py::", "tests/hosts/test_doctor.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
 _PROBE_DONE = (_BOUNDARY + "test_same_uid_can_do_it_outside", _ESCAPE + "test_works_outside")
@@ -165,8 +164,7 @@ _ALL = (
         id="credentials-open", where="node", promise="P4", told="doctor", code="ray_gpu/doctor/files.py::private_file",
         keeps_off="Other users of the host from the node's and the gateway's logins, Ray's token and its key.",
         meaning="Somebody else can read or replace a file that is a login.",
-        fix="Make it its owner's alone: chmod 600; if others had it, issue what is in it anew.",
-        attacks=(_DOCTOR + "test_private_file", _DOCTOR_HOSTS + "test_one_control_broken")),
+        fix="Make it its owner's alone: chmod 600; if others had it, issue what is in it anew."),
     Control(
         id="session-on-disk", where="cage", promise="P1", told="doctor", code="ray_gpu/doctor/files.py::tmpfs",
         keeps_off="What Ray writes, its token and its key from the disk.",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ray_gpu import node as nodes
 from ray_gpu import zone_host
@@ -125,6 +125,16 @@ def judge(found: Iterable[Finding], roles: Iterable[Role]) -> Iterator[Line]:
         needing, shown = (set(words.split()) for words in ROLES[finding.control])
         if {*roles} & (needing | shown):
             yield Line(finding=finding, needed=bool({*roles} & needing))
+
+
+def roles_table() -> str:
+    """Return :data:`ROLES` as the table in docs/doctor.md."""
+    roles = get_args(Role)
+    rows = [f"| control | {' | '.join(roles)} |", f"|---|{'---|' * len(roles)}"]
+    for control, (needing, shown) in ROLES.items():
+        marks = ("●" if role in needing.split() else "○" if role in shown.split() else "" for role in roles)
+        rows.append(f"| `{control}` | {' | '.join(marks)} |")
+    return "\n".join([*rows, ""])
 
 
 def _confinement(host: Subject) -> Iterator[Finding]:
