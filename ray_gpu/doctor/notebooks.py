@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from ray_gpu.doctor.finding import Files, Finding, holds, missing, unclear
 #: ``"unknown"``: the connection file may not be read.
 Transport = Literal["tcp", "ipc", "unknown"]
 
-_KERNELS = ("ipykernel_launcher", "ipykernel", "xpython", "IRkernel::main()")
+#: Modules that ``python -m`` runs, programs, and what R evaluates.
+_MODULES, _PROGRAMS, _EXPRESSION = ("ipykernel_launcher", "ipykernel"), ("xpython", "xr"), "IRkernel::main()"
+_SCRIPT = "/ipykernel_launcher.py"
 _NAMED = re.compile(r"--(?:\w+\.)?transport=[\"']?(tcp|ipc)")
 _CONNECTION = re.compile(r"(?:--f=|--IPKernelApp\.connection_file=)?(\S+\.json)")
 
@@ -52,7 +56,11 @@ def _find(files: Files) -> Iterator[Kernel]:
 
 def is_kernel(words: Sequence[str]) -> bool:
     """Whether a command line is a kernel's."""
-    return any(word in _KERNELS for word in words[1:])
+    pairs = itertools.pairwise(words)
+    runs = any(
+        (option == "-m" and word in _MODULES) or (option == "-e" and word == _EXPRESSION) for option, word in pairs
+    )
+    return runs or os.path.basename(words[0]) in _PROGRAMS or any(word.endswith(_SCRIPT) for word in words[1:2])
 
 
 def _transport(files: Files, words: Sequence[str]) -> Transport:

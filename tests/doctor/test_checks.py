@@ -285,6 +285,10 @@ def test_no_groups(tmp_path: Path, mounts: str) -> None:
         (["python", "-m", "ipykernel", "--transport=ipc"], None, "ipc"),
         (["python", "-m", "ipykernel", "--IPKernelApp.transport=tcp"], None, "tcp"),
         (["python", "-m", "jupyterlab"], None, ""),
+        (["python", "/lib/ipykernel_launcher.py", "-f", "/k.json"], {"transport": "tcp"}, "tcp"),
+        (["R", "--slave", "-e", "IRkernel::main()", "--args", "/k.json"], {"transport": "tcp"}, "tcp"),
+        (["/usr/bin/xpython", "-f", "/k.json"], {"transport": "ipc"}, "ipc"),
+        (["python", "-m", "pip", "install", "ipykernel"], None, ""),
         (["vim", "notes-about-ipykernel_launcher.txt"], None, ""),
     ],
 )
