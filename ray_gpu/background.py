@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -177,6 +178,8 @@ def serve(make: Callable[[Callable[[str], None]], Service], fds: str) -> int:
     def told(*_: object) -> None:
         raise _Told
 
+    # A custodian's core would hold the node's identity, whatever the limit of whoever started this.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     service: Service | None = None

@@ -180,6 +180,15 @@ def _is_ca(certificate: x509.Certificate) -> bool:
         return False
 
 
+def certificate_end(certificate_pem: str) -> float:
+    """Return when a certificate ends, UTC seconds since the epoch.
+
+    Raises:
+        ValueError: It is no certificate in PEM.
+    """
+    return x509.load_pem_x509_certificate(certificate_pem.encode("utf-8")).not_valid_after_utc.timestamp()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopbackTls:
     """What a server on 127.0.0.1 needs to speak TLS, and what its clients check it with."""

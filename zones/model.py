@@ -259,7 +259,7 @@ class Grant:
 
 
 #: Degradations that say something about the set-up around a sandbox, not about the sandbox.
-SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "shared-node", "uncaged-ray"})
+SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "uncaged-ray"})
 
 
 def sandbox_level(degradations: Sequence[str]) -> str:

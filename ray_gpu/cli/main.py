@@ -10,6 +10,7 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
+from ray_gpu.cli.doctor import doctor
 from ray_gpu.cli.node import gateway, node
 from ray_gpu.cli.vault import vault
 from ray_gpu.state import Layout, default_state_dir
@@ -219,6 +220,7 @@ def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
     show.ledger(console, ledger or Layout(state).ledger(zone), last)
 
 
+cli.add_command(doctor)
 cli.add_command(node)
 cli.add_command(gateway)
 cli.add_command(vault)

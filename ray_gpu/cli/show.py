@@ -15,8 +15,8 @@ from rich.text import Text
 from ray_gpu import api, embedded
 from ray_gpu.arrays import STAND_IN
 from ray_gpu.cli import processes
+from ray_gpu.controls import CONTROLS
 from ray_gpu.sandbox import boundary
-from ray_gpu.sandbox.controls import CONTROLS
 from ray_gpu.state import Layout
 from zones.errors import LedgerCorruptError
 from zones.ledger import read
@@ -25,14 +25,6 @@ from zones.model import sandbox_level
 #: From here on tables have a column more.
 WIDE = 110
 _STAND_IN_ID = "numpy-stand-in"
-#: Meaning of what is weaker around the sandboxes, rather than in them.
-_SURROUNDINGS = {
-    "embedded-vault": "Vault runs here with its unseal key beside its data: whoever has the disk has the keys.",
-    _STAND_IN_ID: "There is no GPU here: NumPy computes in its place.",
-    "self-enforced": "Notebook and gateway share a uid, so the person could go around the gateway.",
-    "shared-node": "Other processes of this machine share the node.",
-    "uncaged-ray": "Ray's processes run without namespaces of their own.",
-}
 
 
 # -- how strong everything is -------------------------------------------------------------------
@@ -65,9 +57,7 @@ def meanings(ids: Iterable[str]) -> Table:
     table = _grid("dim yellow", "dim")
     for item in ids:
         known = CONTROLS.get(item)
-        table.add_row(
-            f"  {item}", known.meaning if known else _SURROUNDINGS.get(item, "This version does not know it.")
-        )
+        table.add_row(f"  {item}", known.meaning if known else "This version does not know it.")
     return table
 
 

@@ -49,8 +49,8 @@ def survey() -> Survey:
     """Return what this host can do. Tries it the first time, which takes some 50 ms."""
     root = os.geteuid() == 0
     bwrap = bubblewrap.find()
-    mode, reason = _try_bubblewrap(bwrap, root=root)
-    readable, capability = (True, None) if mode != "none" or not root else _reach_python()
+    mode, reason = try_bubblewrap(bwrap, root=root)
+    readable, capability = (True, None) if mode != "none" or not root else reach_python()
     return Survey(
         root=root,
         bwrap=bwrap,
@@ -99,7 +99,8 @@ def drop(profile: Profile, capability: str | None = None) -> list[str]:
     return [program, *ids, *sets, "--no-new-privs", "--"]
 
 
-def _try_bubblewrap(bwrap: Path | None, *, root: bool) -> tuple[Mode, str]:
+def try_bubblewrap(bwrap: Path | None, *, root: bool) -> tuple[Mode, str]:
+    """Return how bubblewrap makes namespaces here or, with mode ``"none"``, why it does not."""
     if bwrap is None:
         return "none", "no bubblewrap 0.8 or later was found"
     options = bubblewrap.arguments(_PROBE, userns=not root)
@@ -107,7 +108,7 @@ def _try_bubblewrap(bwrap: Path | None, *, root: bool) -> tuple[Mode, str]:
     return ("none", reason) if reason else ("root" if root else "userns", "")
 
 
-def _reach_python() -> tuple[bool, str | None]:
+def reach_python() -> tuple[bool, str | None]:
     """Return whether another uid can read Python and this project, and the capability that it takes, if one."""
     # A Python whose library is out of reach may quietly take another Python's, so look at the places.
     places = [os.path.dirname(os.__file__), *map(str, runtime_paths())]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_gpu.sandbox import boundary, cgroup, controls, profile
+from ray_gpu import controls
+from ray_gpu.sandbox import boundary, cgroup, profile
 from ray_gpu.sandbox.boundary import Confined
 
 HARDEN = "from ray_gpu.sandbox.harden import harden_self; harden_self(kind='sandbox');"

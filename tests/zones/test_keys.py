@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError
-from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key, loopback_tls, verify_node_signature
+from zones.keys import ExchangeKey, NodeIdentity, certificate_end, derive_lease_key, loopback_tls, verify_node_signature
 
 NOW = 1_800_000_000
 DIGEST = hashlib.sha256(b"grant").hexdigest()
@@ -232,3 +232,12 @@ def test_loopback_certificate() -> None:
     assert leaf.not_valid_after_utc == now + timedelta(days=2)
     assert isinstance(leaf.signature_hash_algorithm, hashes.SHA256)
     assert tls.key_pem.decode("ascii") not in repr(tls)
+
+
+def test_certificate_end() -> None:
+    """The end of a certificate is seconds since the epoch, UTC; what is no certificate is refused."""
+    now = datetime.fromtimestamp(NOW, UTC)
+
+    assert certificate_end(loopback_tls(now, days=2).certificate_pem.decode()) == NOW + 2 * 86400
+    with pytest.raises(ValueError, match="PEM"):
+        certificate_end("no certificate")

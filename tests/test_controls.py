@@ -1,0 +1,185 @@
+"""The registry of controls agrees with the code that speaks of them, the documents, and the tests that it names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from ray_gpu.controls import CONTROLS, Control, markdown_table
+from ray_gpu.doctor.examination import ROLES, Role, roles_table
+from zones.config import load_zone
+from zones.model import SURROUNDINGS
+
+ROOT = Path(__file__).parents[1]
+IDS = re.compile(r"[a-z]+(-[a-z]+)+")
+#: Names that hold, or functions that return, ids of missing controls.
+SPEAKING = re.compile(r"degradation|missing|stand_in|SURROUNDINGS", re.IGNORECASE)
+#: Kinds of evidence, and how many controls still lack each. A number only ever goes down: a control that gains a test
+#: lowers it here, so that the test cannot get lost again. All are 0 when the attack suite is complete.
+LACKING = {"attacks": 14, "positives": 37, "mutations": 53}
+#: Controls that have all three kinds. They keep them.
+COMPLETE: frozenset[str] = frozenset()
+
+
+def constants(node: ast.AST) -> Iterator[str]:
+    """Yield the texts in a piece of code that have the form of an id."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Constant) and isinstance(inner.value, str) and IDS.fullmatch(inner.value):
+            yield inner.value
+
+
+def spoken(tree: ast.Module) -> Iterator[str]:
+    """Yield the ids that a module says are missing: in what it assigns, passes, appends, and returns."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        values: list[ast.AST] = []
+        if isinstance(node, ast.FunctionDef):
+            names, values = [node.name], [*node.body]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names, values = [ast.unparse(target) for target in targets], [node.value] if node.value else []
+        elif isinstance(node, ast.keyword):
+            names, values = [node.arg or ""], [node.value]
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and SPEAKING.search(str(key.value)):
+                    yield from constants(value)
+        elif isinstance(node, ast.Call):
+            names, values = [ast.unparse(node.func)], [*node.args]
+        if any(SPEAKING.search(name) for name in names):
+            yield from (name for value in values for name in constants(value))
+
+
+def trees(*packages: str) -> Iterator[tuple[Path, ast.Module]]:
+    """Yield the modules of packages, the registry aside."""
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "controls.py":
+                yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def told_by(*kinds: str) -> set[str]:
+    """Return the ids of controls that somebody tells of."""
+    return {control.id for control in CONTROLS.values() if control.told in kinds}
+
+
+def test_code_and_registry_agree() -> None:
+    """Each id that the code says is missing is in the registry; each that a receipt may say, some code says."""
+    said = {name for _, tree in trees("ray_gpu", "zones") for name in spoken(tree)}
+
+    assert said <= set(CONTROLS)
+    assert told_by("receipt") <= said
+
+
+def test_an_unheard_of_id_would_be_found() -> None:
+    """Control: the same look finds ids in each place where code tells them."""
+    code = """
+        def degradations(): return ("one-id",)
+        missing = {"two-id": True}
+        missing.append("three-id")
+        x = dict(degradations=["four-id"])
+        y = {"sandbox_degradations": ["five-id"]}
+        missing("six-id", "about")
+        other = "no-matter"
+    """
+    tree = ast.parse("\n".join(line.strip() for line in code.strip().splitlines()))
+
+    assert set(spoken(tree)) == {"one-id", "two-id", "three-id", "four-id", "five-id", "six-id"}
+
+
+def test_surroundings() -> None:
+    """What the zone's side takes for no matter of the sandbox is what the registry places outside it."""
+    assert {control.id for control in CONTROLS.values() if control.told == "receipt"} >= SURROUNDINGS
+    assert all(CONTROLS[name].where != "sandbox" for name in SURROUNDINGS)
+
+
+@pytest.mark.parametrize("zone", ["clinic", "trading"])
+def test_policies_name_controls(zone: str) -> None:
+    """Each degradation that a shipped zone accepts is one that a receipt may say."""
+    accepted = load_zone(ROOT / "policies", zone).obligations.accepted_degradations
+
+    assert accepted
+    assert accepted <= told_by("receipt")
+
+
+def test_doctor_checks_all_that_can_be_missing() -> None:
+    """Each control that a host may lack has a check, and each check a control; roles are spelled right."""
+    roles = {word for needing, shown in ROLES.values() for word in f"{needing} {shown}".split()}
+
+    assert set(ROLES) == told_by("receipt", "doctor")
+    assert roles == set(get_args(Role))
+    assert all(not set(needing.split()) & set(shown.split()) for needing, shown in ROLES.values())
+
+
+@pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS)
+def test_entry(control: Control) -> None:
+    """An entry is whole sentences, and what carries the control out exists."""
+    for text in (control.keeps_off, control.meaning, control.fix):
+        assert text[0].isupper() or text.startswith(("bubblewrap", "ray[default]"))
+        assert text.endswith(".")
+    file, _, name = control.code.partition("::")
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert name in (defined(source) if file.endswith(".py") else source)
+    # What cannot be missing has no repair; what can, says how.
+    assert ("vulnerability" in control.fix) == (control.told == "built in")
+
+
+def defined(source: str) -> set[str]:
+    """Return the names of a module's functions and classes, wherever they are in it."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)}
+
+
+def named(control: Control) -> list[str]:
+    """Return every test that a control names."""
+    return [*control.attacks, *control.positives, *control.mutations]
+
+
+def test_named_tests_exist() -> None:
+    """Each test that the registry names is in its file, found without running it."""
+    known: dict[str, set[str]] = {}
+    wrong = []
+    for control in CONTROLS.values():
+        for test in named(control):
+            file, _, name = test.partition("::")
+            if file not in known:
+                path = ROOT / file
+                known[file] = defined(path.read_text(encoding="utf-8")) if path.exists() else set()
+            if name not in known[file] or not name.startswith("test_"):
+                wrong.append((control.id, test))
+
+    assert wrong == []
+
+
+def test_evidence(pytestconfig: pytest.Config) -> None:
+    """Controls without attack, positive control or mutation are shown and counted, and never get more."""
+    lacking = {kind: [c.id for c in CONTROLS.values() if not getattr(c, kind)] for kind in LACKING}
+    complete = {c.id for c in CONTROLS.values() if all(getattr(c, kind) for kind in LACKING)}
+    report = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    assert report is not None
+    report.ensure_newline()
+    report.write_line(f"controls: {len(CONTROLS)}, with attack, positive control and mutation: {len(complete)}")
+    for kind, ids in lacking.items():
+        report.write_line(
+            f"  {kind:<9} none yet {len(ids):>2}: {', '.join(ids) if len(ids) < len(CONTROLS) else 'all'}"
+        )
+
+    assert {kind: len(ids) for kind, ids in lacking.items()} == LACKING
+    assert complete == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("document", "mark", "table"),
+    [("controls.md", "controls", markdown_table()), ("doctor.md", "roles", roles_table())],
+    ids=["controls.md", "doctor.md"],
+)
+def test_table_in_the_documentation(document: str, mark: str, table: str) -> None:
+    """The documents have the registry's table and the roles', word for word."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+
+    assert text.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0] == table
