@@ -124,11 +124,11 @@ def vault_like(host: Host, *, advance_s: int = 0, sealed: bool = False, days: in
     """Point the host at a server on itself that says what a real Vault cannot be made to say here."""
     tls = loopback_tls(datetime.now(UTC) - timedelta(days=ago), days)
     before = {path: host.read(path) for path in (CONFIG, CA)}
-    host.write("/root/tls.pem", tls.certificate_pem.decode())
-    host.write("/root/tls.key", tls.key_pem.decode(), mode=0o600)
+    host.write("/tmp/tls.pem", tls.certificate_pem.decode())
+    host.write("/tmp/tls.key", tls.key_pem.decode(), mode=0o600)
     host.write(CA, tls.ca_pem.decode())
     says = json.dumps({"initialized": True, "sealed": sealed})
-    command = ["python", str(TLS_VAULT), "/root/tls.pem", "/root/tls.key", str(advance_s), says]
+    command = ["python", str(TLS_VAULT), "/tmp/tls.pem", "/tmp/tls.key", str(advance_s), says]
     with host.popen(command, stdout=subprocess.PIPE) as server:
         try:
             assert server.stdout is not None
@@ -146,7 +146,7 @@ BROKEN: dict[str, tuple[Callable[[Host], Any], set[str]]] = {
     "login of somebody else": (
         lambda host: shell(host, f"chown 1000 {LOGIN}", f"chown 0 {LOGIN}"), {"credentials-open"}),
     "login that is missing": (
-        lambda host: shell(host, f"mv {LOGIN} /root/away", f"mv /root/away {LOGIN}"), {"credentials-open"}),
+        lambda host: shell(host, f"mv {LOGIN} /tmp/away", f"mv /tmp/away {LOGIN}"), {"credentials-open"}),
     "directory that others write": (
         lambda host: shell(host, "chmod 777 /etc/ray-gpu", "chmod 755 /etc/ray-gpu"), {"credentials-open"}),
     "token that others read": (
@@ -157,15 +157,15 @@ BROKEN: dict[str, tuple[Callable[[Host], Any], set[str]]] = {
     "certificate that ended": (lambda host: certificate(host, timedelta(hours=-1)), {"certificate-ends"}),
     "certificate that ends soon": (lambda host: certificate(host, timedelta(days=2)), {"certificate-ends"}),
     "no certificate at all": (
-        lambda host: shell(host, f"cp {RAY}/ray-node.pem /root/good && echo x >{RAY}/ray-node.pem",
-                           f"cp /root/good {RAY}/ray-node.pem"), {"certificate-ends"}),
+        lambda host: shell(host, f"cp {RAY}/ray-node.pem /tmp/good && echo x >{RAY}/ray-node.pem",
+                           f"cp /tmp/good {RAY}/ray-node.pem"), {"certificate-ends"}),
     "clock ahead": (lambda host: vault_like(host, advance_s=-90), {"clock-skew"}),
     "clock behind": (lambda host: vault_like(host, advance_s=90), {"clock-skew"}),
     "Vault sealed": (lambda host: vault_like(host, sealed=True), {"vault-unproven"}),
     "Vault's certificate ended": (
         lambda host: vault_like(host, days=1, ago=2), {"vault-unproven", "clock-skew"}),
     "CA file of another": (
-        lambda host: shell(host, f"cp {CA} /root/ca && cp {RAY}/ray-node.pem {CA}", f"cp /root/ca {CA}"),
+        lambda host: shell(host, f"cp {CA} /tmp/ca && cp {RAY}/ray-node.pem {CA}", f"cp /tmp/ca {CA}"),
         {"vault-unproven", "clock-skew"}),
 }  # fmt: skip
 
@@ -216,10 +216,10 @@ def test_core_limit_is_said(host: Host) -> None:
 def test_changes_nothing(host: Host) -> None:
     """A run leaves no file and no control group, and changes none."""
     script = (
-        "find / -xdev -newer /root/mark ! -path '/proc/*' ! -path '/root/mark' -type f; "
+        "find / -xdev -newer /tmp/mark ! -path '/proc/*' ! -path '/tmp/mark' -type f; "
         "find /sys/fs/cgroup -name 'ray-gpu*'; ls -la /run /tmp /var/lib/ray-gpu /dev/shm | grep -v total"
     )
-    host.run(["touch", "/root/mark"])
+    host.run(["touch", "/tmp/mark"])
     before = host.run(["sh", "-c", script]).stdout
     results(host)
 
