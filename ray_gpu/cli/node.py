@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,15 +62,19 @@ def stop_node(config: Path) -> None:
 
 @node.command("status")
 @_config("/etc/ray-gpu/node.yaml")
-def node_status(config: Path) -> None:
-    """Show whether this host's node runs; exit status 1 when it does not."""
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
+def node_status(config: Path, as_json: bool) -> None:
+    """Show whether this host's node runs, with its labels and GPUs; exit status 1 when it does not."""
     from ray_gpu import node as nodes  # noqa: PLC0415 - imports what only this command needs
 
     document = nodes.running(nodes.read_config(config))
     if document is None:
         console.print("nothing runs; start it with `ray-gpu node start`")
         sys.exit(1)
-    console.print(document)
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        console.print(document)
 
 
 @click.group()
