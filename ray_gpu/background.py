@@ -134,6 +134,18 @@ def reap() -> None:
         del _started[pid]
 
 
+def await_end(pid: int, timeout_s: float) -> bool:
+    """Wait until a service has ended by itself; tell whether it did."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], timeout_s)[0])
+    finally:
+        os.close(handle)
+
+
 def terminate(pid: int) -> None:
     """End a service, and return when it is gone."""
     try:

@@ -71,6 +71,17 @@ def first_processes(process: boundary.Confined) -> list[int]:
     return found
 
 
+def main_process(process: boundary.Confined) -> int | None:
+    """Return the process id, outside, of the program in a cage; ``None`` without a cage, or when it has ended."""
+    if process.mode == "none":
+        return None
+    # bubblewrap outside, bubblewrap as the namespace's first process, the program.
+    for first in _children(process.pid):
+        for program in _children(first):
+            return program
+    return None
+
+
 def stop(process: boundary.Confined, inside: Sequence[int]) -> None:
     """End a node and everything it started, and return when all of it is gone.
 

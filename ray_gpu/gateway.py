@@ -96,7 +96,7 @@ class Gateway:
         zone = load_zone(settings.policies, settings.zone)
         self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
         self._vault.login_approle(settings.role_id, settings.secret_id)
-        self._relay = RelayLink(self._on_lost)
+        self._relay = RelayLink(self._on_lost, self._on_draining)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self.watchdog = Watchdog()
@@ -154,6 +154,11 @@ class Gateway:
     def _on_lost(self, lease: str, reason: str) -> None:
         for session in list(self._sessions.values()):
             session.lose(lease, reason)
+
+    def _on_draining(self, nodes: frozenset[str]) -> None:
+        self._services.opener.rooms.draining = nodes
+        for session in list(self._sessions.values()):
+            session.drop_unusable()
 
     # -- sessions -------------------------------------------------------------------------------
 

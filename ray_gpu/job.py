@@ -270,7 +270,8 @@ class ShardRun:
                     self._serving += 1
                 try:
                     self._serve(lease)
-                    return
+                    if not self._session.leaves(lease):
+                        return
                 except LeaseLostError as error:
                     self._cancelled.check()
                     self._events({"event": "lost", "node": lease.node, "reason": error.reason})
@@ -329,7 +330,7 @@ class ShardRun:
         tally = Tally()
         try:
             current = self._begin(lease, spending)
-            while item := self._next(flying):
+            while item := self._next(flying, leaves=tally.rows > 0 and self._session.leaves(lease)):
                 if item[0] >= 0:
                     flying.append(item)
                     tally.rows += self._send(lease, spending, current, *item)
@@ -366,10 +367,15 @@ class ShardRun:
         lease.link.send(lease.link.slot(Kind.ARGUMENTS, call=current, shard=function), self._request.arguments)
         return current
 
-    def _next(self, flying: deque[tuple[int, int]]) -> tuple[int, int] | None:
-        """Return a shard to send, ``(-1, -1)`` to take a result, or ``None`` when all is done."""
+    def _next(self, flying: deque[tuple[int, int]], *, leaves: bool) -> tuple[int, int] | None:
+        """Return a shard to send, ``(-1, -1)`` to take a result, or ``None`` when all is done.
+
+        Args:
+            leaves: Whether the lease takes no more shards: its node is about to be restarted. It takes one at least,
+                so that a call ends whatever the relay says.
+        """
         with self._lock:
-            if self._pending and len(flying) < IN_FLIGHT and not self._failure:
+            if self._pending and len(flying) < IN_FLIGHT and not (self._failure or leaves):
                 return self._pending.popleft()
         return (-1, -1) if flying else None
 

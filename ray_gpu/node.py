@@ -10,8 +10,10 @@ custodian, which the cage cannot reach into.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from ray_gpu import background, node_identity, raylet, services
+from ray_gpu import background, head_probe, node_identity, raylet, services
 from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_credentials
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
@@ -81,6 +83,8 @@ class Start:
     config: str
     autoscaling_config: str | None = None
     autoscaling_key: str | None = None
+    #: How long such a head waits for the GPU hosts that its autoscaler starts, seconds.
+    await_hosts_s: float = 90.0
 
 
 def read_config(path: Path) -> NodeFile:
@@ -129,23 +133,24 @@ class Service:
             vault.close()
         uid = CAGE_UID if os.geteuid() == 0 else None
         files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
+        if config.role != "head":
+            head_probe.check_head(config.head, config.gcs_port, files, node=config.node)
         if config.role == "gpu":
             self._start_custodian(role_id, secret_id)
-        self._start_ray(raylet.Credentials(files=files.paths(), environment=files.environment()))
-        assert self._node is not None
+        ray = self._start_ray(raylet.Credentials(files=files.paths(), environment=files.environment()))
         if config.zone:
             self._await_gateway(config.zone)
         return {
             "node": config.node,
             "role": config.role,
             "address": f"{config.head}:{config.gcs_port}",
+            "labels": ray.spec.all_labels(),
+            "num_gpus": config.num_gpus,
             "degradations": list(raylet.degradations()),
             "certificate_not_after": identity.not_after,
-            "processes": {"ray": self._node.process.pid} | self._pids(),
+            "processes": {"ray": ray.process.pid} | ({"custodian": self._custodian.pid} if self._custodian else {}),
+            "drained_by": ray.main_process(),
         }
-
-    def _pids(self) -> dict[str, int]:
-        return {"custodian": self._custodian.pid} if self._custodian else {}
 
     def _start_custodian(self, role_id: str, secret_id: str) -> None:
         config = self._config
@@ -194,7 +199,7 @@ class Service:
         directory.mkdir(mode=0o711, exist_ok=True)
         return directory
 
-    def _start_ray(self, credentials: raylet.Credentials) -> None:
+    def _start_ray(self, credentials: raylet.Credentials) -> raylet.Node:
         config = self._config
         self._say(f"starting Ray in a cage at {config.address}")
         spec = raylet.NodeSpec(
@@ -207,14 +212,15 @@ class Service:
             socket_dir=self._socket_dir(),
             autoscaler=self._autoscaler(),
         )
-        self._node = raylet.start_node(
+        node = self._node = raylet.start_node(
             spec,
             gcs=f"{config.head}:{config.gcs_port}",
             ports=NodePorts(gcs=config.gcs_port, first=config.first_port),
             uid=CAGE_UID,
             credentials=credentials,
         )
-        self._node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+        node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+        return node
 
     def _autoscaler(self) -> raylet.Autoscaler | None:
         """Copy what ``ray up`` left for the autoscaler to where the cage's uid can read it."""
@@ -274,7 +280,23 @@ def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str,
         )
     _root(config).mkdir(mode=0o711, parents=True, exist_ok=True)
     argument = json.dumps({name: getattr(what, name) for name in Start.__dataclass_fields__})
-    return background.launch("ray_gpu.node", argument, log=_root(config) / "node.log", say=say)
+    document = background.launch("ray_gpu.node", argument, log=_root(config) / "node.log", say=say)
+    if what.autoscaling_config is not None:
+        _await_hosts(Path(what.autoscaling_config), config, what.await_hosts_s, say)
+    return document
+
+
+def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, say: Callable[[str], None]) -> None:
+    """Wait for the GPU hosts that the head's autoscaler starts by SSH, and say of which nothing came."""
+    addresses = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"]["worker_ips"]
+    say(f"waiting for {len(addresses)} GPU hosts")
+    # Their own node.yaml could say another port, but none of `ray-gpu firewall` lets through.
+    port = NodePorts(gcs=config.gcs_port, first=config.first_port).last_to_open
+    for address in head_probe.await_hosts(addresses, port, timeout_s, say):
+        say(
+            f"GPU host {address} has NOT joined, the others serve. Run `ray-gpu node start` on it, which says what it "
+            "lacks; the autoscaler keeps trying"
+        )
 
 
 def running(config: NodeFile) -> dict[str, Any] | None:
@@ -282,13 +304,23 @@ def running(config: NodeFile) -> dict[str, Any] | None:
     return background.running(state_file(config), "ray_gpu.node")
 
 
-def stop(config: NodeFile) -> bool:
-    """End a node; tell whether it ran. Returns when everything is gone."""
+def stop(config: NodeFile, *, drain_timeout_s: float = 0.0) -> bool:
+    """End a node; tell whether it ran. Returns when everything is gone.
+
+    Args:
+        drain_timeout_s: How long a GPU node's leases may go on; it takes no new ones meanwhile, and zones give those
+            that they have back after the call that they are used for.
+    """
     background.reap()
     document = running(config)
-    if document is not None:
-        background.terminate(int(document["pid"]))
-    return document is not None
+    if document is None:
+        return False
+    if drain_timeout_s > 0 and (main_process := document.get("drained_by")):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(main_process), signal.SIGTERM)
+        background.await_end(int(document["pid"]), drain_timeout_s)
+    background.terminate(int(document["pid"]))
+    return True
 
 
 def degradations() -> tuple[str, ...]:

@@ -45,6 +45,10 @@ RELAY_SOCKET = "relay.sock"
 #: Paths inside a cage. The session is below its tmpfs, so that it can be private to the cage's uid.
 _CAGE_SESSION = Path("/s/ray")
 _CAGE_SOCKETS = Path("/run/ray-gpu")
+#: A node whose head is gone ends after so long: without a head that remembers, it could not join again. Seconds.
+_HEADLESS_S = 15
+#: Longest that Ray waits for a node to be idle when it is told to drain; whoever tells it has a limit of its own. Seconds.
+_LONGEST_DRAIN_S = 7 * 24 * 3600
 #: What Ray reads of the host where no namespace replaces it: its processes, memory limits, file types.
 _PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"), Path("/etc/mime.types"))
 #: tmpfs of a cage and their sizes, bytes. Only what is used counts.
@@ -117,6 +121,10 @@ class Node:
         """Whether the node's processes run."""
         return self.process.poll() is None
 
+    def main_process(self) -> int | None:
+        """Return the id of the process that drains the node upon SIGTERM; ``None`` where there is none."""
+        return cage.main_process(self.process) if self.spec.role == "gpu" else None
+
     def stop(self) -> None:
         """End every process of the node, and return when they are gone."""
         cage.stop(self.process, self.inside or cage.first_processes(self.process))
@@ -181,6 +189,11 @@ class _Plan:
     credentials: Credentials
 
     @property
+    def drains(self) -> bool:
+        """Whether SIGTERM drains it. In a cage: outside one it is how a node is ended at once."""
+        return self.spec.role == "gpu" and self.session == _CAGE_SESSION
+
+    @property
     def is_head(self) -> bool:
         """Whether this node runs the GCS."""
         return self.gcs == f"{self.spec.address}:{self.ports.gcs}"
@@ -197,6 +210,9 @@ class _Plan:
             # Workers would otherwise write prints to files; ours go where the raylet's output is forgotten.
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(_HEADLESS_S),
+            # Upon SIGTERM Ray lets nothing new onto the node and ends once it is idle. Others have nothing to wait for.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_LONGEST_DRAIN_S if self.drains else 0),
             # Version 2 does not start the workers of a provider `local`.
             **({"RAY_enable_autoscaler_v2": "0"} if self.spec.autoscaler else {}),
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),

@@ -18,7 +18,8 @@ ping     (nothing more)                                 (nothing more)
 ======== ============================================== ==========================================
 
 ``labels`` are Ray label selectors (``{"ray-gpu-node": "!in(gpu-1)"}``) on top of the pool's.
-``{"event": "lost", "lease": ..., "reason": ...}`` says that an actor died without being released.
+``{"event": "lost", "lease": ..., "reason": ...}`` says that an actor died without being released, and
+``{"event": "draining", "nodes": [...]}`` which nodes are about to be restarted: whenever that changes.
 The relay ends when its gateway does; its actors end with it.
 """
 
@@ -60,6 +61,8 @@ _MAX_REASON_CHARS = 1024
 _MAX_PLACE_S = 3600.0
 #: A grant starts keeper and sandbox on the node.
 _GRANT_TIMEOUT_S = 90.0
+#: How often the relay looks which nodes drain, seconds.
+_DRAIN_INTERVAL_S = 0.5
 #: The gateway may come up after its node does.
 _CONNECT_TIMEOUT_S = 120.0
 
@@ -97,6 +100,7 @@ class Relay:
     def serve(self) -> None:
         """Answer requests until the gateway closes the connection."""
         self._send({"event": "ready"})
+        threading.Thread(target=self._tell_draining, daemon=True).start()
         while True:
             try:
                 request, _ = recv_message(self._gateway, max_bytes=MAX_DOCUMENT_BYTES)
@@ -104,6 +108,15 @@ class Relay:
                 return
             pool = self._waiting if request.get("op") == "place" else self._prompt
             pool.submit(self._answer, request)
+
+    def _tell_draining(self) -> None:
+        told: list[str] = []
+        while True:
+            with contextlib.suppress(RayError, RuntimeError):
+                if (found := _draining()) != told:
+                    self._send({"event": "draining", "nodes": found})
+                    told = found
+            time.sleep(_DRAIN_INTERVAL_S)
 
     def _answer(self, request: dict[str, Any]) -> None:
         try:
@@ -248,6 +261,12 @@ def _nodes() -> list[dict[str, Any]]:
         }
         for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
     ]
+
+
+def _draining() -> list[str]:
+    """Return the names of the nodes that Ray places nothing on any more."""
+    found = ray_state.state.get_draining_nodes()
+    return sorted(node["NodeName"] for node in ray.nodes() if node["NodeID"] in found) if found else []  # type: ignore[no-untyped-call]  # Ray has no types here
 
 
 def _await(connect: Callable[[], _T]) -> _T:

@@ -29,10 +29,16 @@ class RelayLink:
 
     Args:
         on_lost: Called with a lease id and a reason when the relay says that its actor is gone.
+        on_draining: Called with the names of the nodes that are about to be restarted, whenever that changes.
     """
 
-    def __init__(self, on_lost: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        on_lost: Callable[[str, str], None],
+        on_draining: Callable[[frozenset[str]], None] = lambda _: None,
+    ) -> None:
         self._on_lost = on_lost
+        self._on_draining = on_draining
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
@@ -54,6 +60,9 @@ class RelayLink:
     def _handle(self, message: dict[str, Any]) -> None:
         if message.get("event") == "lost":
             self._on_lost(str(message.get("lease")), str(message.get("reason"))[:200])
+            return
+        if message.get("event") == "draining":
+            self._on_draining(frozenset(str(name) for name in message.get("nodes") or ()))
             return
         with self._lock:
             future = self._waiting.pop(message.get("id", 0), None)

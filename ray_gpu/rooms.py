@@ -27,6 +27,8 @@ class Rooms:
         self._relay = relay
         #: Nodes that failed lately: until when to pass them over, and why.
         self._failed: dict[str, tuple[float, str]] = {}
+        #: Nodes that are about to be restarted. Ray places nothing there, and leases are given back after their call.
+        self.draining: frozenset[str] = frozenset()
 
     def failed(self, node: str, why: str) -> None:
         """Note that a lease could not be opened on a node."""
@@ -59,6 +61,7 @@ class Rooms:
             return True
 
     def _members(self, pool: str) -> list[Any]:
-        """Return the nodes of a pool that live."""
+        """Return the nodes of a pool that live and stay."""
         found = list(self._relay.request({"op": "nodes"}, timeout_s=ANSWER_TIMEOUT_S).get("nodes") or [])
-        return [node for node in found if node["alive"] and node["labels"].get(POOL_LABEL) == pool]
+        here = [node for node in found if node["alive"] and node["labels"].get(POOL_LABEL) == pool]
+        return [node for node in here if node["name"] not in self.draining]

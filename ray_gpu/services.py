@@ -64,6 +64,8 @@ def start_gateway(settings: dict[str, Any], settings_file: Path, *, log: Path) -
     }
     for path, mode in modes.items():
         path.mkdir(mode=mode, parents=True, exist_ok=True)
+        # Whoever made it before us may have left it open: people of the host read data through the gateway alone.
+        path.chmod(mode)
         _give(path, uid)
     write_private(settings_file, settings)
     _give(settings_file, uid)

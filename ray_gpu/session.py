@@ -311,10 +311,10 @@ class Session:
                 self._room.notify_all()
 
     def _drop_lost(self) -> None:
-        """Give back, in the background, leases that were lost, are about to end, or idled long. Holds the lock."""
+        """Give back, in the background, leases that were lost, end soon, idled long, or whose node drains. Holds the lock."""
         for lease in list(self._leases):
             if lease.lock.acquire(blocking=False):
-                if _usable(lease):
+                if not self.leaves(lease) and _usable(lease):
                     lease.lock.release()
                     continue
                 self._leases.remove(lease)
@@ -379,6 +379,14 @@ class Session:
             except (OSError, ZoneError, ValueError):
                 lease.lost = lease.lost or "connection lost"
                 lease.link.shutdown()
+        self.drop_unusable()
+
+    def leaves(self, lease: Lease) -> bool:
+        """Tell whether a lease's node is about to be restarted: the lease is given back after what it does now."""
+        return lease.node in self.services.opener.rooms.draining
+
+    def drop_unusable(self) -> None:
+        """Give back, in the background, the leases that no call uses and no call shall."""
         with self._lock:
             if not self._closed:
                 self._drop_lost()
