@@ -142,7 +142,7 @@ class Gateway:
             time.sleep(HEARTBEAT_S)
             for session in list(self._sessions.values()):
                 try:
-                    session.heartbeat()
+                    session.leases.heartbeat()
                 except Exception:  # noqa: BLE001 - one session's trouble must not end the leases of all others
                     traceback.print_exc()
 
@@ -153,12 +153,12 @@ class Gateway:
 
     def _on_lost(self, lease: str, reason: str) -> None:
         for session in list(self._sessions.values()):
-            session.lose(lease, reason)
+            session.leases.lose(lease, reason)
 
     def _on_draining(self, nodes: frozenset[str]) -> None:
         self._services.opener.rooms.draining = nodes
         for session in list(self._sessions.values()):
-            session.drop_unusable()
+            session.leases.drop_unusable()
 
     # -- sessions -------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Gateway:
         """Make every session but *needy* give back the leases that it does not use."""
         for session in list(self._sessions.values()):
             if session is not needy:
-                session.yield_idle()
+                session.leases.yield_idle()
 
     def join(self, identifier: str, secret: str) -> Session:
         """Return an open session for a further connection of it.

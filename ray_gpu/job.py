@@ -109,14 +109,16 @@ def run(session: Session, request: Request, source: Source | None, events: Event
     """
     allowed = session.decide(request, source)
     if source is None:
-        lease = session.take(allowed, request, check=cancelled.check)
+        lease = session.leases.take(
+            session.terms(allowed, request), allowed.decision, request.work.options, check=cancelled.check
+        )
         try:
             return call(session, request, allowed, lease, cancelled)
         except LeaseLostError:
-            session.check_open()
+            session.leases.check_open()
             raise
         finally:
-            session.give(lease)
+            session.leases.give(lease)
     return ShardRun(session, request, allowed, source, events, cancelled).run()
 
 
@@ -270,7 +272,7 @@ class ShardRun:
                     self._serving += 1
                 try:
                     self._serve(lease)
-                    if not self._session.leaves(lease):
+                    if not self._session.leases.leaves(lease):
                         return
                 except LeaseLostError as error:
                     self._cancelled.check()
@@ -278,7 +280,7 @@ class ShardRun:
                 finally:
                     with self._lock:
                         self._serving -= 1
-                    self._session.give(lease)
+                    self._session.leases.give(lease)
                 lease = self._replacement()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for this one
             self._fail(error)
@@ -287,16 +289,27 @@ class ShardRun:
         """Take this worker's lease. The first worker must get one; all begin together, with what there is."""
         lease = None
         try:
-            if worker == 0:
-                lease = self._session.take(self._allowed, self._request, check=self._cancelled.check)
-            else:
-                lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
+            lease = self._take_lease() if worker == 0 else self._try_lease(EXTRA_LEASE_TIMEOUT_S)
         finally:
             self._opened.wait()
         return lease
 
     def _try_lease(self, timeout_s: float) -> Lease | None:
-        return self._session.try_lease(self._allowed, self._request, timeout_s=timeout_s, check=self._cancelled.check)
+        return self._session.leases.try_take(
+            self._session.terms(self._allowed, self._request),
+            self._allowed.decision,
+            self._request.work.options,
+            timeout_s=timeout_s,
+            check=self._cancelled.check,
+        )
+
+    def _take_lease(self) -> Lease:
+        return self._session.leases.take(
+            self._session.terms(self._allowed, self._request),
+            self._allowed.decision,
+            self._request.work.options,
+            check=self._cancelled.check,
+        )
 
     def _replacement(self) -> Lease | None:
         """Return a lease in place of one that was lost, or ``None`` when the call needs none or can get none.
@@ -309,7 +322,7 @@ class ShardRun:
                     return None
                 alone = not self._serving
             if alone:
-                return self._session.take(self._allowed, self._request, check=self._cancelled.check)
+                return self._take_lease()
             lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
             if lease:
                 return lease
@@ -330,7 +343,7 @@ class ShardRun:
         tally = Tally()
         try:
             current = self._begin(lease, spending)
-            while item := self._next(flying, leaves=tally.rows > 0 and self._session.leaves(lease)):
+            while item := self._next(flying, leaves=tally.rows > 0 and self._session.leases.leaves(lease)):
                 if item[0] >= 0:
                     flying.append(item)
                     tally.rows += self._send(lease, spending, current, *item)

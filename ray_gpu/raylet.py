@@ -47,7 +47,7 @@ _CAGE_SESSION = Path("/s/ray")
 _CAGE_SOCKETS = Path("/run/ray-gpu")
 #: A node whose head is gone ends after so long: without a head that remembers, it could not join again. Seconds.
 _HEADLESS_S = 15
-#: Longest that Ray waits for a node to be idle when it is told to drain; whoever tells it has a limit of its own. Seconds.
+#: Longest that Ray waits for a node that drains to be idle; whoever tells it to has a limit of its own. Seconds.
 _LONGEST_DRAIN_S = 7 * 24 * 3600
 #: What Ray reads of the host where no namespace replaces it: its processes, memory limits, file types.
 _PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"), Path("/etc/mime.types"))

@@ -1,15 +1,13 @@
 """A person's session at the gateway: decisions, leases and budgets that its calls share. This module does I/O.
 
 A decision is made once per (function, columns, classes, data set, pool) and reused; leases are kept
-between calls, and an idle one is given back when another call of the session needs the room, or when
-nobody used it for a minute. Caps on small bytes are counted here, over the whole session.
+between calls (:mod:`ray_gpu.lease_pool`). Caps on small bytes are counted here, over the whole session.
 """
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -17,19 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_gpu.leases import HEARTBEAT_S, Lease, LeaseOpener, LeaseTerms
+from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
+from ray_gpu.leases import Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
 from zones.errors import (
-    ClusterError,
-    GrantRefusedError,
-    LeaseLostError,
     LedgerError,
-    PlacementError,
-    SessionClosedError,
     UnknownNameError,
-    VaultError,
     ZoneError,
 )
 from zones.labels import ARGUMENTS, classify, labels
@@ -40,18 +33,6 @@ from zones.vault import Person
 
 #: What one intent of small calls reserves: they draw from it without another fsync.
 RESERVED_CALLS, RESERVED_BYTES = 1000, 64 << 20
-#: A lease that answered so recently is not asked again whether it lives, seconds.
-FRESH_S = 0.05
-#: A lease that no call used for so long goes to another session that needs the room, seconds.
-YIELD_AFTER_S = 2.0
-#: A lease that no call used for so long is given back, seconds.
-IDLE_LIMIT_S = 60.0
-#: No call begins on a lease that ends so soon, seconds.
-LAPSE_MARGIN_S = 5.0
-#: How often a call that waits for a lease looks whether it was given up, seconds.
-WAKE_S = 0.25
-#: Ending a lease takes keeper, relay and Vault a moment each; each of them has its own limit below this, seconds.
-FINISH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +71,16 @@ class Session:
         self.secret = secrets.token_hex(16)
         self.started = time.time()
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._leases: list[Lease] = []
-        self._opening = 0
-        #: Calls that wait for a lease.
-        self._waiting = 0
         self._allowed: dict[Any, Allowed] = {}
         self._terms: dict[tuple[int, int], LeaseTerms] = {}
         self._standing: dict[tuple[str, int], Spending] = {}
         self._functions_seen: set[str] = set()
         self._small_bytes = 0
-        self._closed = False
+        self._closing = False
         self._over = threading.Event()
+        self.leases = LeasePool(services.opener, reclaim=lambda: services.reclaim(self), ended=self._lease_ended)
         #: Connections that joined; the gateway counts them.
         self.connections = 0
-        #: Threads that end leases.
-        self._finishing: list[threading.Thread] = []
         self.receipts: list[dict[str, Any]] = []
         services.ledger.append({"kind": "session-start", "person": person.name, "session": self.id, "purpose": purpose})
 
@@ -118,7 +93,7 @@ class Session:
             EgressDeniedError: Policy refuses.
             LedgerUnavailableError: The answer could not be written down.
         """
-        self.check_open()
+        self.leases.check_open()
         zone = self.services.zone
         pool = request.work.options.pool or (zone.pools[0] if zone.pools else "")
         if pool not in zone.pools:
@@ -219,121 +194,8 @@ class Session:
             )
         return found
 
-    def try_lease(
-        self, allowed: Allowed, request: Request, *, timeout_s: float, check: Callable[[], None]
-    ) -> Lease | None:
-        """Return another lease for a call that has one already, or ``None`` when none can be had in time."""
-        try:
-            if not self._has_more_room(self.terms(allowed, request)):
-                return None
-            return self.take(allowed, request, timeout_s=timeout_s, check=check)
-        except (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError):
-            return None
-
-    def take(
-        self, allowed: Allowed, request: Request, *, check: Callable[[], None], timeout_s: float | None = None
-    ) -> Lease:
-        """Return a lease for one call: an idle one, a new one if there may be more, else the first that is free.
-
-        Args:
-            check: Raises when the call was given up meanwhile.
-            timeout_s: Most seconds to wait; by default until the session's other calls are over, and then for
-                room as long as the call says.
-
-        Raises:
-            PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
-        """
-        terms = self.terms(allowed, request)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            with self._lock:
-                check()
-                self.check_open()
-                self._drop_lost()
-                same = [lease for lease in self._leases if lease.terms is terms or lease.terms == terms]
-                for lease in same:
-                    if lease.lock.acquire(blocking=False):
-                        return lease
-                if len(same) + self._opening < request.work.options.concurrency:
-                    self._opening += 1
-                    break
-                if deadline is not None and time.monotonic() > deadline:
-                    raise PlacementError(
-                        "every lease of this session is in use; wait for its other calls, or give it "
-                        "more with .options(concurrency=...)",
-                        pool=terms.pool,
-                        reason="in use",
-                    )
-                self._waiting += 1
-                self._room.wait(timeout=WAKE_S)
-                self._waiting -= 1
-        return self._open(terms, allowed, request, timeout_s)
-
-    def _has_more_room(self, terms: LeaseTerms) -> bool:
-        """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
-        if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
-            return True
-        self.services.reclaim(self)
-        return self.services.opener.rooms.has_room(terms.pool, terms.gpu_milli)
-
-    def _open(self, terms: LeaseTerms, allowed: Allowed, request: Request, timeout_s: float | None) -> Lease:
-        options = request.work.options
-        wait = options.placement_timeout_s if timeout_s is None else timeout_s
-        try:
-            self._end([lease for lease in self._leases if lease.terms != terms])
-            if not self.services.opener.rooms.has_room(terms.pool, terms.gpu_milli):
-                self.services.reclaim(self)
-            lease = self.services.opener.open(
-                terms,
-                allowed.decision,
-                timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
-                patient=timeout_s is None,
-            )
-            lease.lock.acquire()
-            with self._lock:
-                closed = self._closed
-                self._leases.append(lease)
-        finally:
-            with self._lock:
-                self._opening -= 1
-                self._room.notify_all()
-        if closed:
-            self._end([lease], held=True)
-            self.check_open()
-        return lease
-
-    def give(self, lease: Lease) -> None:
-        """Give a lease back after a call."""
-        lease.idle_since = time.monotonic()
-        lease.lock.release()
-        with self._lock:
-            if self._waiting:
-                self._room.notify_all()
-
-    def _drop_lost(self) -> None:
-        """Give back, in the background, leases that were lost, end soon, idled long, or whose node drains. Holds the lock."""
-        for lease in list(self._leases):
-            if lease.lock.acquire(blocking=False):
-                if not self.leaves(lease) and _usable(lease):
-                    lease.lock.release()
-                    continue
-                self._leases.remove(lease)
-                thread = threading.Thread(target=self._finish_lease, args=(lease,), daemon=True)
-                self._finishing = [item for item in self._finishing if item.is_alive()] + [thread]
-                thread.start()
-
-    def _end(self, leases: list[Lease], *, held: bool = False) -> None:
-        """End those of *leases* that no call uses."""
-        for lease in leases:
-            if held or lease.lock.acquire(blocking=False):
-                with self._lock:
-                    if lease in self._leases:
-                        self._leases.remove(lease)
-                self._finish_lease(lease)
-
-    def _finish_lease(self, lease: Lease) -> None:
-        """Close a lease and write down what its budgets were used for and what its custodian attests."""
-        receipt = self.services.opener.close(lease)
+    def _lease_ended(self, lease: Lease, receipt: dict[str, Any] | None) -> None:
+        """Write down what a lease's budgets were used for and what its custodian attests."""
         if receipt:
             self.receipts.append(receipt)
         outcome = "done" if receipt else "lost"
@@ -352,53 +214,7 @@ class Session:
                 }
             )
 
-    def lose(self, lease_id: str, reason: str) -> None:
-        """Mark a lease as lost: the relay says that its actor died. Wakes whoever waits on its connection."""
-        for lease in list(self._leases):
-            if lease.id == lease_id and not lease.lost:
-                lease.lost = reason or "the GPU actor died"
-                lease.link.shutdown()
-
-    def yield_idle(self) -> None:
-        """Give back the leases that no call has used for a moment: another session has no room."""
-        now = time.monotonic()
-        self._end([lease for lease in list(self._leases) if now - lease.idle_since > YIELD_AFTER_S])
-
-    def heartbeat(self) -> None:
-        """Keep idle leases alive, and give back those that nobody used for long. Called every few seconds."""
-        for lease in list(self._leases):
-            if time.time() > lease.not_after and not lease.lost:
-                # Its keeper ends it too, unless that hangs.
-                lease.lost = "its time is over"
-                lease.link.shutdown()
-            # While something is being sent, that says that we are here; and waiting for it could take long.
-            if lease.lost or lease.link.sending:
-                continue
-            try:
-                lease.control({})
-            except (OSError, ZoneError, ValueError):
-                lease.lost = lease.lost or "connection lost"
-                lease.link.shutdown()
-        self.drop_unusable()
-
-    def leaves(self, lease: Lease) -> bool:
-        """Tell whether a lease's node is about to be restarted: the lease is given back after what it does now."""
-        return lease.node in self.services.opener.rooms.draining
-
-    def drop_unusable(self) -> None:
-        """Give back, in the background, the leases that no call uses and no call shall."""
-        with self._lock:
-            if not self._closed:
-                self._drop_lost()
-
-    def check_open(self) -> None:
-        """Raise if the session was closed.
-
-        Raises:
-            SessionClosedError: It was.
-        """
-        if self._closed:
-            raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
+    # -- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End every lease, shred every key, and write the session's end. Running calls fail.
@@ -406,30 +222,16 @@ class Session:
         Returns when all that is done, also to a second caller.
         """
         with self._lock:
-            first, self._closed = not self._closed, True
-            leases, self._leases = self._leases, []
-            self._room.notify_all()
+            first, self._closing = not self._closing, True
         if not first:
             self._over.wait(FINISH_TIMEOUT_S)
             return
         try:
-            self._close(leases)
+            self.leases.close()
+            with contextlib.suppress(ZoneError):
+                self.services.ledger.append({"kind": "session-end", "person": self.person.name, "session": self.id})
         finally:
             self._over.set()
-
-    def _close(self, leases: list[Lease]) -> None:
-        for lease in leases:
-            if not lease.lock.acquire(timeout=0.2):
-                lease.lost = "the session was closed"
-                lease.link.shutdown()
-                lease.lock.acquire(timeout=HEARTBEAT_S)
-        ending = [threading.Thread(target=self._finish_lease, args=(lease,)) for lease in leases]
-        for thread in ending:
-            thread.start()
-        for thread in [*ending, *self._finishing]:
-            thread.join(FINISH_TIMEOUT_S)
-        with contextlib.suppress(ZoneError):
-            self.services.ledger.append({"kind": "session-end", "person": self.person.name, "session": self.id})
 
     def status(self) -> dict[str, Any]:
         """Return what a session card shows."""
@@ -441,33 +243,6 @@ class Session:
             "purpose": self.purpose,
             "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
-            "leases": [
-                {
-                    "lease": lease.id,
-                    "node": lease.node,
-                    "device": lease.device,
-                    "level": lease.level,
-                    "degradations": list(lease.degradations),
-                    "gpu_milli": lease.terms.gpu_milli,
-                }
-                for lease in list(self._leases)
-            ],
+            "leases": self.leases.status(),
             "receipts": list(self.receipts),
         }
-
-
-def _usable(lease: Lease) -> bool:
-    """Tell whether a lease that no call uses is good for another call."""
-    if lease.lost or time.time() > lease.not_after - LAPSE_MARGIN_S:
-        return False
-    if lease.idle_since and time.monotonic() - lease.idle_since > IDLE_LIMIT_S:
-        return False
-    if time.monotonic() - lease.idle_since < FRESH_S:
-        return True
-    # Nothing arrives unasked: whatever there is to read from an idle keeper is its end.
-    poller = select.poll()
-    poller.register(lease.link.fileno(), select.POLLIN | select.POLLRDHUP)
-    if poller.poll(0):
-        lease.lost = "its keeper or sandbox ended while idle"
-        return False
-    return True

@@ -11,7 +11,7 @@ import pytest
 
 from ray_gpu import Batch, gpu_remote
 from ray_gpu.job import MAX_ATTEMPTS
-from ray_gpu.session import FRESH_S
+from ray_gpu.lease_pool import FRESH_S
 from zones.errors import CallTimeoutError, LeaseLostError, PlacementError, SessionClosedError
 
 NODES = ("gpu-1", "gpu-2")

@@ -1,0 +1,290 @@
+"""The leases of one session: taken for a call, given back after it, kept between calls. This module does I/O.
+
+An idle lease is given back when another call of the session needs other terms, when another session needs the room,
+when its node is about to be restarted, or when nobody used it for a minute.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray_gpu.leases import HEARTBEAT_S, Lease, LeaseOpener, LeaseTerms
+from ray_gpu.request import Options
+from zones.errors import (
+    ClusterError,
+    GrantRefusedError,
+    LeaseLostError,
+    PlacementError,
+    SessionClosedError,
+    VaultError,
+    ZoneError,
+)
+from zones.model import Decision
+
+#: A lease that answered so recently is not asked again whether it lives, seconds.
+FRESH_S = 0.05
+#: A lease that no call used for so long goes to another session that needs the room, seconds.
+YIELD_AFTER_S = 2.0
+#: A lease that no call used for so long is given back, seconds.
+IDLE_LIMIT_S = 60.0
+#: No call begins on a lease that ends so soon, seconds.
+LAPSE_MARGIN_S = 5.0
+#: How often a call that waits for a lease looks whether it was given up, seconds.
+WAKE_S = 0.25
+#: Ending a lease takes keeper, relay and Vault a moment each; each of them has its own limit below this, seconds.
+FINISH_TIMEOUT_S = 60.0
+
+
+class LeasePool:
+    """Thread-safe.
+
+    Args:
+        opener: Opens and closes leases.
+        reclaim: Makes other sessions give back the leases that they do not use.
+        ended: Told of each lease that was closed, with its custodian's receipt if that came.
+    """
+
+    def __init__(
+        self,
+        opener: LeaseOpener,
+        *,
+        reclaim: Callable[[], None],
+        ended: Callable[[Lease, dict[str, Any] | None], None],
+    ) -> None:
+        self._opener = opener
+        self._reclaim = reclaim
+        self._ended = ended
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._leases: list[Lease] = []
+        self._opening = 0
+        #: Calls that wait for a lease.
+        self._waiting = 0
+        self.closed = False
+        #: Threads that end leases.
+        self._finishing: list[threading.Thread] = []
+
+    def check_open(self) -> None:
+        """Raise if the session was closed.
+
+        Raises:
+            SessionClosedError: It was.
+        """
+        if self.closed:
+            raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
+
+    def try_take(
+        self, terms: LeaseTerms, decision: Decision, options: Options, *, timeout_s: float, check: Callable[[], None]
+    ) -> Lease | None:
+        """Return another lease for a call that has one already, or ``None`` when none can be had in time."""
+        try:
+            if not self._has_more_room(terms):
+                return None
+            return self.take(terms, decision, options, timeout_s=timeout_s, check=check)
+        except (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError):
+            return None
+
+    def take(
+        self,
+        terms: LeaseTerms,
+        decision: Decision,
+        options: Options,
+        *,
+        check: Callable[[], None],
+        timeout_s: float | None = None,
+    ) -> Lease:
+        """Return a lease for one call: an idle one, a new one if there may be more, else the first that is free.
+
+        Args:
+            terms: What the call needs.
+            decision: What a new lease must satisfy.
+            options: The call's.
+            check: Raises when the call was given up meanwhile.
+            timeout_s: Most seconds to wait; by default until the session's other calls are over, and then for
+                room as long as the call says.
+
+        Raises:
+            PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                check()
+                self.check_open()
+                self._drop_lost()
+                same = [lease for lease in self._leases if lease.terms is terms or lease.terms == terms]
+                for lease in same:
+                    if lease.lock.acquire(blocking=False):
+                        return lease
+                if len(same) + self._opening < options.concurrency:
+                    self._opening += 1
+                    break
+                if deadline is not None and time.monotonic() > deadline:
+                    raise PlacementError(
+                        "every lease of this session is in use; wait for its other calls, or give it "
+                        "more with .options(concurrency=...)",
+                        pool=terms.pool,
+                        reason="in use",
+                    )
+                self._waiting += 1
+                self._room.wait(timeout=WAKE_S)
+                self._waiting -= 1
+        return self._open(terms, decision, options, timeout_s)
+
+    def _has_more_room(self, terms: LeaseTerms) -> bool:
+        """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
+        if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
+            return True
+        self._reclaim()
+        return self._opener.rooms.has_room(terms.pool, terms.gpu_milli)
+
+    def _open(self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None) -> Lease:
+        wait = options.placement_timeout_s if timeout_s is None else timeout_s
+        try:
+            self._end([lease for lease in self._leases if lease.terms != terms])
+            if not self._opener.rooms.has_room(terms.pool, terms.gpu_milli):
+                self._reclaim()
+            lease = self._opener.open(
+                terms,
+                decision,
+                timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
+                patient=timeout_s is None,
+            )
+            lease.lock.acquire()
+            with self._lock:
+                closed = self.closed
+                self._leases.append(lease)
+        finally:
+            with self._lock:
+                self._opening -= 1
+                self._room.notify_all()
+        if closed:
+            self._end([lease], held=True)
+            self.check_open()
+        return lease
+
+    def give(self, lease: Lease) -> None:
+        """Give a lease back after a call."""
+        lease.idle_since = time.monotonic()
+        lease.lock.release()
+        with self._lock:
+            if self._waiting:
+                self._room.notify_all()
+
+    def _drop_lost(self) -> None:
+        """Give back, in the background, leases that were lost, end soon, idled long, or whose node drains.
+
+        Holds the lock.
+        """
+        for lease in list(self._leases):
+            if lease.lock.acquire(blocking=False):
+                if not self.leaves(lease) and _usable(lease):
+                    lease.lock.release()
+                    continue
+                self._leases.remove(lease)
+                thread = threading.Thread(target=self._finish_lease, args=(lease,), daemon=True)
+                self._finishing = [item for item in self._finishing if item.is_alive()] + [thread]
+                thread.start()
+
+    def _end(self, leases: list[Lease], *, held: bool = False) -> None:
+        """End those of *leases* that no call uses."""
+        for lease in leases:
+            if held or lease.lock.acquire(blocking=False):
+                with self._lock:
+                    if lease in self._leases:
+                        self._leases.remove(lease)
+                self._finish_lease(lease)
+
+    def _finish_lease(self, lease: Lease) -> None:
+        self._ended(lease, self._opener.close(lease))
+
+    def lose(self, lease_id: str, reason: str) -> None:
+        """Mark a lease as lost: the relay says that its actor died. Wakes whoever waits on its connection."""
+        for lease in list(self._leases):
+            if lease.id == lease_id and not lease.lost:
+                lease.lost = reason or "the GPU actor died"
+                lease.link.shutdown()
+
+    def yield_idle(self) -> None:
+        """Give back the leases that no call has used for a moment: another session has no room."""
+        now = time.monotonic()
+        self._end([lease for lease in list(self._leases) if now - lease.idle_since > YIELD_AFTER_S])
+
+    def heartbeat(self) -> None:
+        """Keep idle leases alive, and give back those that nobody used for long. Called every few seconds."""
+        for lease in list(self._leases):
+            if time.time() > lease.not_after and not lease.lost:
+                # Its keeper ends it too, unless that hangs.
+                lease.lost = "its time is over"
+                lease.link.shutdown()
+            # While something is being sent, that says that we are here; and waiting for it could take long.
+            if lease.lost or lease.link.sending:
+                continue
+            try:
+                lease.control({})
+            except (OSError, ZoneError, ValueError):
+                lease.lost = lease.lost or "connection lost"
+                lease.link.shutdown()
+        self.drop_unusable()
+
+    def leaves(self, lease: Lease) -> bool:
+        """Tell whether a lease's node is about to be restarted: the lease is given back after what it does now."""
+        return lease.node in self._opener.rooms.draining
+
+    def drop_unusable(self) -> None:
+        """Give back, in the background, the leases that no call uses and no call shall."""
+        with self._lock:
+            if not self.closed:
+                self._drop_lost()
+
+    def close(self) -> None:
+        """End every lease. Calls that use one fail."""
+        with self._lock:
+            self.closed = True
+            leases, self._leases = self._leases, []
+            self._room.notify_all()
+        for lease in leases:
+            if not lease.lock.acquire(timeout=0.2):
+                lease.lost = "the session was closed"
+                lease.link.shutdown()
+                lease.lock.acquire(timeout=HEARTBEAT_S)
+        ending = [threading.Thread(target=self._finish_lease, args=(lease,)) for lease in leases]
+        for thread in ending:
+            thread.start()
+        for thread in [*ending, *self._finishing]:
+            thread.join(FINISH_TIMEOUT_S)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what a session card shows of each lease."""
+        return [
+            {
+                "lease": lease.id,
+                "node": lease.node,
+                "device": lease.device,
+                "level": lease.level,
+                "degradations": list(lease.degradations),
+                "gpu_milli": lease.terms.gpu_milli,
+            }
+            for lease in list(self._leases)
+        ]
+
+
+def _usable(lease: Lease) -> bool:
+    """Tell whether a lease that no call uses is good for another call."""
+    if lease.lost or time.time() > lease.not_after - LAPSE_MARGIN_S:
+        return False
+    if lease.idle_since and time.monotonic() - lease.idle_since > IDLE_LIMIT_S:
+        return False
+    if time.monotonic() - lease.idle_since < FRESH_S:
+        return True
+    # Nothing arrives unasked: whatever there is to read from an idle keeper is its end.
+    poller = select.poll()
+    poller.register(lease.link.fileno(), select.POLLIN | select.POLLRDHUP)
+    if poller.poll(0):
+        lease.lost = "its keeper or sandbox ended while idle"
+        return False
+    return True
