@@ -39,9 +39,9 @@ PERSON_UID = 1000
 NODE_FILE, GATEWAY_FILE = "/etc/ray-gpu/node.yaml", "/etc/ray-gpu/gateway.yaml"
 NODE_CREDENTIALS, GATEWAY_CREDENTIALS = "/etc/ray-gpu/node-credentials.json", "/etc/ray-gpu/gateway-credentials.json"
 VAULT_CA = "/etc/ray-gpu/vault-ca.pem"
-CLUSTER_FILE = "/root/cluster.yaml"
+CLUSTER_FILE = "/etc/ray-gpu/cluster.yaml"
 STATE = "/var/lib/ray-gpu"
-_TOKEN, _DECLARATION, _POLICIES = "/root/vault-token", "/root/vault.yaml", "/etc/ray-gpu/policies"
+_TOKEN, _DECLARATION, _POLICIES = "/etc/ray-gpu/vault-token", "/etc/ray-gpu/vault.yaml", "/etc/ray-gpu/policies"
 #: The launcher asks for both; no host of a bed reaches the internet, and its output goes to a log.
 _LAUNCHER_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "TERM": "dumb"}
 _LAUNCH_TIMEOUT_S, _START_TIMEOUT_S = 150.0, 100.0
@@ -141,7 +141,7 @@ class BedCluster:
 
     def issue(self, name: str) -> Credentials:
         """Make new credentials of a node, person, or zone's gateway; its older ones end."""
-        operator, file = self.bed["operator"], f"/root/{name}.json"
+        operator, file = self.bed["operator"], f"/etc/ray-gpu/{name}.json"
         self.administer("issue", name, "--out", file)
         made = self._issued[name] = Credentials(name, operator.read(file))
         operator.run(["rm", file])
