@@ -47,7 +47,7 @@ from ray_gpu.share import share_encoded, share_table, share_value
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones.config import load_zone
-from zones.errors import GatewayError, SessionClosedError, ZoneError
+from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
 from zones.vault import Vault
@@ -96,6 +96,7 @@ class Gateway:
         zone = load_zone(settings.policies, settings.zone)
         self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
         self._vault.login_approle(settings.role_id, settings.secret_id)
+        self._check_login()
         self._relay = RelayLink(self._on_lost, self._on_draining)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -114,6 +115,20 @@ class Gateway:
             reclaim=self.reclaim,
         )
         self._keys.sweep(int(time.time()))
+
+    def _check_login(self) -> None:
+        """Ask for what Vault shows to this zone's gateway alone, so that a wrong login is known before anybody attaches.
+
+        Raises:
+            VaultDeniedError: The login is a node's, or another zone's.
+        """
+        zone = self._settings.zone
+        try:
+            self._vault.lease_keys(zone)
+        except VaultDeniedError:
+            raise VaultDeniedError(
+                f"this login is not that of the gateway of zone {zone}; write one with `ray-gpu vault issue {zone}`"
+            ) from None
 
     def serve(self) -> None:
         """Serve people and the relay until the process is told to end."""

@@ -26,7 +26,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from ray_gpu import background, head_probe, node_identity, raylet, services
-from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_credentials
+from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
@@ -116,13 +116,14 @@ class Service:
         self._root.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.state_file = state_file(self._config)
         self._log = self._root / "node.log"
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._custodian: subprocess.Popen[bytes] | None = None
         self._node: raylet.Node | None = None
 
     def start(self) -> dict[str, Any]:
         """Start the node; return its condition once it has joined the cluster."""
         config = self._config
-        role_id, secret_id = read_credentials(Path(config.vault.credentials))
+        role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
         try:
@@ -220,7 +221,18 @@ class Service:
             uid=CAGE_UID,
             credentials=credentials,
         )
-        node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+        try:
+            node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+        except ClusterError as error:
+            if config.role == "head":
+                raise
+            # Ray says no more of a token that the head does not know than that it gave up.
+            raise ClusterError(
+                f"{error.message}. The head answers, and takes this node's certificate; if the Ray token was rotated "
+                "since the head started, restart the head first (`ray down`, `ray up`)",
+                node=config.node,
+                reason=error.reason,
+            ) from None
         return node
 
     def _autoscaler(self) -> raylet.Autoscaler | None:
@@ -245,8 +257,9 @@ class Service:
             raise self._ended("Ray", self._node.process.returncode)
 
     def _ended(self, what: str, status: int | None) -> ClusterError:
+        why = services.last_words(self._log, self._log_start)
         return ClusterError(
-            f"{what} of node {self._config.node} ended (status {status}); see {self._log}, and start the node again",
+            f"{what} of node {self._config.node} ended (status {status}){why}; see {self._log}, and start it again",
             node=self._config.node,
             reason=f"{what} ended",
         )
