@@ -8,6 +8,7 @@ connection; a session may have many connections.
 ================  ===============================================================================
 request           reply
 ================  ===============================================================================
+ready             -> whether a relay is there, so that GPU nodes can be reached; asks for no session
 attach            token, purpose -> session, secret, and what a session card shows
 join              session, secret -> ok: a further connection of the same session
 catalog           -> data sets with columns and classes
@@ -117,7 +118,7 @@ class Gateway:
         self._keys.sweep(int(time.time()))
 
     def _check_login(self) -> None:
-        """Ask for what Vault shows to this zone's gateway alone, so that a wrong login is known before anybody attaches.
+        """Ask for what Vault shows to this zone's gateway alone: a wrong login shall be known before anybody attaches.
 
         Raises:
             VaultDeniedError: The login is a node's, or another zone's.
@@ -245,6 +246,11 @@ class Gateway:
             "relay": self._relay.connected,
         }
 
+    @property
+    def ready(self) -> bool:
+        """Whether a relay is connected now."""
+        return self._relay.connected
+
     def catalog(self) -> dict[str, Any]:
         """Return the catalog: data set to description and column classes."""
         return {
@@ -328,6 +334,9 @@ class Connection:
         if self._session is None:
             raise SessionClosedError("no session on this connection; attach first")
         return self._session
+
+    def _on_ready(self, _: dict[str, Any], __: list[int]) -> None:
+        self._send({"ok": True, "ready": self._gateway.ready})
 
     def _on_attach(self, message: dict[str, Any], _: list[int]) -> None:
         if self._session is not None:

@@ -42,8 +42,8 @@ def check_head(address: str, port: int, files: RayFiles, *, node: str) -> None:
                 raise ssl.SSLError("it closed the connection")
     except ssl.SSLCertVerificationError as error:
         raise ClusterError(
-            f"{where} shows a certificate that is not valid for this cluster ({error.verify_message}); check that it is "
-            "the head, that it got its certificate from the same Vault, and both hosts' clocks. If its certificate "
+            f"{where} shows a certificate that is not valid for this cluster ({error.verify_message}); check that it "
+            "is the head, that it got its certificate from the same Vault, and both hosts' clocks. If its certificate "
             "ended, restart the cluster",
             node=node,
             reason=error.verify_message,

@@ -30,6 +30,7 @@ from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 from zones.vault import Vault
@@ -173,7 +174,7 @@ class Service:
             "secret_id": secret_id,
         }
         self._custodian = services.start_custodian(settings, self._root / "settings.json", log=self._log)
-        self._await_socket(socket, "the custodian")
+        self._await("the custodian", lambda: services.listens(socket))
 
     def _await_gateway(self, zone: str) -> None:
         """Wait until people can attach, if the zone's gateway runs already: it serves once the relay has joined it."""
@@ -181,11 +182,12 @@ class Service:
         if not services.listens(layout.relay_dir(zone) / raylet.RELAY_SOCKET):
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
-        self._await_socket(layout.gateway_socket(zone), "the gateway")
+        # A gateway that served before this node does so all the time: only it knows that this node's relay is there.
+        self._await("the gateway", lambda: _gateway_is_ready(layout.gateway_socket(zone)))
 
-    def _await_socket(self, socket: Path, what: str) -> None:
+    def _await(self, what: str, there: Callable[[], bool]) -> None:
         deadline = time.monotonic() + raylet.START_TIMEOUT_S
-        while not services.listens(socket):
+        while not there():
             self.check()
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -272,6 +274,15 @@ class Service:
             self._node.stop()
 
 
+def _gateway_is_ready(path: Path) -> bool:
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "ready"})
+            return recv_message(sock)[0].get("ready") is True
+    except (OSError, MalformedMessageError):
+        return False
+
+
 def _write_for_cage(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -308,8 +319,8 @@ def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, s
     port = NodePorts(gcs=config.gcs_port, first=config.first_port).last_to_open
     for address in head_probe.await_hosts(addresses, port, timeout_s, say):
         say(
-            f"GPU host {address} has NOT joined, the others serve. Run `ray-gpu node start` on it, which says what it "
-            "lacks; the autoscaler keeps trying"
+            f"GPU host {address} has NOT joined; the others serve. Run `ray-gpu node start` on it: it says what it "
+            "lacks, and joins once it has that"
         )
 
 

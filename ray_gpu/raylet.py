@@ -47,7 +47,7 @@ _CAGE_SESSION = Path("/s/ray")
 _CAGE_SOCKETS = Path("/run/ray-gpu")
 #: A node whose head is gone ends after so long: without a head that remembers, it could not join again. Seconds.
 _HEADLESS_S = 15
-#: Longest that Ray waits for a node to be idle when it is told to drain; whoever tells it has a limit of its own. Seconds.
+#: Longest that Ray waits for a draining node to be idle; whoever tells it to drain has a limit of its own. Seconds.
 _LONGEST_DRAIN_S = 7 * 24 * 3600
 #: What Ray reads of the host where no namespace replaces it: its processes, memory limits, file types.
 _PLAIN_PATHS = (Path("/proc"), Path("/sys/fs/cgroup"), Path("/etc/mime.types"))
@@ -211,6 +211,8 @@ class _Plan:
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(_HEADLESS_S),
+            # The head answers before another node is started. One try a second, instead of 20.
+            **({} if self.is_head else {"RAY_NUM_REDIS_GET_RETRIES": "5"}),
             # Upon SIGTERM Ray lets nothing new onto the node and ends once it is idle. Others have nothing to wait for.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_LONGEST_DRAIN_S if self.drains else 0),
             # Version 2 does not start the workers of a provider `local`.

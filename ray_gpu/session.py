@@ -311,7 +311,7 @@ class Session:
                 self._room.notify_all()
 
     def _drop_lost(self) -> None:
-        """Give back, in the background, leases that were lost, end soon, idled long, or whose node drains. Holds the lock."""
+        """Give back, in the background, what was lost, ends soon, idled long, or is on a node that drains. Holds the lock."""
         for lease in list(self._leases):
             if lease.lock.acquire(blocking=False):
                 if not self.leaves(lease) and _usable(lease):

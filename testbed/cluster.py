@@ -265,4 +265,3 @@ def example(name: str) -> Any:
 def zone_of(host: str) -> str:
     """Return the zone of a zone's host."""
     return host.removeprefix("zone-")
-

@@ -121,5 +121,5 @@ def test_no_ca(tmp_path: Path) -> None:
     file.chmod(0o600)
 
     assert read_login(VaultPart(address="https://v", credentials=str(file))) == ("r", "s")
-    with pytest.raises(ConfigError, match="ca.pem: no such file"):
+    with pytest.raises(ConfigError, match=r"ca\.pem: no such file"):
         read_login(VaultPart(address="https://v", credentials=str(file), ca=str(tmp_path / "ca.pem")))

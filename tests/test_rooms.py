@@ -84,3 +84,10 @@ def test_relay_that_tells_nothing(rooms: Rooms, relay: FakeRelay, answer: Any) -
 
     assert rooms.has_room("shared", 1000)
     assert rooms.passed_over("shared") == {}
+
+
+def test_draining_node_has_no_room(rooms: Rooms) -> None:
+    """A node that is about to be restarted has no room, and is not what makes a failed one worth another try."""
+    rooms.draining = frozenset({"gpu-1", "gpu-2"})
+
+    assert not rooms.has_room("shared", 1000)

@@ -38,9 +38,7 @@ def node() -> None:
     show_default=True,
     help="On such a head: longest wait for the GPU hosts, seconds.",
 )
-def start_node(
-    config: Path, autoscaling_config: Path | None, autoscaling_key: Path | None, await_hosts: float
-) -> None:
+def start_node(config: Path, autoscaling_config: Path | None, autoscaling_key: Path | None, await_hosts: float) -> None:
     """Join the cluster; returns when the node serves, and leaves it running."""
     from ray_gpu import node as nodes  # noqa: PLC0415 - imports what only this command needs
 
