@@ -232,6 +232,8 @@ class ShardRun:
         #: Leases that work on this call now.
         self._serving = 0
         self._failure: BaseException | None = None
+        #: Set once the first worker has its lease, or has failed.
+        self._first = threading.Event()
         self._opened = threading.Barrier(min(request.work.options.concurrency, max(1, self._count)))
 
     def run(self) -> Result:
@@ -288,8 +290,14 @@ class ShardRun:
         lease = None
         try:
             if worker == 0:
-                lease = self._session.take(self._allowed, self._request, check=self._cancelled.check)
+                try:
+                    lease = self._session.take(self._allowed, self._request, check=self._cancelled.check)
+                finally:
+                    self._first.set()
             else:
+                if not self._session.has_room_for(self._allowed, self._request, worker + 1):
+                    # Else the only room could be this worker's, and the first would wait for it in vain.
+                    self._first.wait()
                 lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
         finally:
             self._opened.wait()

@@ -103,8 +103,8 @@ class RelayLink:
             sock = self._sock
             if sock is None:
                 raise GatewayError(
-                    "no relay is connected, so no GPU node can be reached; start the zone's node (`ray-gpu node start`, "
-                    "or `ray-gpu up`)"
+                    "no relay is connected, so no GPU node can be reached; start the zone's node (`ray-gpu node "
+                    "start`, or `ray-gpu up`)"
                 )
             self._waiting[identifier] = future
             send_message(sock, {**message, "id": identifier})

@@ -269,6 +269,12 @@ class Session:
                 self._waiting -= 1
         return self._open(terms, allowed, request, timeout_s)
 
+    def has_room_for(self, allowed: Allowed, request: Request, leases: int) -> bool:
+        """Tell whether a call finds so many leases at once: idle ones, and free shares of nodes. A hint."""
+        terms = self.terms(allowed, request)
+        idle = sum(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases))
+        return idle >= leases or self.services.opener.rooms.has_room(terms.pool, terms.gpu_milli, leases=leases - idle)
+
     def _has_more_room(self, terms: LeaseTerms) -> bool:
         """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
         if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
@@ -311,7 +317,7 @@ class Session:
                 self._room.notify_all()
 
     def _drop_lost(self) -> None:
-        """Give back, in the background, what was lost, ends soon, idled long, or is on a node that drains. Holds the lock."""
+        """Give back, in the background, what was lost, ends soon, idled long, or is on a node that drains. Locked."""
         for lease in list(self._leases):
             if lease.lock.acquire(blocking=False):
                 if not self.leaves(lease) and _usable(lease):
