@@ -375,6 +375,7 @@ def main(argv: list[str]) -> None:
         vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
         vault.login_approle(document["role_id"], document["secret_id"])
         identity = NodeIdentity.enrol(document["node"], vault)
+        policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
     except ZoneError as error:
         sys.exit(f"the custodian of {document['node']} did not start: {type(error).__name__}: {error.message}")
     settings = NodeSettings(
@@ -386,7 +387,6 @@ def main(argv: list[str]) -> None:
         uid_count=document["uid_count"],
         actor_uid=document["actor_uid"],
     )
-    policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
     custodian = Custodian(settings, identity=identity, vault=vault, policy=policy)
 
     def stop(*_: object) -> None:

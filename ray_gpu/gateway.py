@@ -8,6 +8,7 @@ connection; a session may have many connections.
 ================  ===============================================================================
 request           reply
 ================  ===============================================================================
+ready             -> whether a relay is there, so that GPU nodes can be reached; asks for no session
 attach            token, purpose -> session, secret, and what a session card shows
 join              session, secret -> ok: a further connection of the same session
 catalog           -> data sets with columns and classes
@@ -47,7 +48,7 @@ from ray_gpu.share import share_encoded, share_table, share_value
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones.config import load_zone
-from zones.errors import GatewayError, SessionClosedError, ZoneError
+from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
 from zones.vault import Vault
@@ -96,6 +97,7 @@ class Gateway:
         zone = load_zone(settings.policies, settings.zone)
         self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
         self._vault.login_approle(settings.role_id, settings.secret_id)
+        self._check_login()
         self._relay = RelayLink(self._on_lost, self._on_draining)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -114,6 +116,20 @@ class Gateway:
             reclaim=self.reclaim,
         )
         self._keys.sweep(int(time.time()))
+
+    def _check_login(self) -> None:
+        """Ask for what Vault shows to this zone's gateway alone: a wrong login shall be known before anybody attaches.
+
+        Raises:
+            VaultDeniedError: The login is a node's, or another zone's.
+        """
+        zone = self._settings.zone
+        try:
+            self._vault.lease_keys(zone)
+        except VaultDeniedError:
+            raise VaultDeniedError(
+                f"this login is not that of the gateway of zone {zone}; write one with `ray-gpu vault issue {zone}`"
+            ) from None
 
     def serve(self) -> None:
         """Serve people and the relay until the process is told to end."""
@@ -230,6 +246,11 @@ class Gateway:
             "relay": self._relay.connected,
         }
 
+    @property
+    def ready(self) -> bool:
+        """Whether a relay is connected now."""
+        return self._relay.connected
+
     def catalog(self) -> dict[str, Any]:
         """Return the catalog: data set to description and column classes."""
         return {
@@ -313,6 +334,9 @@ class Connection:
         if self._session is None:
             raise SessionClosedError("no session on this connection; attach first")
         return self._session
+
+    def _on_ready(self, _: dict[str, Any], __: list[int]) -> None:
+        self._send({"ok": True, "ready": self._gateway.ready})
 
     def _on_attach(self, message: dict[str, Any], _: list[int]) -> None:
         if self._session is not None:

@@ -12,7 +12,7 @@ from ray_gpu.node_identity import RayFiles
 from zones.errors import ClusterError
 
 #: A head that lives answers at once; a firewall that drops says nothing.
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 4.0
 _LOOK_AGAIN_S = 0.2
 
 

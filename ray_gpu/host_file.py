@@ -38,12 +38,18 @@ class VaultPart(FileModel):
     credentials: AbsolutePath
 
 
-def read_credentials(path: Path) -> tuple[str, str]:
-    """Return role and secret id from a JSON file that ``ray-gpu vault issue`` wrote.
+def read_login(vault: VaultPart) -> tuple[str, str]:
+    """Return role and secret id from the file that ``ray-gpu vault issue`` wrote.
 
     Raises:
-        ConfigError: It is missing, others can read it, or it holds something else.
+        ConfigError: It is missing, others can read it, or it holds something else; or the CA's file is missing.
     """
+    if vault.ca is not None and not Path(vault.ca).is_file():
+        raise ConfigError(
+            f"{vault.ca}: no such file; copy the certificate of Vault's CA there, or name its file under vault, ca",
+            file=vault.ca,
+        )
+    path = Path(vault.credentials)
     try:
         mode = path.stat().st_mode
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -234,6 +234,8 @@ class ShardRun:
         #: Leases that work on this call now.
         self._serving = 0
         self._failure: BaseException | None = None
+        #: Set once the first worker has its lease, or has failed.
+        self._first = threading.Event()
         self._opened = threading.Barrier(min(request.work.options.concurrency, max(1, self._count)))
 
     def run(self) -> Result:
@@ -289,7 +291,17 @@ class ShardRun:
         """Take this worker's lease. The first worker must get one; all begin together, with what there is."""
         lease = None
         try:
-            lease = self._take_lease() if worker == 0 else self._try_lease(EXTRA_LEASE_TIMEOUT_S)
+            if worker == 0:
+                try:
+                    lease = self._take_lease()
+                finally:
+                    self._first.set()
+            else:
+                terms = self._session.terms(self._allowed, self._request)
+                if not self._session.leases.has_room_for(terms, worker + 1):
+                    # Else the only room could be this worker's, and the first would wait for it in vain.
+                    self._first.wait()
+                lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
         finally:
             self._opened.wait()
         return lease

@@ -135,6 +135,11 @@ class LeasePool:
                 self._waiting -= 1
         return self._open(terms, decision, options, timeout_s)
 
+    def has_room_for(self, terms: LeaseTerms, leases: int) -> bool:
+        """Tell whether a call finds so many leases at once: idle ones, and free shares of nodes. A hint."""
+        idle = sum(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases))
+        return idle >= leases or self._opener.rooms.has_room(terms.pool, terms.gpu_milli, leases=leases - idle)
+
     def _has_more_room(self, terms: LeaseTerms) -> bool:
         """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
         if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):

@@ -26,10 +26,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from ray_gpu import background, head_probe, node_identity, raylet, services
-from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_credentials
+from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 from zones.vault import Vault
@@ -116,13 +117,14 @@ class Service:
         self._root.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.state_file = state_file(self._config)
         self._log = self._root / "node.log"
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._custodian: subprocess.Popen[bytes] | None = None
         self._node: raylet.Node | None = None
 
     def start(self) -> dict[str, Any]:
         """Start the node; return its condition once it has joined the cluster."""
         config = self._config
-        role_id, secret_id = read_credentials(Path(config.vault.credentials))
+        role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
         try:
@@ -171,7 +173,7 @@ class Service:
             "secret_id": secret_id,
         }
         self._custodian = services.start_custodian(settings, self._root / "settings.json", log=self._log)
-        self._await_socket(socket, "the custodian")
+        self._await("the custodian", lambda: services.listens(socket))
 
     def _await_gateway(self, zone: str) -> None:
         """Wait until people can attach, if the zone's gateway runs already: it serves once the relay has joined it."""
@@ -179,11 +181,12 @@ class Service:
         if not services.listens(layout.relay_dir(zone) / raylet.RELAY_SOCKET):
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
-        self._await_socket(layout.gateway_socket(zone), "the gateway")
+        # A gateway that served before this node does so all the time: only it knows that this node's relay is there.
+        self._await("the gateway", lambda: _gateway_is_ready(layout.gateway_socket(zone)))
 
-    def _await_socket(self, socket: Path, what: str) -> None:
+    def _await(self, what: str, there: Callable[[], bool]) -> None:
         deadline = time.monotonic() + raylet.START_TIMEOUT_S
-        while not services.listens(socket):
+        while not there():
             self.check()
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -219,7 +222,18 @@ class Service:
             uid=CAGE_UID,
             credentials=credentials,
         )
-        node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+        try:
+            node.await_ready(time.monotonic() + raylet.START_TIMEOUT_S)
+        except ClusterError as error:
+            if config.role == "head":
+                raise
+            # Ray says no more of a token that the head does not know than that it gave up.
+            raise ClusterError(
+                f"{error.message}. The head answers, and takes this node's certificate; if the Ray token was rotated "
+                "since the head started, restart the head first (`ray down`, `ray up`)",
+                node=config.node,
+                reason=error.reason,
+            ) from None
         return node
 
     def _autoscaler(self) -> raylet.Autoscaler | None:
@@ -244,8 +258,9 @@ class Service:
             raise self._ended("Ray", self._node.process.returncode)
 
     def _ended(self, what: str, status: int | None) -> ClusterError:
+        why = services.last_words(self._log, self._log_start)
         return ClusterError(
-            f"{what} of node {self._config.node} ended (status {status}); see {self._log}, and start the node again",
+            f"{what} of node {self._config.node} ended (status {status}){why}; see {self._log}, and start it again",
             node=self._config.node,
             reason=f"{what} ended",
         )
@@ -256,6 +271,15 @@ class Service:
             services.end(self._custodian)
         if self._node is not None:
             self._node.stop()
+
+
+def _gateway_is_ready(path: Path) -> bool:
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "ready"})
+            return recv_message(sock)[0].get("ready") is True
+    except (OSError, MalformedMessageError):
+        return False
 
 
 def _write_for_cage(path: Path, text: str) -> None:
@@ -294,8 +318,8 @@ def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, s
     port = NodePorts(gcs=config.gcs_port, first=config.first_port).last_to_open
     for address in head_probe.await_hosts(addresses, port, timeout_s, say):
         say(
-            f"GPU host {address} has NOT joined, the others serve. Run `ray-gpu node start` on it, which says what it "
-            "lacks; the autoscaler keeps trying"
+            f"GPU host {address} has NOT joined; the others serve. Run `ray-gpu node start` on it: it says what it "
+            "lacks, and joins once it has that"
         )
 
 

@@ -211,6 +211,8 @@ class _Plan:
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(_HEADLESS_S),
+            # The head answers before another node is started. One try a second, instead of 20.
+            **({} if self.is_head else {"RAY_NUM_REDIS_GET_RETRIES": "5"}),
             # Upon SIGTERM Ray lets nothing new onto the node and ends once it is idle. Others have nothing to wait for.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_LONGEST_DRAIN_S if self.drains else 0),
             # Version 2 does not start the workers of a provider `local`.

@@ -77,7 +77,9 @@ class RelayLink:
                 self._arrived.clear()
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
-            future.set_exception(GatewayError("the relay is gone; restart the node that runs it (ray-gpu up)"))
+            future.set_exception(
+                GatewayError("the relay is gone; start the zone's node again (`ray-gpu node start`, or `ray-gpu up`)")
+            )
 
     @property
     def connected(self) -> bool:
@@ -100,7 +102,10 @@ class RelayLink:
         with self._lock:
             sock = self._sock
             if sock is None:
-                raise GatewayError("no relay is connected, so no GPU node can be reached; start it with ray-gpu up")
+                raise GatewayError(
+                    "no relay is connected, so no GPU node can be reached; start the zone's node (`ray-gpu node "
+                    "start`, or `ray-gpu up`)"
+                )
             self._waiting[identifier] = future
             send_message(sock, {**message, "id": identifier})
         try:

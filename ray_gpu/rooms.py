@@ -47,16 +47,17 @@ class Rooms:
         except _UNREADABLE:
             return {}
 
-    def has_room(self, pool: str, gpu_milli: int) -> bool:
-        """Tell whether Ray counts a free GPU share on a node that works. A hint: true when nobody can tell.
+    def has_room(self, pool: str, gpu_milli: int, *, leases: int = 1) -> bool:
+        """Tell whether Ray counts free GPU shares on nodes that work. A hint: true when nobody can tell.
 
         Args:
-            gpu_milli: Thousandths of a GPU.
+            gpu_milli: Thousandths of a GPU, for each lease.
+            leases: How many shares there must be; none is free for 0.
         """
         avoid = self.passed_over(pool)
         try:
             members = [node for node in self._members(pool) if node["name"] not in avoid]
-            return any(float(node["gpus_free"]) * 1000 >= gpu_milli - 0.5 for node in members)
+            return sum(int((float(node["gpus_free"]) * 1000 + 0.5) // gpu_milli) for node in members) >= leases
         except _UNREADABLE:
             return True
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu import background, node, raylet, services
-from ray_gpu.host_file import AbsolutePath, VaultPart, read_credentials
+from ray_gpu.host_file import AbsolutePath, VaultPart, read_login
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
 from zones.document import Document, FileModel, Id, read_text_file
@@ -64,7 +64,7 @@ class Service:
     def start(self) -> dict[str, Any]:
         """Start the gateway; return its condition once it waits for its relay. Then it serves people too."""
         config, layout = self._config, self._layout
-        role_id, secret_id = read_credentials(Path(config.vault.credentials))
+        role_id, secret_id = read_login(config.vault)
         self._say(f"starting the gateway of zone {config.zone}")
         degradations = [*([] if os.geteuid() == 0 else ["self-enforced"]), *raylet.degradations()]
         socket, relay = layout.gateway_socket(config.zone), layout.relay_dir(config.zone) / raylet.RELAY_SOCKET

@@ -84,3 +84,19 @@ def test_relay_that_tells_nothing(rooms: Rooms, relay: FakeRelay, answer: Any) -
 
     assert rooms.has_room("shared", 1000)
     assert rooms.passed_over("shared") == {}
+
+
+def test_room_for_several(rooms: Rooms, relay: FakeRelay) -> None:
+    """Shares on different nodes count together, and parts of shares do not."""
+    relay.free = {"gpu-1": 1.5, "gpu-2": 0.5}
+
+    assert rooms.has_room("shared", 500, leases=4)
+    assert rooms.has_room("shared", 1000, leases=1)
+    assert not rooms.has_room("shared", 1000, leases=2)
+
+
+def test_draining_node_has_no_room(rooms: Rooms) -> None:
+    """A node that is about to be restarted has no room, and is not what makes a failed one worth another try."""
+    rooms.draining = frozenset({"gpu-1", "gpu-2"})
+
+    assert not rooms.has_room("shared", 1000)

@@ -80,7 +80,11 @@ class Document:
         except ValidationError as problem:
             error = problem.errors()[0]
             key = error.get("ctx", {}).get("key")
-            self.refuse((*error["loc"], *([] if key is None else [key])), error["msg"].removeprefix("Value error, "))
+            message = error["msg"].removeprefix("Value error, ")
+            if error["type"] == "missing":
+                # It has no line of its own, so the line cannot say which.
+                message = f"{message}: {error['loc'][-1]}"
+            self.refuse((*error["loc"], *([] if key is None else [key])), message)
 
     def refuse(self, loc: Loc, message: str) -> NoReturn:
         """Raise :class:`ConfigError` for the value at *loc*, or the nearest that stands around it."""

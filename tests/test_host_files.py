@@ -1,0 +1,125 @@
+"""The files of a host: the shipped examples are what is read, and whatever is wrong is named with file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ray_gpu import hosts_file, node, vault_declaration, zone_host
+from ray_gpu.host_file import VaultPart, read_login
+from zones.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+READERS: dict[str, Callable[[Path], Any]] = {
+    "node-head.yaml": node.read_config,
+    "node-gpu.yaml": node.read_config,
+    "node-zone.yaml": node.read_config,
+    "gateway.yaml": zone_host.read_config,
+    "vault.yaml": vault_declaration.read,
+    "hosts.yaml": hosts_file.read,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_example(name: str) -> None:
+    """Every shipped example is read by what reads it in earnest."""
+    READERS[name](EXAMPLES / name)
+
+
+def test_every_example_is_read() -> None:
+    """No example is left out above."""
+    assert {path.name for path in EXAMPLES.iterdir()} == set(READERS)
+
+
+def test_examples_agree() -> None:
+    """A host has one address in all examples, and in cluster.yaml."""
+    hosts = {host.name: host.addresses[0] for host in hosts_file.read(EXAMPLES / "hosts.yaml")}
+    declared = {item.name: item.addresses[0] for item in vault_declaration.read(EXAMPLES / "vault.yaml").nodes}
+    files = [node.read_config(EXAMPLES / f"node-{role}.yaml") for role in ("head", "gpu", "zone")]
+    provider = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))["provider"]
+
+    assert declared == {name: hosts[name] for name in declared}
+    assert {item.node: item.address for item in files}.items() <= hosts.items()
+    assert {item.head for item in files} == {hosts["head"]} == {provider["head_ip"]}
+    assert provider["worker_ips"] == [hosts["gpu-1"], hosts["gpu-2"]]
+
+
+@pytest.mark.parametrize(
+    ("example", "changed", "message"),
+    [
+        ("node-gpu.yaml", {"role": "gpux"}, r"file.yaml:3: role"),
+        ("node-gpu.yaml", {"pool": None}, r"file.yaml:\d+: .*role gpu needs pool"),
+        ("node-gpu.yaml", {"zone": "clinic"}, r"file.yaml:\d+: .*role gpu has no zone"),
+        ("node-gpu.yaml", {"gpus": 1}, r"file.yaml:\d+: gpus"),
+        ("node-gpu.yaml", {"address": "192.0.2"}, r"file.yaml:\d+: address"),
+        ("node-gpu.yaml", {"head": "192.0.2.11"}, r"file.yaml:\d+: .*the head's address is its own"),
+        ("node-head.yaml", {"head": "192.0.2.11"}, r"file.yaml:\d+: .*the head's address is its own"),
+        ("node-gpu.yaml", {"policies": "policies"}, r"file.yaml:\d+: policies.*absolute"),
+        ("node-zone.yaml", {"zone": "Clinic!"}, r"file.yaml:\d+: zone"),
+        ("gateway.yaml", {"policies": None}, r"file.yaml:\d+: Field required: policies"),
+        ("gateway.yaml", {"vault": {"address": "http://v", "credentials": "/c"}}, r"file.yaml:\d+: vault.*address"),
+    ],
+)
+def test_refused(tmp_path: Path, example: str, changed: dict[str, Any], message: str) -> None:
+    """What a file of a host says wrong is named with file and line."""
+    document = yaml.safe_load((EXAMPLES / example).read_text(encoding="utf-8")) | changed
+    file = tmp_path / "file.yaml"
+    kept = {key: value for key, value in document.items() if value is not None}
+    file.write_text("# a comment\n" + yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=message):
+        READERS[example](file)
+
+
+@pytest.mark.parametrize(("text", "message"), [("role: [", r"file.yaml:\d+"), ("", "file.yaml"), ("- a", "file.yaml")])
+@pytest.mark.parametrize("read", [node.read_config, zone_host.read_config])
+def test_no_document(tmp_path: Path, read: Callable[[Path], Any], text: str, message: str) -> None:
+    """A file that is no YAML, empty or a list is refused, by name."""
+    file = tmp_path / "file.yaml"
+    file.write_text(text, encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=message):
+        read(file)
+
+
+LOGIN = json.dumps({"role_id": "r", "secret_id": "s"})
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "message"),
+    [
+        (LOGIN, 0o644, "chmod 600"),
+        ("", 0o600, "not what `ray-gpu vault issue` writes"),
+        (json.dumps({"user": "dana", "password": "hunter2"}), 0o600, "not what `ray-gpu vault issue` writes"),
+        (None, 0o600, "write it with `ray-gpu vault issue`"),
+    ],
+    ids=["open to others", "empty", "a person's", "missing"],
+)
+def test_login_refused(tmp_path: Path, text: str | None, mode: int, message: str) -> None:
+    """A login that is missing, open to others or something else is refused, and the message does not quote it."""
+    file = tmp_path / "login.json"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+        file.chmod(mode)
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_login(VaultPart(address="https://v", credentials=str(file)))
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_ca(tmp_path: Path) -> None:
+    """A CA file that is not there is named before anybody is asked; control: without one the login is read."""
+    file = tmp_path / "login.json"
+    file.write_text(LOGIN, encoding="utf-8")
+    file.chmod(0o600)
+
+    assert read_login(VaultPart(address="https://v", credentials=str(file))) == ("r", "s")
+    with pytest.raises(ConfigError, match=r"ca\.pem: no such file"):
+        read_login(VaultPart(address="https://v", credentials=str(file), ca=str(tmp_path / "ca.pem")))
