@@ -27,7 +27,7 @@ import yaml
 from ray_gpu.ports import PORTS, VAULT, Role
 from testbed.bed import HOSTS as ONE_OF_EACH
 from testbed.bed import Testbed
-from testbed.host import ROOT, Host, HostProcess
+from testbed.host import HOME, ROOT, Host, HostProcess
 from testbed.ssh import LAUNCHER_KEY
 
 #: Both zones have CPU nodes in the cluster.
@@ -39,9 +39,9 @@ PERSON_UID = 1000
 NODE_FILE, GATEWAY_FILE = "/etc/ray-gpu/node.yaml", "/etc/ray-gpu/gateway.yaml"
 NODE_CREDENTIALS, GATEWAY_CREDENTIALS = "/etc/ray-gpu/node-credentials.json", "/etc/ray-gpu/gateway-credentials.json"
 VAULT_CA = "/etc/ray-gpu/vault-ca.pem"
-CLUSTER_FILE = "/etc/ray-gpu/cluster.yaml"
+CLUSTER_FILE, DECLARATION = f"{HOME}/cluster.yaml", f"{HOME}/vault.yaml"
 STATE = "/var/lib/ray-gpu"
-_TOKEN, _DECLARATION, _POLICIES = "/etc/ray-gpu/vault-token", "/etc/ray-gpu/vault.yaml", "/etc/ray-gpu/policies"
+_TOKEN, _POLICIES = f"{HOME}/vault-token", "/etc/ray-gpu/policies"
 #: The launcher asks for both; no host of a bed reaches the internet, and its output goes to a log.
 _LAUNCHER_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "TERM": "dumb"}
 _LAUNCH_TIMEOUT_S, _START_TIMEOUT_S = 150.0, 100.0
@@ -128,8 +128,8 @@ class BedCluster:
             for name, role in self.bed.roles.items()
             if role in (Role.HEAD, Role.GPU) or role.is_zone()
         ]
-        operator.write(_DECLARATION, yaml.safe_dump(declared))
-        self.administer("setup", _DECLARATION)
+        operator.write(DECLARATION, yaml.safe_dump(declared))
+        self.administer("setup", DECLARATION)
         names = [node["name"] for node in declared["nodes"]] + [person["name"] for person in declared["people"]]
         with ThreadPoolExecutor(4) as several:
             list(several.map(self.issue, [*names, *declared["zones"]]))
@@ -141,7 +141,7 @@ class BedCluster:
 
     def issue(self, name: str) -> Credentials:
         """Make new credentials of a node, person, or zone's gateway; its older ones end."""
-        operator, file = self.bed["operator"], f"/etc/ray-gpu/{name}.json"
+        operator, file = self.bed["operator"], f"{HOME}/{name}.json"
         self.administer("issue", name, "--out", file)
         made = self._issued[name] = Credentials(name, operator.read(file))
         operator.run(["rm", file])

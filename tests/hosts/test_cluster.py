@@ -20,6 +20,7 @@ import yaml
 from testbed import Host, Testbed
 from testbed.cluster import (
     CLUSTER_FILE,
+    DECLARATION,
     GATEWAY_CREDENTIALS,
     GATEWAY_FILE,
     HOSTS,
@@ -28,10 +29,12 @@ from testbed.cluster import (
     VAULT_CA,
     BedCluster,
 )
+from testbed.host import HOME
 from testbed.ssh import LAUNCHER_KEY
 from zones.keys import loopback_tls
 
 CAGE_UID = 61001
+FOREIGN_CA = f"{HOME}/foreign.pem"
 TIMEOUT_S = 60.0
 POOL = ("head", "gpu-1", "gpu-2")
 SURVEY = Path(__file__).with_name("survey.py")
@@ -149,7 +152,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         f"sed -i 's/^address: .*/address: 198.18.2.9/' {NODE_FILE}",
         "compare its addresses with those that `ray-gpu vault setup` was given",
     ),
-    "foreign CA": ("gpu-1", "node", f"cp /root/foreign.pem {VAULT_CA}", "check .* the CA file"),
+    "foreign CA": ("gpu-1", "node", f"cp {FOREIGN_CA} {VAULT_CA}", "check .* the CA file"),
     "secret": ("gpu-1", "node", f"{FORGE} {NODE_CREDENTIALS}", "refuse"),
     "head": ("gpu-1", "node", "true", r"the head at \S+:26000 does not answer \(Connection refused\); start it first"),
     "gateway's zone": ("zone-clinic", "gateway", f"sed -i 's/^zone: .*/zone: clinik/' {GATEWAY_FILE}", "clinik"),
@@ -167,7 +170,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
 def test_wrong(cluster: BedCluster, name: str, part: str, command: str, message: str) -> None:
     """Whatever a node or a gateway finds missing or wrong is named, and nothing is left running."""
     host = cluster.bed[name]
-    host.write("/root/foreign.pem", loopback_tls(datetime.now(UTC), 1).ca_pem.decode())
+    host.write(FOREIGN_CA, loopback_tls(datetime.now(UTC), 1).ca_pem.decode())
     host.run(["sh", "-c", command])
     try:
         refuses(cluster, name, message, part)
@@ -231,7 +234,7 @@ for zone in ("trading", "clinic"):
 def test_launchers_key(zones: BedCluster) -> None:
     """From the head, to which `ray up` copied it, the launcher's key opens a GPU host, and no zone's."""
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=2", "-o", "StrictHostKeyChecking=no"]
-    key = "/root/ray_bootstrap_key.pem"
+    key = f"{HOME}/ray_bootstrap_key.pem"
     assert zones.bed["head"].read(key) == zones.bed["operator"].read(LAUNCHER_KEY)
 
     def opened(target: str) -> str:
@@ -292,7 +295,7 @@ def test_restart_loses_no_call(zones: BedCluster) -> None:
 def test_rotated_token(zones: BedCluster) -> None:
     """A node with another token than the head's does not join; it says what to restart, and nothing of it is left."""
     zones.bed["gpu-2"].run(["ray-gpu", "node", "stop"])
-    zones.administer("setup", "/root/vault.yaml", "--rotate-token")
+    zones.administer("setup", DECLARATION, "--rotate-token")
 
     refuses(zones, "gpu-2", "if the Ray token was rotated")
 
