@@ -57,6 +57,18 @@ class PlainBuffer:
             self._memory = mmap.mmap(-1, 2 * padded_size(capacity), flags=_PRIVATE)
         return memoryview(self._memory)[LENGTH_BYTES : LENGTH_BYTES + capacity]
 
+    def fill(self, payload: bytes | bytearray | memoryview) -> memoryview:
+        """Copy a payload and return its padded plaintext."""
+        size = len(payload)
+        total, end = padded_size(size), LENGTH_BYTES + size
+        if total > len(self._memory):
+            self._memory = mmap.mmap(-1, 2 * total, flags=_PRIVATE)
+        view = memoryview(self._memory)
+        view[:LENGTH_BYTES] = size.to_bytes(LENGTH_BYTES, "big")
+        view[LENGTH_BYTES:end] = payload
+        view[end:total] = bytes(total - end)
+        return view[:total]
+
     def padded(self, size: int) -> memoryview:
         """Return the padded plaintext whose first *size* payload bytes were written."""
         total = padded_size(size)
@@ -141,9 +153,7 @@ class SealedSocket:
     def send(self, slot: Slot, payload: bytes | bytearray | memoryview) -> None:
         """Seal and send a payload. *payload* may be shared memory: it is copied to private memory first."""
         with self._send_lock:
-            size = len(payload)
-            self._plain.payload(size)[:] = payload
-            self._send_padded(slot, self._plain.padded(size))
+            self._send_padded(slot, self._plain.fill(payload))
 
     def send_padded(self, slot: Slot, plaintext: memoryview) -> None:
         """Seal and send a padded plaintext (see :class:`PlainBuffer`) that lies in private memory."""
@@ -246,6 +256,11 @@ class SealedSocket:
 
     def _open_body(self, opener: Opener, padded_bytes: int, target: memoryview) -> None:
         left, filled = opener.body_bytes, 0
+        if self._end - self._start == left:
+            # All of it came with its header, as a small message does.
+            view = self._arrived[self._start : self._end]
+            self._start = self._end = left = 0
+            filled = opener.update_into(view, target)
         while left:
             view = self._some(left)
             filled += opener.update_into(view, target[filled:])
