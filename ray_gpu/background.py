@@ -165,6 +165,17 @@ def terminate(pid: int) -> None:
             child.wait(STOP_TIMEOUT_S)
 
 
+def stop(state_file: Path, module: str) -> bool:
+    """End the service with this state file; tell whether it ran. Returns when everything of it is gone."""
+    reap()
+    document = running(state_file, module)
+    if document is None:
+        return False
+    terminate(int(document["pid"]))
+    state_file.unlink(missing_ok=True)
+    return True
+
+
 class _Told(BaseException):
     """SIGTERM came."""
 

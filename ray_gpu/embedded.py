@@ -7,13 +7,11 @@ do both. This module does I/O and starts processes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +35,8 @@ GPU_NODES = ("gpu-1", "gpu-2")
 START_TIMEOUT_S = 120.0
 _PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH_BYTES = 107
+#: This module as ``python -m`` knows it, also when it is ``__main__``.
+_MODULE = "ray_gpu.embedded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class Supervisor:
         self._await_sockets()
         if data is not None and data.wait() != 0:
             raise ClusterError(f"the data sets could not be written; see {layout.log}", node="", reason="data")
-        self._publish()
+        services.publish(layout, plan.zone, self._login(roles["gateway"]))
         return self.document()
 
     def document(self) -> dict[str, Any]:
@@ -150,13 +150,10 @@ class Supervisor:
     def _identify(self, roles: Mapping[str, AppRole], spec: raylet.NodeSpec, uid: int) -> raylet.Credentials:
         """Get a node's certificate and the cluster's token from Vault, as a host of its own does."""
         assert self._vault is not None
-        vault, role = self._vault.client(), roles[spec.name]
-        try:
-            vault.login_approle(role.role_id, role.secret_id)
-            identity = node_identity.fetch(vault, node=spec.name, addresses=[spec.address])
-            vault.revoke()
-        finally:
-            vault.close()
+        role = roles[spec.name]
+        identity = node_identity.obtain(
+            self._vault.client(), role.role_id, role.secret_id, node=spec.name, addresses=[spec.address]
+        )
         directory = self._layout.root / "ray" / spec.name
         files = node_identity.write(identity, directory, uid=uid if os.geteuid() == 0 else None)
         return raylet.Credentials(files=files.paths(), environment=files.environment())
@@ -164,45 +161,38 @@ class Supervisor:
     def _address(self, index: int) -> str:
         return f"127.0.{self._plan.net}.{index + 1}"
 
-    def _start_custodian(self, index: int, node: str, role: AppRole) -> None:
+    def _login(self, role: AppRole) -> services.VaultLogin:
         assert self._vault is not None
-        settings = {
-            "node": node,
-            "pool": POOL,
-            "gpu_milli": 1000,
-            "socket": str(self._layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET),
-            "uid_base": LEASE_UID + index * LEASE_UIDS_PER_NODE,
-            "uid_count": LEASE_UIDS_PER_NODE,
-            "actor_uid": CAGE_UID + index,
-            "vault": self._vault.address,
-            "vault_ca": str(self._layout.vault_ca),
-            "policies": self._plan.policies,
-            "role_id": role.role_id,
-            "secret_id": role.secret_id,
-        }
+        return services.VaultLogin(
+            address=self._vault.address,
+            ca=str(self._layout.vault_ca),
+            role_id=role.role_id,
+            secret_id=role.secret_id,
+        )
+
+    def _start_custodian(self, index: int, node: str, role: AppRole) -> None:
         self._processes[f"custodian-{node}"] = services.start_custodian(
-            settings, self._layout.node(node) / "settings.json", log=self._layout.log
+            self._layout,
+            node,
+            self._login(role),
+            log=self._layout.log,
+            pool=POOL,
+            gpu_milli=1000,
+            uid_base=LEASE_UID + index * LEASE_UIDS_PER_NODE,
+            uid_count=LEASE_UIDS_PER_NODE,
+            actor_uid=CAGE_UID + index,
+            policies=self._plan.policies,
         )
 
     def _start_gateway(self, role: AppRole) -> None:
-        layout, zone = self._layout, self._plan.zone
-        assert self._vault is not None
-        settings = {
-            "zone": zone,
-            "policies": self._plan.policies,
-            "data_dir": str(layout.data(zone)),
-            "ledger": str(layout.ledger(zone)),
-            "socket_path": str(layout.gateway_socket(zone)),
-            "relay_socket": str(layout.relay_dir(zone) / raylet.RELAY_SOCKET),
-            "relay_uid": CAGE_UID + len(GPU_NODES),
-            "vault": self._vault.address,
-            "vault_ca": str(layout.vault_ca),
-            "role_id": role.role_id,
-            "secret_id": role.secret_id,
-            "degradations": list(self._degradations()),
-        }
         self._processes["gateway"] = services.start_gateway(
-            settings, layout.zone(zone) / "settings.json", log=layout.log
+            self._layout,
+            self._plan.zone,
+            self._login(role),
+            log=self._layout.log,
+            policies=self._plan.policies,
+            relay_uid=CAGE_UID + len(GPU_NODES),
+            degradations=self._degradations(),
         )
 
     def _start_cluster(self, roles: Mapping[str, AppRole]) -> None:
@@ -241,29 +231,16 @@ class Supervisor:
         layout = self._layout
         sockets = [layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET for node in GPU_NODES]
         sockets.append(layout.gateway_socket(self._plan.zone))
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not all(services.listens(path) for path in sockets):
-            self._check_all()
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"the cluster did not come up in {START_TIMEOUT_S:.0f} s; see {layout.log}",
-                    node="",
-                    reason="timed out",
-                )
-            time.sleep(0.02)
-
-    def _publish(self) -> None:
-        """Write what notebooks on this host may know of the zone."""
-        assert self._vault is not None
-        public = {
-            "socket": str(self._layout.gateway_socket(self._plan.zone)),
-            "vault": self._vault.address,
-            "vault_ca": str(self._layout.vault_ca),
-            "ledger": str(self._layout.ledger(self._plan.zone)),
-        }
-        path = self._layout.zone(self._plan.zone) / "zone.json"
-        path.write_text(json.dumps(public), encoding="utf-8")
-        path.chmod(0o644)
+        services.await_until(
+            lambda: all(services.listens(path) for path in sockets),
+            check=self._check_all,
+            timeout_s=START_TIMEOUT_S,
+            failure=ClusterError(
+                f"the cluster did not come up in {START_TIMEOUT_S:.0f} s; see {layout.log}",
+                node="",
+                reason="timed out",
+            ),
+        )
 
     def check(self) -> None:
         """Do nothing: what has ended shows in ``ray-gpu status``, and the rest goes on without it."""
@@ -296,8 +273,7 @@ class Supervisor:
         if self._cluster is not None:
             self._cluster.stop()
         self._stop_vault()
-        with contextlib.suppress(FileNotFoundError):
-            (self._layout.zone(self._plan.zone) / "zone.json").unlink()
+        self._layout.public(self._plan.zone).unlink(missing_ok=True)
 
     def _stop_vault(self) -> None:
         if server := self._vault or VaultServer.find(self._layout.vault):
@@ -309,7 +285,7 @@ class Supervisor:
 
 def running(layout: Layout) -> dict[str, Any] | None:
     """Return the condition of the cluster in a state directory, if its supervisor runs."""
-    return background.running(layout.supervisor, __name__ if __name__ != "__main__" else "ray_gpu.embedded")
+    return background.running(layout.supervisor, _MODULE)
 
 
 def up(plan: Plan, say: Callable[[str], None] = lambda _: None, *, tied: bool = False) -> dict[str, Any]:
@@ -340,7 +316,7 @@ def up(plan: Plan, say: Callable[[str], None] = lambda _: None, *, tied: bool = 
         )
     layout.root.mkdir(mode=0o711, parents=True, exist_ok=True)
     layout.supervisor.unlink(missing_ok=True)
-    return background.launch("ray_gpu.embedded", json.dumps(asdict(plan)), log=layout.log, say=say, tied=tied)
+    return background.launch(_MODULE, json.dumps(asdict(plan)), log=layout.log, say=say, tied=tied)
 
 
 def _check_length(layout: Layout, zone: str) -> None:
@@ -358,13 +334,7 @@ def _check_length(layout: Layout, zone: str) -> None:
 
 def down(layout: Layout) -> bool:
     """End the cluster of a state directory; tell whether there was one. Returns when everything is gone."""
-    background.reap()
-    document = running(layout)
-    if document is None:
-        return False
-    background.terminate(int(document["pid"]))
-    layout.supervisor.unlink(missing_ok=True)
-    return True
+    return background.stop(layout.supervisor, _MODULE)
 
 
 def main(argv: list[str]) -> int:

@@ -206,6 +206,7 @@ class ShardRun:
         self, session: Session, request: Request, allowed: Allowed, source: Source, events: Events, cancelled: Cancel
     ) -> None:
         self._session, self._request, self._allowed = session, request, allowed
+        self._terms = session.terms(allowed, request)
         self._events, self._cancelled = events, cancelled
         self._table = shards.strip(source.table)
         obligations = allowed.decision.obligations
@@ -297,8 +298,7 @@ class ShardRun:
                 finally:
                     self._first.set()
             else:
-                terms = self._session.terms(self._allowed, self._request)
-                if not self._session.leases.has_room_for(terms, worker + 1):
+                if not self._session.leases.has_room_for(self._terms, worker + 1):
                     # Else the only room could be this worker's, and the first would wait for it in vain.
                     self._first.wait()
                 lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
@@ -308,7 +308,7 @@ class ShardRun:
 
     def _try_lease(self, timeout_s: float) -> Lease | None:
         return self._session.leases.try_take(
-            self._session.terms(self._allowed, self._request),
+            self._terms,
             self._allowed.decision,
             self._request.work.options,
             timeout_s=timeout_s,
@@ -317,10 +317,7 @@ class ShardRun:
 
     def _take_lease(self) -> Lease:
         return self._session.leases.take(
-            self._session.terms(self._allowed, self._request),
-            self._allowed.decision,
-            self._request.work.options,
-            check=self._cancelled.check,
+            self._terms, self._allowed.decision, self._request.work.options, check=self._cancelled.check
         )
 
     def _replacement(self) -> Lease | None:

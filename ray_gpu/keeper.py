@@ -131,14 +131,12 @@ class Keeper:
                     return
                 continue
             slot = self._free.get()
-            message, answer = self._message(link, header, slot, len(payload))
+            message, answer = self._message(header, slot, len(payload))
             self._memory.payload(slot, len(payload))[:] = payload
             self._pending.put(Work(slot=slot, answer=answer, call=header.kind is Kind.CALL))
             self._tell(message)
 
-    def _message(
-        self, link: SealedSocket, header: Header, slot: int, size: int
-    ) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
+    def _message(self, header: Header, slot: int, size: int) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
         """Return the sandbox's message for an opened frame, and the slot of the answer.
 
         A function's id and an argument list's id are the number of the call that brought them; which

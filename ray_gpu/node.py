@@ -28,7 +28,6 @@ from pydantic import Field, model_validator
 from ray_gpu import background, head_probe, node_identity, raylet, services
 from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
 from ray_gpu.ports import PORTS, NodePorts
-from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
 from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
@@ -40,6 +39,7 @@ CAGE_UID, LEASE_UID, LEASE_UIDS = 61001, 62000, 3200
 #: For certificates and tokens, which must not outlive the host: a tmpfs on every distribution.
 RUN_DIR = Path("/run/ray-gpu-nodes")
 DEFAULT_CONFIG = Path("/etc/ray-gpu/node.yaml")
+_MODULE = "ray_gpu.node"
 
 
 _Port = Annotated[int, Field(ge=1024, le=65000)]
@@ -103,7 +103,7 @@ def state_file(config: NodeFile) -> Path:
 
 
 def _root(config: NodeFile) -> Path:
-    return Path(config.state) / "nodes" / config.node
+    return Layout(Path(config.state)).node(config.node)
 
 
 class Service:
@@ -113,10 +113,11 @@ class Service:
         self._start = start
         self._config = read_config(Path(start.config))
         self._say = say
-        self._root = _root(self._config)
-        self._root.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._layout = Layout(Path(self._config.state))
+        root = _root(self._config)
+        root.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.state_file = state_file(self._config)
-        self._log = self._root / "node.log"
+        self._log = root / "node.log"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._custodian: subprocess.Popen[bytes] | None = None
         self._node: raylet.Node | None = None
@@ -127,12 +128,7 @@ class Service:
         role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
-        try:
-            vault.login_approle(role_id, secret_id)
-            identity = node_identity.fetch(vault, node=config.node, addresses=[config.address])
-            vault.revoke()
-        finally:
-            vault.close()
+        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=[config.address])
         uid = CAGE_UID if os.geteuid() == 0 else None
         files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
         if config.role != "head":
@@ -157,27 +153,27 @@ class Service:
     def _start_custodian(self, role_id: str, secret_id: str) -> None:
         config = self._config
         self._say(f"starting the custodian of {config.node}")
+        login = services.VaultLogin(
+            address=config.vault.address, ca=config.vault.ca, role_id=role_id, secret_id=secret_id
+        )
+        self._custodian = services.start_custodian(
+            self._layout,
+            config.node,
+            login,
+            log=self._log,
+            pool=config.pool,
+            gpu_milli=1000 * config.num_gpus,
+            uid_base=LEASE_UID,
+            uid_count=LEASE_UIDS,
+            actor_uid=CAGE_UID,
+            policies=config.policies,
+        )
         socket = self._socket_dir() / raylet.CUSTODIAN_SOCKET
-        settings = {
-            "node": config.node,
-            "pool": config.pool,
-            "gpu_milli": 1000 * config.num_gpus,
-            "socket": str(socket),
-            "uid_base": LEASE_UID,
-            "uid_count": LEASE_UIDS,
-            "actor_uid": CAGE_UID,
-            "vault": config.vault.address,
-            "vault_ca": config.vault.ca,
-            "policies": config.policies,
-            "role_id": role_id,
-            "secret_id": secret_id,
-        }
-        self._custodian = services.start_custodian(settings, self._root / "settings.json", log=self._log)
         self._await("the custodian", lambda: services.listens(socket))
 
     def _await_gateway(self, zone: str) -> None:
         """Wait until people can attach, if the zone's gateway runs already: it serves once the relay has joined it."""
-        layout = Layout(Path(self._config.state))
+        layout = self._layout
         if not services.listens(layout.relay_dir(zone) / raylet.RELAY_SOCKET):
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
@@ -185,20 +181,16 @@ class Service:
         self._await("the gateway", lambda: _gateway_is_ready(layout.gateway_socket(zone)))
 
     def _await(self, what: str, there: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + raylet.START_TIMEOUT_S
-        while not there():
-            self.check()
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"{what} did not serve in time; see {self._log}", node=self._config.node, reason="timed out"
-                )
-            time.sleep(0.02)
+        failure = ClusterError(
+            f"{what} did not serve in time; see {self._log}", node=self._config.node, reason="timed out"
+        )
+        services.await_until(there, check=self.check, timeout_s=raylet.START_TIMEOUT_S, failure=failure)
 
     def _socket_dir(self) -> Path:
         """Return the directory with the one Unix socket that the cage sees."""
         if self._config.zone:
-            return Layout(Path(self._config.state)).relay_dir(self._config.zone)
-        directory = self._root / "socket"
+            return self._layout.relay_dir(self._config.zone)
+        directory = self._layout.custodian_dir(self._config.node)
         directory.mkdir(mode=0o711, exist_ok=True)
         return directory
 
@@ -241,12 +233,11 @@ class Service:
         if self._start.autoscaling_config is None or self._start.autoscaling_key is None:
             return None
         directory = RUN_DIR / self._config.node / "autoscaler"
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         files = raylet.Autoscaler(config=directory / "config.yaml", key=directory / "key", passwd=directory / "passwd")
         document = yaml.safe_load(Path(self._start.autoscaling_config).read_text(encoding="utf-8"))
         document["auth"]["ssh_private_key"] = str(files.key)
-        _write_for_cage(files.config, yaml.safe_dump(document))
-        _write_for_cage(files.key, Path(self._start.autoscaling_key).read_text(encoding="ascii"))
+        raylet.write_for_cage(files.config, yaml.safe_dump(document), CAGE_UID)
+        raylet.write_for_cage(files.key, Path(self._start.autoscaling_key).read_text(encoding="ascii"), CAGE_UID)
         files.passwd.write_text(f"cage:x:{CAGE_UID}:{CAGE_UID}::/s/ray:/bin/sh\n", encoding="ascii")
         return files
 
@@ -282,14 +273,6 @@ def _gateway_is_ready(path: Path) -> bool:
         return False
 
 
-def _write_for_cage(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        if os.geteuid() == 0:
-            os.fchown(file.fileno(), CAGE_UID, CAGE_UID)
-
-
 def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Start a node in the background and return its condition once it has joined.
 
@@ -304,7 +287,7 @@ def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str,
         )
     _root(config).mkdir(mode=0o711, parents=True, exist_ok=True)
     argument = json.dumps({name: getattr(what, name) for name in Start.__dataclass_fields__})
-    document = background.launch("ray_gpu.node", argument, log=_root(config) / "node.log", say=say)
+    document = background.launch(_MODULE, argument, log=_root(config) / "node.log", say=say)
     if what.autoscaling_config is not None:
         _await_hosts(Path(what.autoscaling_config), config, what.await_hosts_s, say)
     return document
@@ -325,7 +308,7 @@ def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, s
 
 def running(config: NodeFile) -> dict[str, Any] | None:
     """Return the condition of a node on this host, if it runs."""
-    return background.running(state_file(config), "ray_gpu.node")
+    return background.running(state_file(config), _MODULE)
 
 
 def stop(config: NodeFile, *, drain_timeout_s: float = 0.0) -> bool:
@@ -335,21 +318,12 @@ def stop(config: NodeFile, *, drain_timeout_s: float = 0.0) -> bool:
         drain_timeout_s: How long a GPU node's leases may go on; it takes no new ones meanwhile, and zones give those
             that they have back after the call that they are used for.
     """
-    background.reap()
     document = running(config)
-    if document is None:
-        return False
-    if drain_timeout_s > 0 and (main_process := document.get("drained_by")):
+    if document is not None and drain_timeout_s > 0 and (main_process := document.get("drained_by")):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(main_process), signal.SIGTERM)
         background.await_end(int(document["pid"]), drain_timeout_s)
-    background.terminate(int(document["pid"]))
-    return True
-
-
-def degradations() -> tuple[str, ...]:
-    """Return the controls that a node started here would lack."""
-    return (*boundary.degradations(), *raylet.degradations())
+    return background.stop(state_file(config), _MODULE) or document is not None
 
 
 def main(argv: list[str]) -> int:

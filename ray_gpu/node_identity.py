@@ -133,6 +133,17 @@ def fetch(vault: Vault, *, node: str, addresses: Sequence[str]) -> RayIdentity:
     return _identity(signed, stored, request.key_pem)
 
 
+def obtain(vault: Vault, role_id: str, secret_id: str, *, node: str, addresses: Sequence[str]) -> RayIdentity:
+    """Log in as a node, :func:`fetch` its identity, and log out; closes *vault*. Raises as :func:`fetch`."""
+    try:
+        vault.login_approle(role_id, secret_id)
+        identity = fetch(vault, node=node, addresses=addresses)
+        vault.revoke()
+    finally:
+        vault.close()
+    return identity
+
+
 def _identity(signed: dict[str, Any], stored: dict[str, Any], key_pem: str) -> RayIdentity:
     try:
         return RayIdentity(

@@ -5,7 +5,6 @@ What a node is and how it is kept in is :mod:`ray_gpu.raylet`. Run ``Cluster.sta
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import time
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ray_gpu.ports import NodePorts
-from ray_gpu.raylet import START_TIMEOUT_S, Credentials, Node, NodeSpec, degradations, start_node
+from ray_gpu.raylet import START_TIMEOUT_S, Credentials, Node, NodeSpec, degradations, start_node, write_for_cage
 from zones.errors import ClusterError
 from zones.model import check_id
 
@@ -144,15 +143,10 @@ def _check_free(ports: NodePorts, spec: NodeSpec, *, first: bool) -> None:
 
 def _token_alone(state_dir: Path) -> Callable[[NodeSpec, int], Credentials]:
     token = secrets.token_hex(32)
-    return lambda spec, uid: _token_file(state_dir / spec.name / "ray-token", token, uid)
 
+    def identify(spec: NodeSpec, uid: int) -> Credentials:
+        path = state_dir / spec.name / "ray-token"
+        write_for_cage(path, token, uid)
+        return Credentials(files=(path,), environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)})
 
-def _token_file(path: Path, token: str, uid: int) -> Credentials:
-    """Write the cluster's token so that only *uid* (we ourselves when not root) can read it."""
-    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(token)
-    if os.geteuid() == 0:
-        os.chown(path, uid, uid)
-    return Credentials(files=(path,), environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)})
+    return identify

@@ -76,6 +76,16 @@ class Credentials:
     environment: Mapping[str, str]
 
 
+def write_for_cage(path: Path, text: str, uid: int) -> None:
+    """Write a file anew that the cage's *uid* (we ourselves when not root) alone can read."""
+    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        if os.geteuid() == 0:
+            os.fchown(file.fileno(), uid, uid)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
     """One node as it shall be."""

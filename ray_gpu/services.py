@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_gpu.background import STOP_TIMEOUT_S, plain_environment, write_private
 from ray_gpu.ports import GATEWAY_UID
+from ray_gpu.raylet import CUSTODIAN_SOCKET, RELAY_SOCKET
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
+from ray_gpu.state import Layout
+from zones.errors import ClusterError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -39,47 +45,129 @@ def spawn(command: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def start_custodian(settings: dict[str, Any], settings_file: Path, *, log: Path) -> subprocess.Popen[bytes]:
-    """Start a custodian with what :func:`ray_gpu.custodian.main` reads; its socket's directory is made."""
-    Path(settings["socket"]).parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    write_private(settings_file, settings)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaultLogin:
+    """Where Vault is, and an AppRole's login for it."""
+
+    address: str
+    #: PEM file; ``None`` for the system's CAs.
+    ca: str | None
+    role_id: str
+    secret_id: str = field(repr=False)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what custodian and gateway read of it."""
+        return {
+            "vault": self.address,
+            "vault_ca": self.ca,
+            "role_id": self.role_id,
+            "secret_id": self.secret_id,
+        }
+
+
+def start_custodian(
+    layout: Layout, node: str, login: VaultLogin, *, log: Path, **settings: Any
+) -> subprocess.Popen[bytes]:
+    """Start a node's custodian; its socket's directory is made.
+
+    Args:
+        layout: Where the node's directory is.
+        node: Node id.
+        login: The node's own.
+        log: Where its output goes.
+        settings: What :func:`ray_gpu.custodian.main` reads besides, JSON types.
+    """
+    socket_dir, settings_file = layout.custodian_dir(node), layout.node(node) / "settings.json"
+    socket_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    own = {"node": node, "socket": str(socket_dir / CUSTODIAN_SOCKET)}
+    write_private(settings_file, {**own, **login.settings(), **settings})
     return spawn([sys.executable, "-m", "ray_gpu.custodian", str(settings_file)], log=log)
 
 
-def start_gateway(settings: dict[str, Any], settings_file: Path, *, log: Path) -> boundary.Confined:
+def start_gateway(
+    layout: Layout,
+    zone: str,
+    login: VaultLogin,
+    *,
+    log: Path,
+    data_dir: str | None = None,
+    **settings: Any,
+) -> boundary.Confined:
     """Start a gateway, under its own uid when root: it alone can then read the zone's data and ledger.
 
     Args:
-        settings: What :class:`ray_gpu.gateway.Settings` holds, JSON types. The directories that it names are made, and
-            belong to the gateway.
-        settings_file: Where to leave them for the gateway to read.
+        layout: Where the zone's directories are. They are made, and belong to the gateway.
+        zone: Name of the zone.
+        login: The gateway's own.
         log: Where its output goes.
+        data_dir: The zone's data sets, if not in *layout*.
+        settings: What :class:`ray_gpu.gateway.Settings` holds besides, JSON types.
     """
     uid = GATEWAY_UID if os.geteuid() == 0 else None
+    data, settings_file = Path(data_dir or layout.data(zone)), layout.zone(zone) / "settings.json"
+    own = {
+        "zone": zone,
+        "data_dir": str(data),
+        "ledger": str(layout.ledger(zone)),
+        "socket_path": str(layout.gateway_socket(zone)),
+        "relay_socket": str(layout.relay_dir(zone) / RELAY_SOCKET),
+    }
     modes = {
-        Path(settings["data_dir"]): 0o700,
-        Path(settings["ledger"]).parent: 0o700,
-        Path(settings["socket_path"]).parent: 0o711,
-        Path(settings["relay_socket"]).parent: 0o711,
+        data: 0o700,
+        layout.ledger(zone).parent: 0o700,
+        layout.gateway_socket(zone).parent: 0o711,
+        layout.relay_dir(zone): 0o711,
     }
     for path, mode in modes.items():
         path.mkdir(mode=mode, parents=True, exist_ok=True)
         # Whoever made it before us may have left it open: people of the host read data through the gateway alone.
         path.chmod(mode)
         _give(path, uid)
-    write_private(settings_file, settings)
+    write_private(settings_file, {**own, **login.settings(), **settings})
     _give(settings_file, uid)
-    readable = [settings_file, Path(settings["policies"])]
+    readable = [settings_file, Path(settings["policies"]), *([Path(login.ca)] if login.ca else [])]
     profile = profiles.gateway(
-        f"gateway-{settings['zone']}",
+        f"gateway-{zone}",
         uid=uid,
-        bind_ro=(*readable, *([Path(settings["vault_ca"])] if settings["vault_ca"] else [])),
+        bind_ro=tuple(readable),
         bind_rw=tuple((path, path) for path in modes),
         caged=boundary.survey().mode != "none",
     )
     command = [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings_file)]
     with log.open("ab") as output:
         return boundary.launch(command, profile, stdout=output, stderr=output)
+
+
+def publish(layout: Layout, zone: str, login: VaultLogin) -> None:
+    """Write what notebooks on this host may know of a zone whose gateway runs."""
+    public = {
+        "socket": str(layout.gateway_socket(zone)),
+        "vault": login.address,
+        "vault_ca": login.ca,
+        "ledger": str(layout.ledger(zone)),
+    }
+    path = layout.public(zone)
+    path.write_text(json.dumps(public), encoding="utf-8")
+    path.chmod(0o644)
+
+
+def await_until(
+    there: Callable[[], bool], *, check: Callable[[], None], timeout_s: float, failure: ClusterError
+) -> None:
+    """Wait until something is there.
+
+    Args:
+        there: Whether it is.
+        check: Raises when it cannot come any more.
+        timeout_s: Longest wait, seconds.
+        failure: Raised after that.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not there():
+        check()
+        if time.monotonic() > deadline:
+            raise failure
+        time.sleep(0.02)
 
 
 def end(process: subprocess.Popen[bytes], *, first_child: bool = False) -> None:

@@ -20,11 +20,7 @@ from ray_gpu.leases import Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
-from zones.errors import (
-    LedgerError,
-    UnknownNameError,
-    ZoneError,
-)
+from zones.errors import LedgerError, UnknownNameError, ZoneError
 from zones.labels import ARGUMENTS, classify, labels
 from zones.ledger import Egress, Ledger
 from zones.model import Decision, EgressRequest, Zone

@@ -52,6 +52,10 @@ class Layout:
         """A zone's directory."""
         return self.root / "zones" / name
 
+    def public(self, zone: str) -> Path:
+        """What notebooks on this host may know of a zone; there while its gateway is meant to run."""
+        return self.zone(zone) / "zone.json"
+
     def data(self, zone: str) -> Path:
         """A zone's data sets."""
         return self.zone(zone) / "data"

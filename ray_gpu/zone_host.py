@@ -6,10 +6,8 @@ holds the relay. The gateway waits for its relay, and a relay for its gateway, s
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from zones.errors import ClusterError
 
 #: A gateway reads policies and logs in to Vault, which takes a second.
 START_TIMEOUT_S = 60.0
+_MODULE = "ray_gpu.zone_host"
 
 
 class GatewayFile(FileModel):
@@ -46,6 +45,10 @@ def read_config(path: Path) -> GatewayFile:
     return Document(read_text_file(path), path).check(GatewayFile)
 
 
+def _state_file(config: GatewayFile) -> Path:
+    return Layout(Path(config.state)).zone(config.zone) / "gateway.json"
+
+
 class Service:
     """The gateway's process, and what notebooks on this host may know of the zone."""
 
@@ -55,8 +58,7 @@ class Service:
         self._layout = Layout(Path(self._config.state))
         root = self._layout.zone(self._config.zone)
         root.mkdir(mode=0o711, parents=True, exist_ok=True)
-        self.state_file = root / "gateway.json"
-        self._public = root / "zone.json"
+        self.state_file = _state_file(self._config)
         self._log = root / "gateway.log"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._gateway: boundary.Confined | None = None
@@ -65,43 +67,30 @@ class Service:
         """Start the gateway; return its condition once it waits for its relay. Then it serves people too."""
         config, layout = self._config, self._layout
         role_id, secret_id = read_login(config.vault)
+        login = services.VaultLogin(
+            address=config.vault.address, ca=config.vault.ca, role_id=role_id, secret_id=secret_id
+        )
         self._say(f"starting the gateway of zone {config.zone}")
         degradations = [*([] if os.geteuid() == 0 else ["self-enforced"]), *raylet.degradations()]
-        socket, relay = layout.gateway_socket(config.zone), layout.relay_dir(config.zone) / raylet.RELAY_SOCKET
-        settings = {
-            "zone": config.zone,
-            "policies": config.policies,
-            "data_dir": config.data or str(layout.data(config.zone)),
-            "ledger": str(layout.ledger(config.zone)),
-            "socket_path": str(socket),
-            "relay_socket": str(relay),
-            "relay_uid": node.CAGE_UID,
-            "vault": config.vault.address,
-            "vault_ca": config.vault.ca,
-            "role_id": role_id,
-            "secret_id": secret_id,
-            "degradations": degradations,
-        }
-        self._gateway = services.start_gateway(settings, layout.zone(config.zone) / "settings.json", log=self._log)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not services.listens(relay):
-            self.check()
-            if time.monotonic() > deadline:
-                raise ClusterError(f"the gateway did not serve in time; see {self._log}", node="", reason="timed out")
-            time.sleep(0.02)
-        self._publish(socket)
+        self._gateway = services.start_gateway(
+            layout,
+            config.zone,
+            login,
+            log=self._log,
+            policies=config.policies,
+            relay_uid=node.CAGE_UID,
+            degradations=degradations,
+            data_dir=config.data,
+        )
+        relay = layout.relay_dir(config.zone) / raylet.RELAY_SOCKET
+        services.await_until(
+            lambda: services.listens(relay),
+            check=self.check,
+            timeout_s=START_TIMEOUT_S,
+            failure=ClusterError(f"the gateway did not serve in time; see {self._log}", node="", reason="timed out"),
+        )
+        services.publish(layout, config.zone, login)
         return {"zone": config.zone, "degradations": degradations, "processes": {"gateway": self._gateway.pid}}
-
-    def _publish(self, socket: Path) -> None:
-        """Write what notebooks on this host may know of the zone."""
-        public = {
-            "socket": str(socket),
-            "vault": self._config.vault.address,
-            "vault_ca": self._config.vault.ca,
-            "ledger": str(self._layout.ledger(self._config.zone)),
-        }
-        self._public.write_text(json.dumps(public), encoding="utf-8")
-        self._public.chmod(0o644)
 
     def check(self) -> None:
         """Raise if the gateway has ended."""
@@ -115,7 +104,7 @@ class Service:
 
     def stop(self) -> None:
         """End the gateway, which ends its sessions and shreds their keys."""
-        self._public.unlink(missing_ok=True)
+        self._layout.public(self._config.zone).unlink(missing_ok=True)
         if self._gateway is not None:
             services.end(self._gateway, first_child=True)
 
@@ -136,22 +125,17 @@ def start(config_file: Path, say: Callable[[str], None] = lambda _: None) -> dic
         )
     root = Layout(Path(config.state)).zone(config.zone)
     root.mkdir(mode=0o711, parents=True, exist_ok=True)
-    return background.launch("ray_gpu.zone_host", str(config_file.absolute()), log=root / "gateway.log", say=say)
+    return background.launch(_MODULE, str(config_file.absolute()), log=root / "gateway.log", say=say)
 
 
 def running(config: GatewayFile) -> dict[str, Any] | None:
     """Return the condition of a gateway on this host, if it runs."""
-    state_file = Layout(Path(config.state)).zone(config.zone) / "gateway.json"
-    return background.running(state_file, "ray_gpu.zone_host")
+    return background.running(_state_file(config), _MODULE)
 
 
 def stop(config: GatewayFile) -> bool:
     """End a gateway; tell whether it ran. Returns when its sessions have ended and everything is gone."""
-    background.reap()
-    document = running(config)
-    if document is not None:
-        background.terminate(int(document["pid"]))
-    return document is not None
+    return background.stop(_state_file(config), _MODULE)
 
 
 def main(argv: list[str]) -> int:

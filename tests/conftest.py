@@ -72,6 +72,21 @@ def small_data() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def small_state(small_data: dict[str, Any]) -> Callable[[], AbstractContextManager[Path]]:
+    """Return what makes a state directory with small data sets in it, which ``up`` and ``demo`` then use."""
+
+    @contextlib.contextmanager
+    def make() -> Iterator[Path]:
+        from ray_gpu.state import Layout
+
+        with _short_directory() as root:
+            _write_data(Layout(root / "s").data("clinic"), small_data)
+            yield root / "s"
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def copy_policies() -> Iterator[Callable[..., Path]]:
     """Return a function that copies the shipped policies and edits them.
 

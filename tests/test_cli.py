@@ -8,13 +8,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from ray_gpu.cli import show
@@ -33,17 +30,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def state(small_data: dict[str, Any]) -> Iterator[Path]:
+def state(small_state: Callable[[], AbstractContextManager[Path]]) -> Iterator[Path]:
     """State directory with small data sets in it, which ``up`` and ``demo`` then use."""
-    root = Path(tempfile.mkdtemp(prefix="rg"))
-    root.chmod(0o711)
-    data = Layout(root / "s").data("clinic")
-    data.mkdir(mode=0o700, parents=True)
-    for name, table in small_data.items():
-        with pa.OSFile(str(data / f"{name}.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-    yield root / "s"
-    shutil.rmtree(root, ignore_errors=True)
+    with small_state() as directory:
+        yield directory
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,6 @@ _mine = _Mine()
 
 
 def pack(value: Any) -> bytes:
-    """Return *value* as msgpack. Raises as ``msgpack.packb``, and is then as good as new."""
-    packer = _mine.packer
-    try:
-        packed: bytes = packer.pack(value)
-    except BaseException:
-        packer.reset()
-        raise
+    """Return *value* as msgpack. Raises as ``msgpack.packb``; the packer is then as good as new."""
+    packed: bytes = _mine.packer.pack(value)
     return packed

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from testbed import Host, HostProcess, Testbed, workplace
+from tests.signals import hear_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 #: Builds a bed with a program in each host, says where it is, and waits.
@@ -145,15 +146,10 @@ def test_others_stay(can_build: None) -> None:
         theirs.rmdir()
 
 
-def _hear_ctrl_c() -> None:
-    """Undo what a shell does to programs that it starts in the background: they ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_command(can_build: None) -> None:
     """``python -m testbed`` says how to enter each host, the line works, and Ctrl-C takes all of it down."""
     command = [sys.executable, "-m", "testbed"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_hear_ctrl_c) as shown:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=hear_ctrl_c) as shown:
         assert shown.stdout is not None
         lines: list[str] = []
         while not lines or "Ctrl-C" not in lines[-1]:

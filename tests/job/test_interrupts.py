@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
+
+from tests.signals import hear_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,13 +65,8 @@ def _start(command: list[str], **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         process_group=0,
-        preexec_fn=_hear_ctrl_c,
+        preexec_fn=hear_ctrl_c,
     )
-
-
-def _hear_ctrl_c() -> None:
-    """Undo what a shell does to programs that it starts in the background: they ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -132,21 +127,12 @@ def test_killed_notebook(inside: Any, wait_until: Callable[..., None]) -> None:
 
 
 @pytest.fixture
-def state(small_data: dict[str, Any]) -> Iterator[Path]:
+def state(small_state: Callable[[], AbstractContextManager[Path]]) -> Iterator[Path]:
     """A state directory for a demo of its own, small data already in it."""
-    from ray_gpu.state import Layout
-
-    root = Path(tempfile.mkdtemp(prefix="rg"))
-    root.chmod(0o711)
-    data = Layout(root / "s").data("clinic")
-    data.mkdir(mode=0o700, parents=True)
-    for name, table in small_data.items():
-        with pa.OSFile(str(data / f"{name}.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-    yield root / "s"
-    for pid in _mentioning(root):
-        os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(root, ignore_errors=True)
+    with small_state() as directory:
+        yield directory
+        for pid in _mentioning(directory.parent):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _mentioning(root: Path) -> list[int]:
