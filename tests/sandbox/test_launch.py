@@ -162,7 +162,7 @@ def test_groups_left_behind_are_swept(start: Callable[..., Confined]) -> None:
 def test_tmpfs_is_sized(start: Callable[..., Confined]) -> None:
     """/tmp inside takes what its size allows and no more."""
     small = profile.Profile(name="t", kind="sandbox", uid=UID, tmpfs={"/tmp": 1 << 20}, env=profile.python_env())
-    code = HARDEN + "f = open('/tmp/x', 'wb'); f.write(bytes({})); f.flush(); print('written', flush=True)"
+    code = HARDEN + "f = open('/tmp/filled-by-test', 'wb'); f.write(bytes({})); f.flush(); print('written', flush=True)"
 
     assert _line(start(code.format(512 << 10), small)) == "written"
     assert _line(start(code.format(2 << 20) + "", small)) == ""
