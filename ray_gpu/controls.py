@@ -59,6 +59,7 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_ledger.py::",
     "tests/zones/test_keys.py::",
 )
+_CLUSTER, _ENDPOINT = "tests/hosts/test_cluster.py::", "tests/test_endpoint.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -139,6 +140,15 @@ _ALL = (
         fix="Install bubblewrap 0.8 or later and allow user namespaces, or run as root with CAP_SYS_ADMIN.",
         attacks=(_NODES + "test_rogue_task", _LAUNCH + "test_cage"),
         positives=(_NODES + "test_rogue_task",)),
+    Control(
+        id="shared-network", where="cage", promise="P3", told="receipt", code="ray_gpu/cage_net.py::rules",
+        keeps_off="Whatever Ray is made to run from the host's own services, the zone's network, Vault and the world.",
+        meaning="Ray's processes are in the host's network, and reach whatever the host reaches.",
+        fix="Run `ray-gpu node start` as root on a host of its own, with bubblewrap, iproute2 and nftables.",
+        attacks=(_CLUSTER + "test_a_cage_reaches_rays_ports_alone", _CLUSTER + "test_every_ray_process_is_confined",
+                 _MATRIX + "test_matrix"),
+        positives=(_CLUSTER + "test_a_cage_reaches_rays_ports_alone", _MATRIX + "test_everything_without_rules",
+                   _ENDPOINT + "test_a_socket_keeps_its_network")),
     # -- what a host may lack, and `ray-gpu doctor` finds --------------------------------------------
     Control(
         id="core-handler", where="node", promise="P2", told="doctor", code="ray_gpu/doctor/kernel.py::core_pattern",

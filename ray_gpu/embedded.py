@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu import background, node_identity, nodes, raylet, services
+from ray_gpu.ports import NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
 from ray_gpu.vault_declaration import Declaration, NodeSpec, PersonSpec
@@ -71,6 +72,7 @@ class Supervisor:
         self._vault: VaultServer | None = None
         self._cluster: nodes.Cluster | None = None
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._base_port = 0
 
     def start(self) -> dict[str, Any]:
         """Start everything; return what others need to know."""
@@ -85,6 +87,7 @@ class Supervisor:
         layout.vault_ca.chmod(0o644)
         self._say("setting up keys, identities and policies; revoking the root token")
         roles = self._setup_vault(self._vault)
+        self._base_port = plan.base_port or nodes.free_base_port()
         self._say("starting three raylets, two custodians, the gateway and its relay")
         for index, node in enumerate(GPU_NODES):
             self._start_custodian(index, node, roles["nodes"][node])
@@ -111,7 +114,7 @@ class Supervisor:
     def _degradations(self) -> tuple[str, ...]:
         own = () if os.geteuid() == 0 else ("self-enforced",)
         # Known before the cluster runs: the gateway is started first, and must refuse what is not accepted.
-        cage = raylet.degradations()
+        cage = raylet.degradations(shared_network=True)
         return ("embedded-vault", *own, *cage)
 
     def _start_data(self) -> subprocess.Popen[bytes] | None:
@@ -181,6 +184,8 @@ class Supervisor:
             uid_base=LEASE_UID + index * LEASE_UIDS_PER_NODE,
             uid_count=LEASE_UIDS_PER_NODE,
             actor_uid=CAGE_UID + index,
+            address=self._address(index),
+            endpoint_ports=NodePorts.of(self._base_port, index).endpoints,
             policies=self._plan.policies,
         )
 
@@ -223,7 +228,7 @@ class Supervisor:
             specs,
             identify=functools.partial(self._identify, roles),
             uid_base=CAGE_UID,
-            base_port=plan.base_port or nodes.free_base_port(),
+            base_port=self._base_port,
         )
 
     def _await_sockets(self) -> None:

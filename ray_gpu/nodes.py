@@ -23,7 +23,7 @@ class Cluster:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         #: Ids of missing controls.
-        self.degradations = degradations()
+        self.degradations = degradations(shared_network=True)
 
     @classmethod
     def start(

@@ -1,7 +1,8 @@
 """One Ray node in its cage: what it is, how it starts, how it ends. This module does I/O and starts processes.
 
 A node is ``ray start --block`` behind :mod:`ray_gpu.sandbox.boundary`, with a uid, PID
-namespace, /dev/shm and session directory (tmpfs) of its own. It can read Python, this
+namespace, /dev/shm and session directory (tmpfs) of its own, and on a host of its own a
+network (:mod:`ray_gpu.cage_net`). It can read Python, this
 project's two packages, its credentials for Ray and one directory with one Unix socket, and
 nothing else: whatever Ray is made to run there finds nothing worth having. A zone's node
 runs the relay in the same cage, since a Ray driver must share PID namespace and uid with
@@ -16,6 +17,7 @@ Call :func:`start_node` on the main thread: a cage dies with the thread that sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_gpu import actor, cage
+from ray_gpu import actor, cage, cage_net
 from ray_gpu.ports import NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
@@ -106,6 +108,8 @@ class NodeSpec:
     socket_dir: Path
     #: What the autoscaler on Ray's head works with; only for a head that ``ray up`` started.
     autoscaler: Autoscaler | None = None
+    #: What its cage reaches, where it has a network of its own; ``None`` where it shares the host's.
+    network: cage_net.CageNetwork | None = None
 
     def all_labels(self) -> dict[str, str]:
         """Return every label of the node."""
@@ -138,6 +142,8 @@ class Node:
     def stop(self) -> None:
         """End every process of the node, and return when they are gone."""
         cage.stop(self.process, self.inside or cage.first_processes(self.process))
+        if self.spec.network is not None:
+            cage_net.remove(self.spec.network)
         if self.leftover is not None:
             shutil.rmtree(self.leftover, ignore_errors=True)
 
@@ -229,8 +235,6 @@ class _Plan:
             **({"RAY_enable_autoscaler_v2": "0"} if self.spec.autoscaler else {}),
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),
             actor.NODE_VARIABLE: self.spec.name,
-            actor.ADDRESS_VARIABLE: self.spec.address,
-            actor.PORTS_VARIABLE: self.ports.endpoints,
         }
 
     def ray_command(self) -> list[str]:
@@ -267,9 +271,19 @@ def _can_cage() -> bool:
     return boundary.survey().mode != "none"
 
 
-def degradations() -> tuple[str, ...]:
-    """Return the ids of the controls that nodes started here lack."""
-    return () if _can_cage() else ("uncaged-ray",)
+def degradations(*, shared_network: bool = False) -> tuple[str, ...]:
+    """Return the ids of the controls that nodes started here lack.
+
+    Args:
+        shared_network: Whether they share the host's network wherever they are, as several on one host do.
+    """
+    network = () if can_have_network() and not shared_network else ("shared-network",)
+    return (*(() if _can_cage() else ("uncaged-ray",)), *network)
+
+
+def can_have_network() -> bool:
+    """Tell whether a cage here can have a network of its own."""
+    return boundary.survey().mode == "root" and not cage_net.lacking()
 
 
 def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credentials: Credentials) -> Node:
@@ -304,14 +318,18 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
         # alone. An empty tmpfs below them can be listed and holds nothing else of a checkout.
         tmpfs=_TMPFS_BYTES | {str(root): 1 << 12 for root in roots} if caged else {},
         env=plan.environment(),
+        network=spec.network is None,
     )
     extra = credentials.files if caged else (*credentials.files, *roots, *_PLAIN_PATHS)
     if spec.autoscaler:
         extra += (spec.autoscaler.config, spec.autoscaler.key)
     profile = dataclasses.replace(profile, bind_ro=(*profile.bind_ro, *extra))
     words = cage.LastWords()
+    connect = functools.partial(cage_net.connect, spec.network) if spec.network else None
     try:
-        process = boundary.launch(plan.init_command(), profile, stdout=words.write_fd, stderr=words.write_fd)
+        process = boundary.launch(
+            plan.init_command(), profile, stdout=words.write_fd, stderr=words.write_fd, prepare=connect
+        )
     finally:
         words.listen()
     return Node(spec=spec, ports=ports, process=process, leftover=None if caged else session, words=words)

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import yaml
 
-from ray_gpu.ports import PORTS, VAULT, Role
+from ray_gpu.ports import PORTS, VAULT, End, Role, flows
 from testbed.bed import HOSTS as ONE_OF_EACH
 from testbed.bed import Testbed
 from testbed.host import HOME, ROOT, Host, HostProcess
@@ -172,8 +172,16 @@ class BedCluster:
         document = example(f"node-{'zone' if role.is_zone() else role.value}.yaml")
         document |= {"node": name, "address": self.bed[name].address, "head": self.bed["head"].address}
         document |= {"zone": zone_of(name)} if role.is_zone() else {}
+        document["cluster"] = [
+            f"{host.address}/32" for host in self.bed if self._are_peers(role, self.bed.roles[host.name])
+        ]
         document["vault"]["address"] = self.vault
         return {key: value for key, value in (document | changed).items() if value is not None}
+
+    @staticmethod
+    def _are_peers(one: Role, other: Role) -> bool:
+        """Whether hosts of these roles speak Ray to one another: no zone does with a zone."""
+        return any({flow.source, flow.destination} == {one, other} and flow.taken_by is End.CAGE for flow in flows())
 
     def _equip_zone(self, host: Host, zone: str) -> None:
         gateway = example("gateway.yaml") | {"zone": zone}

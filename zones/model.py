@@ -259,7 +259,7 @@ class Grant:
 
 
 #: Degradations that say something about the set-up around a sandbox, not about the sandbox.
-SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "uncaged-ray"})
+SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "uncaged-ray", "shared-network"})
 
 
 def sandbox_level(degradations: Sequence[str]) -> str:

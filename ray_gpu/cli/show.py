@@ -40,6 +40,7 @@ def missing(document: Mapping[str, Any] | None) -> list[str]:
         sandbox, zone = list(boundary.degradations()), ["embedded-vault"]
         zone += [] if os.geteuid() == 0 else ["self-enforced"]
         zone += ["uncaged-ray"] if boundary.survey().mode == "none" else []
+        zone += ["shared-network"]
     else:
         sandbox, zone = list(document["sandbox_degradations"]), list(document["degradations"])
     return list(dict.fromkeys([*sandbox, *zone, *([] if boundary.gpu_devices() else [_STAND_IN_ID])]))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from ray_gpu import cage_net, zone_host
 from ray_gpu import node as nodes
-from ray_gpu import zone_host
 from ray_gpu.doctor import files, kernel, notebooks, software, vault
 from ray_gpu.doctor.finding import Files, Finding, missing, unclear
 from ray_gpu.host_file import VaultPart
@@ -43,6 +43,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "embedded-vault": ("", "embedded"),
     "self-enforced": ("gateway", "embedded"),
     "uncaged-ray": ("gpu head zone", "embedded"),
+    "shared-network": ("gpu head zone", "embedded"),
     "core-handler": ("gpu gateway", "head zone embedded"),
     "core-limit": ("", "gpu gateway embedded"),
     "ksm-on": ("gpu", "embedded"),
@@ -154,6 +155,7 @@ def _confinement(host: Subject) -> Iterator[Finding]:
     yield kernel.user_namespaces(*settings, euid=euid)
     yield kernel.namespaces(mode, reason)
     yield kernel.namespaces(mode, reason, control="uncaged-ray")
+    yield kernel.cage_network(mode, cage_net.lacking(), nodes=3 if "embedded" in host.roles else 1)
     readable, capability = (True, None) if mode != "none" or euid != 0 else reach_python()
     yield kernel.python_reach(mode, readable=readable, capability=capability)
     yield kernel.seccomp(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_gpu.cage_net import HOST_END
+from ray_gpu.ports import PORTS, TABLE, VAULT
 from testbed import Host, Testbed
 from testbed.cluster import (
     CLUSTER_FILE,
@@ -34,6 +37,21 @@ from testbed.ssh import LAUNCHER_KEY
 from zones.keys import loopback_tls
 
 CAGE_UID = 61001
+#: Protocol, address, port.
+Target = tuple[str, str, int]
+PROBER = Path(__file__).with_name("prober.py")
+#: Ports that every host serves by TCP and UDP: names, the web, what is next to Ray's, data.
+SERVICES = [53, 8080, 26013, PORTS.first + 199]
+#: Serves an abstract Unix socket until its standard input ends.
+ABSTRACT = """
+import socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind("\\0ray-gpu-test")
+server.listen(8)
+sys.stdin.readline()
+print("ready", flush=True)
+sys.stdin.read()
+"""
 FOREIGN_CA = f"{HOME}/foreign.pem"
 TIMEOUT_S = 60.0
 POOL = ("head", "gpu-1", "gpu-2")
@@ -142,6 +160,16 @@ def refuses(cluster: BedCluster, name: str, message: str, part: str = "node") ->
     assert re.search(message, said), said
     assert "Traceback" not in done.stderr
     assert not ours(cluster.bed[name])
+    assert network_left(cluster.bed[name]) == []
+
+
+def network_left(host: Host) -> list[str]:
+    """Return what a host still has of a cage's network."""
+    script = (
+        "ip -o link show | grep -o ray-cage; nft list tables | grep -o ray_gpu_cage; "
+        "grep -l 1 /proc/sys/net/ipv4/conf/*/forwarding; true"
+    )
+    return host.run(["sh", "-c", script]).stdout.split()
 
 
 #: What is wrong on a host: where, what is started, how to break it, what is said. More of it: tests/test_host_files.py.
@@ -247,7 +275,11 @@ def test_launchers_key(zones: BedCluster) -> None:
 
 
 def test_every_ray_process_is_confined(zones: BedCluster) -> None:
-    """Every process of Ray has TLS and token on, the cage's uid, and namespaces and a tmpfs of its own."""
+    """Every process of Ray has TLS and token on, the cage's uid, and namespaces, a network and a tmpfs of its own."""
+    stream = zones.begin_call("clinic", STREAM)
+    assert stream.stdout is not None
+    (used,) = json.loads(stream.stdout.readline())["nodes"]
+    assert any("ray::GpuActor" in process["command"] for process in survey(zones.bed[used]))  # a lease is at work
     for name in (*POOL, "zone-clinic", "zone-trading"):
         found = [
             p for p in survey(zones.bed[name]) if re.search(r"ray::|/ray/|ray\.scripts|ray_gpu\.relay", p["command"])
@@ -262,11 +294,80 @@ def test_every_ray_process_is_confined(zones: BedCluster) -> None:
             # A title, such as ray::RuntimeEnvAgent, is written over the beginning of what the raylet gave it.
             if "ray::" not in process["command"]:
                 assert (environment["RAY_USE_TLS"], environment["RAY_AUTH_MODE"]) == ("1", "token"), process["command"]
-            assert process["own"] == ["pid", "mnt", "ipc"], process["command"]
+            assert process["own"] == ["pid", "mnt", "ipc", "net"], process["command"]
+            # A socket stays in the network where it was made, also for whoever gets it.
+            assert process["sockets_of_another_network"] == 0, process["command"]
             assert (process["no_new_privs"], process["capabilities"]) == (1, 0), process["command"]
             assert {"/s", "/dev/shm", "/tmp"} <= set(process["tmpfs"]), process["command"]
         # Nothing outside the cages' own memory.
         assert zones.bed[name].run(["test", "-e", "/tmp/ray"], check=False).returncode == 1, name
+    _, errors = stream.communicate("", TIMEOUT_S)
+    assert stream.returncode == 0, errors
+
+
+# -- what a cage reaches -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def listening(zones: BedCluster) -> Iterator[BedCluster]:
+    """The same with services on every host and on the router, and no firewall but the cages' own rules."""
+    pipe = subprocess.PIPE
+    everyone = [zones.bed.router, *zones.bed]
+    servers = [host.popen(["python", "-I", "-S", PROBER, "listen"], stdin=pipe, stdout=pipe) for host in everyone]
+    servers += [host.popen(["python", "-c", ABSTRACT], stdin=pipe, stdout=pipe) for host in everyone]
+    for host in everyone:
+        host.load_rules(f"delete table inet {TABLE}\n")
+    try:
+        for server in servers:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            server.stdin.write(f"{json.dumps(SERVICES)}\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "ready\n"
+        yield zones
+    finally:
+        zones.bed.load_firewalls()
+        for server in servers:
+            server.communicate("", TIMEOUT_S)
+
+
+def reached(host: Host, targets: list[Target], *, cage_of: int | None = None) -> list[Target]:
+    """Return those targets that serve a process of a host or, given one of its processes, of its cage."""
+    enter = ["nsenter", f"--target={cage_of}", "--net", "--"] if cage_of else []
+    done = host.run([*enter, "python", "-I", "-S", PROBER, "reach"], text=f"{json.dumps(targets)}\n")
+    return [target for target, served in zip(targets, json.loads(done.stdout), strict=True) if served]
+
+
+def others_of(cluster: BedCluster, name: str) -> list[Target]:
+    """Return what a host reaches and its cage must not: its own services, every other host's, Vault, the router."""
+    host = cluster.bed[name]
+    others = [other for other in cluster.bed if other is not host]
+    addresses = ["127.0.0.1", HOST_END, host.link.router, *(other.address for other in others)]
+    targets: list[Target] = [(p, a, port) for a in addresses for port in SERVICES for p in ("tcp", "udp")]
+    targets += [("tcp", host.address, port) for port in SERVICES]
+    targets += [(p, other.address6, 8080) for other in others for p in ("tcp", "udp")]
+    targets += [("tcp", "::1", 8080), ("tcp", host.address6, 8080), ("udp", host.link.router6, 53)]
+    targets += [("icmp", a, 0) for a in addresses[1:]] + [("icmp", other.address6, 0) for other in others]
+    targets += [("tcp", cluster.bed["vault"].address, VAULT), ("tcp", cluster.bed["gpu-2"].address, 22)]
+    # Ray's own ports, but of a node that this one has nothing to do with, or those that nobody may use.
+    zone = "zone-trading" if name.startswith("zone") else "vault"
+    targets += [("tcp", cluster.bed[zone].address, PORTS.first), ("tcp", "127.0.0.1", VAULT)]
+    return [*targets, ("abstract", "ray-gpu-test", 0)]
+
+
+@pytest.mark.parametrize("name", ["zone-clinic", "gpu-1"])
+def test_a_cage_reaches_rays_ports_alone(listening: BedCluster, name: str) -> None:
+    """With every firewall off, the cage is served by Ray's ports of the cluster and by nothing else; its host, by all."""
+    host, cluster = listening.bed[name], listening.bed.hosts
+    cage = next(process["pid"] for process in survey(host) if "raylet/raylet" in process["command"])
+    forbidden = others_of(listening, name)
+    peers = [cluster[other] for other in ("head", "gpu-2", "gpu-1", "zone-clinic") if other != name]
+    ray: list[Target] = [("tcp", peer.address, PORTS.first) for peer in peers]
+    ray += [("tcp", cluster["head"].address, PORTS.gcs)]
+
+    assert reached(host, [*forbidden, *ray], cage_of=cage) == ray
+    away = {("tcp", cluster["vault"].address, PORTS.first), ("tcp", "127.0.0.1", VAULT)}  # nothing is there at all
+    assert [target for target in forbidden if target not in {*reached(host, forbidden), *away}] == []
 
 
 # -- a node is restarted, all of it ends, and comes again ----------------------------------------------
@@ -304,6 +405,7 @@ def test_down_and_half_up(zones: BedCluster) -> None:
     """`ray down` leaves nothing in the pool. A second `ray up` says which host is missing, and the other serves."""
     zones.down()
     await_nothing(zones, *POOL)
+    assert [network_left(zones.bed[name]) for name in POOL] == [[]] * 3
     bad, operator = zones.bed["gpu-2"], zones.bed["operator"]
     bad.run(["rm", NODE_CREDENTIALS])
     edited = yaml.safe_load(operator.read(CLUSTER_FILE))
@@ -316,7 +418,26 @@ def test_down_and_half_up(zones: BedCluster) -> None:
     refuses(zones, "gpu-2", "write it with `ray-gpu vault issue`")
     await_node(zones, "gpu-1")
     await_node(zones, "zone-clinic", up=False)
+    assert network_left(zones.bed["zone-clinic"]) == []
     zones.start_node("zone-clinic")
     assert {lease["node"] for lease in json.loads(zones.call("clinic", FIT))["leases"]} == {"gpu-1"}
     zones.equip("gpu-2")
     zones.start_node("gpu-2")
+
+
+def test_service_killed(zones: BedCluster) -> None:
+    """When a node's service is killed, its cage and the link to it are gone, and the next start has them anew."""
+    host, state = zones.bed["gpu-2"], zones.status("gpu-2")
+    assert state is not None
+    assert "ray-cage" in network_left(host)
+    host.run(["kill", "-KILL", str(state["pid"])])
+    await_nothing(zones, "gpu-2")
+    deadline = time.monotonic() + TIMEOUT_S
+    while "ray-cage" in network_left(host):
+        assert time.monotonic() < deadline
+    assert "ray_gpu_cage" in network_left(host)  # until the next start, what it drops is still dropped
+
+    zones.start_node("gpu-2")
+    assert network_left(host)[:2] == ["ray-cage", "ray_gpu_cage"]
+    host.run(["ray-gpu", "node", "stop"])
+    assert network_left(host) == []

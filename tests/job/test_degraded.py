@@ -41,16 +41,16 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: becomes s
 SCENARIOS: dict[str, dict[str, Any]] = {
     "user": {
         "uid": 61990, "deny_userns": False, "container": False,
-        "sandbox": {"shared-uid", "no-cgroup"}, "zone": {"embedded-vault", "self-enforced"},
+        "sandbox": {"shared-uid", "no-cgroup"}, "zone": {"embedded-vault", "self-enforced", "shared-network"},
     },
     "user-without-userns": {
         "uid": 61991, "deny_userns": True, "container": False,
         "sandbox": {"shared-uid", "no-cgroup", "no-namespaces"},
-        "zone": {"embedded-vault", "self-enforced", "uncaged-ray"},
+        "zone": {"embedded-vault", "self-enforced", "uncaged-ray", "shared-network"},
     },
     "root-in-a-container": {
         "uid": None, "deny_userns": True, "container": True,
-        "sandbox": {"no-namespaces"}, "zone": {"embedded-vault", "uncaged-ray"},
+        "sandbox": {"no-namespaces"}, "zone": {"embedded-vault", "uncaged-ray", "shared-network"},
     },
 }  # fmt: skip
 
@@ -296,7 +296,7 @@ def strict_cluster(start_cluster: Any, copy_policies: Callable[..., Path]) -> It
 
 
 def _all_missing() -> list[str]:
-    surroundings = ["embedded-vault"]
+    surroundings = ["embedded-vault", "shared-network"]
     surroundings += [] if os.geteuid() == 0 else ["self-enforced"]
     surroundings += ["uncaged-ray"] if boundary.survey().mode == "none" else []
     return [*surroundings, *boundary.degradations(), *([] if boundary.gpu_devices() else ["numpy-stand-in"])]

@@ -74,7 +74,9 @@ class Lessee:
     def hand_over(self, grant: Grant, wrapped: str) -> dict[str, Any]:
         """Hand terms and wrapped key to the custodian and return its answer, or raise its error."""
         self.message = {"op": "grant", "lease": self.lease, "grant": grant.document(), "wrapped": wrapped}
-        return self.replay(self.actor)
+        answer = self.replay(self.actor)
+        self._endpoint = tuple(answer["endpoint"])
+        return answer
 
     def replay(self, actor: socket.socket) -> dict[str, Any]:
         """Hand over the recorded message, on any connection."""
@@ -93,11 +95,7 @@ class Lessee:
         Raises:
             OSError: The keeper hung up: the key is another.
         """
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            ours = socket.create_connection(listener.getsockname(), timeout=10)
-            theirs = listener.accept()[0]
-        with theirs:
-            call(self.actor, {"op": "connection", "lease": self.lease}, [theirs.fileno()])
+        ours = socket.create_connection(self._endpoint, timeout=10)
         key = derive_lease_key(self.data_key, self._exchange.shared(offer.exchange_key), grant.digest())
         link = SealedSocket(ours, key=key, grant_digest=grant.digest(), lease=self.lease, outgoing=Direction.OUT)
         self._closing.callback(link.close)
