@@ -128,7 +128,8 @@ class Service:
         role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
-        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=[config.address])
+        addresses = node_identity.certified_addresses([config.address], head=config.role == "head")
+        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=addresses)
         uid = CAGE_UID if os.geteuid() == 0 else None
         files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
         if config.role != "head":

@@ -5,7 +5,8 @@ Rules:
 1. What :func:`flows` does not declare is dropped, by the host that would send it, by the router, and by the host that
    would receive it. Each of the three alone is enough, but for uids, which only the sending host knows.
 2. Nothing goes into a zone of kind ``client-zone``, from zone to zone, or between a zone and SSH.
-3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints.
+3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints, and only the forwarder's
+   leaves a ``client-zone`` host for Ray.
 
 Syntax of the rules: nftables 1.0, ``man nft``.
 """
@@ -20,8 +21,9 @@ from itertools import product
 
 from zones.errors import UnknownNameError
 
-#: Uid of gateways, where they have one of their own.
-GATEWAY_UID = 61100
+#: Uids of gateways and of forwarders, where they have one of their own.
+GATEWAY_UID, FORWARDER_UID = 61100, 61101
+_PROCESSES = {GATEWAY_UID: "gateway", FORWARDER_UID: "forwarder"}
 #: Each node's share of the port range, from ``base_port + 10`` on.
 _PORTS_PER_NODE = 200
 
@@ -39,6 +41,11 @@ class NodePorts:
         return cls(gcs=base_port, first=base_port + 10 + index * _PORTS_PER_NODE)
 
     @property
+    def client(self) -> int:
+        """Port of Ray Client's server: the head's, from which every node of a cluster counts."""
+        return self.gcs + 1
+
+    @property
     def last_to_open(self) -> int:
         """Port of the runtime-env agent: a raylet joins the cluster once its agents are up."""
         return self.first + 2
@@ -50,7 +57,7 @@ class NodePorts:
 
     def fixed(self) -> list[int]:
         """Return the ports that must be free at start."""
-        return [self.gcs, *range(self.first, self.first + 6)]
+        return [self.gcs, self.client, *range(self.first, self.first + 6)]
 
     def flags(self) -> list[str]:
         """Return ``ray start`` flags that leave no port to chance."""
@@ -62,7 +69,7 @@ class NodePorts:
 
 #: Ports of a node that has a host to itself.
 PORTS = NodePorts.of(26000, 0)
-SSH, VAULT, RAY_CLIENT = 22, 8200, 10001
+SSH, VAULT = 22, 8200
 #: Name of the table, in the family ``inet``. Other tables are left alone.
 TABLE = "ray_gpu"
 
@@ -145,7 +152,13 @@ def _ray(ports: NodePorts) -> Iterator[Flow]:
             yield Flow(source=source, destination=destination, ports=_one(ports.gcs), purpose="Ray: GCS")
         for span, purpose in services:
             yield Flow(source=source, destination=destination, ports=span, purpose=purpose)
-    yield Flow(source=Role.CLIENT_ZONE, destination=Role.HEAD, ports=_one(RAY_CLIENT), purpose="Ray Client: the relay")
+    yield Flow(
+        source=Role.CLIENT_ZONE,
+        destination=Role.HEAD,
+        ports=_one(ports.client),
+        purpose="Ray Client: the relay",
+        uid=FORWARDER_UID,
+    )
 
 
 def _data(ports: NodePorts) -> Iterator[Flow]:
@@ -175,7 +188,7 @@ def markdown_table(ports: NodePorts = PORTS) -> str:
     """Return the declaration as the table in docs/ports.md."""
     rows = [
         f"| {flow.source.value} | {flow.destination.value} | {flow.port_text()} | {flow.purpose} | "
-        f"{'any' if flow.uid is None else f'{flow.uid}, the gateway'} |"
+        f"{'any' if flow.uid is None else f'{flow.uid}, the {_PROCESSES[flow.uid]}'} |"
         for flow in flows(ports)
     ]
     return "\n".join(["| from | to | TCP ports | for | uid |", "|---|---|---|---|---|", *rows, ""])
