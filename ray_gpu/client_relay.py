@@ -80,7 +80,7 @@ class ClientRelay:
             if self._relay is not None and self._relay.poll() is not None and time.monotonic() > self._not_before:
                 self.start_relay()
         except (ZoneError, OSError) as error:
-            sys.stderr.write(f"the relay of zone {self._spec.zone} did not start: {error}; it is tried again\n")
+            sys.stderr.write(f"the relay of zone {self._spec.zone} waits, and is tried again: {error}\n")
             sys.stderr.flush()
 
     @property

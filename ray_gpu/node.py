@@ -179,7 +179,7 @@ class Service:
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
         # A gateway that served before this node does so all the time: only it knows that this node's relay is there.
-        self._await("the gateway", lambda: _gateway_is_ready(layout.gateway_socket(zone)))
+        self._await("the gateway", lambda: gateway_is_ready(layout.gateway_socket(zone)))
 
     def _await(self, what: str, there: Callable[[], bool]) -> None:
         failure = ClusterError(
@@ -265,7 +265,8 @@ class Service:
             self._node.stop()
 
 
-def _gateway_is_ready(path: Path) -> bool:
+def gateway_is_ready(path: Path) -> bool:
+    """Whether a gateway serves people: its relay has joined."""
     try:
         with unix_connect(str(path)) as sock:
             send_message(sock, {"op": "ready"})

@@ -93,7 +93,11 @@ def free_base_port(first: int = 22000, *, last: int = 31000) -> int:
         ClusterError: There is none.
     """
     for base in range(first, last + 1, 1000):
-        if base != _RAYS_OWN and _claim(base) and not any(_taken(port) for index in range(3) for port in NodePorts.of(base, index).fixed()):
+        if (
+            base != _RAYS_OWN
+            and _claim(base)
+            and not any(_taken(port) for index in range(3) for port in NodePorts.of(base, index).fixed())
+        ):
             return base
     raise ClusterError(
         f"no port range between {first} and {last + 999} is free; stop another cluster (ray-gpu down)",

@@ -336,7 +336,10 @@ def _join_as_client(forwarder: str) -> _Accounts:
     try:
         ray.init(f"ray://127.0.0.1:{tunnel.port}", log_to_driver=False)
     except ConnectionError as error:
-        _lost_head(f"it answers, and does not take this zone's certificate or token, or no driver ({error})")
+        sys.exit(
+            f"the relay did not start: the head answers, and does not take its certificate or token ({error}); if the "
+            "Ray token was rotated since the head started, restart the head first (`ray down`, `ray up`)"
+        )
     return _AccountsOnHead()
 
 
