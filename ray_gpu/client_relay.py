@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ray_gpu import node_identity, services
 from ray_gpu.forwarder import FORWARDER_SOCKET
-from ray_gpu.node_identity import RayIdentity
+from ray_gpu.node_identity import RayFiles, RayIdentity
 from ray_gpu.ports import FORWARDER_UID
-from ray_gpu.raylet import RELAY_SOCKET
+from ray_gpu.raylet import RELAY_SOCKET, has_ray_client
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 from ray_gpu.state import Layout
@@ -108,7 +108,9 @@ class ClientRelay:
         """
         spec, directory = self._spec, self._directory
         uid = self._make_directory()
-        profile = self._profile("forwarder", uid, bind_rw=((directory, directory),))
+        profile = profiles.gateway(
+            f"forwarder-{spec.zone}", uid=uid, bind_ro=(), bind_rw=((directory, directory),), caged=_caged()
+        )
         host, port = spec.head
         command = [sys.executable, "-P", "-m", "ray_gpu.forwarder", f"--socket={directory / FORWARDER_SOCKET}"]
         command += [f"--host={host}", f"--port={port}", f"--relay-uid={spec.uid}"]
@@ -131,20 +133,23 @@ class ClientRelay:
         """Start the relay. It waits for the forwarder, and then for the head.
 
         Raises:
+            ClusterError: Ray Client is not installed.
             ZoneError: No certificate can be had.
             OSError: It cannot be started.
         """
         spec = self._spec
+        if not has_ray_client():
+            raise ClusterError(
+                "carrier client needs grpcio, which is not installed; run pip install 'ray-gpu[client]', or use "
+                "carrier edge",
+                node="",
+                reason="no grpcio",
+            )
         self._make_directory()
         self._not_before = time.monotonic() + _RESTART_PAUSE_S
         uid = spec.uid if self._root else None
         files = node_identity.write(spec.identify(), spec.credentials, uid=uid)
-        # Read-only is enough to connect.
-        shown = (*files.paths(), self._directory, self._gateway)
-        profile = self._profile("relay", uid, bind_ro=shown)
-        profile = dataclasses.replace(
-            profile, network=False, env={**profile.env, **_ENVIRONMENT, **files.environment()}
-        )
+        profile = relay_profile(spec.zone, uid=uid, files=files, sockets=(self._directory, self._gateway))
         command = [sys.executable, "-P", "-m", "ray_gpu.relay", f"--socket={self._gateway / RELAY_SOCKET}"]
         command += [f"--client={self._directory / FORWARDER_SOCKET}"]
         self._relay = self._launch(command, profile)
@@ -157,17 +162,24 @@ class ClientRelay:
             os.chown(self._directory, uid, uid)
         return uid
 
-    def _profile(
-        self,
-        what: str,
-        uid: int | None,
-        *,
-        bind_ro: tuple[Path, ...] = (),
-        bind_rw: tuple[tuple[Path, Path], ...] = (),
-    ) -> boundary.Profile:
-        caged = boundary.survey().mode != "none"
-        return profiles.gateway(f"{what}-{self._spec.zone}", uid=uid, bind_ro=bind_ro, bind_rw=bind_rw, caged=caged)
-
     def _launch(self, command: list[str], profile: boundary.Profile) -> boundary.Confined:
         with self._spec.log.open("ab") as output:
             return boundary.launch(command, profile, stdout=output, stderr=output)
+
+
+def relay_profile(zone: str, *, uid: int | None, files: RayFiles, sockets: tuple[Path, ...]) -> boundary.Profile:
+    """Return what a relay gets: no network, its certificate and token, and directories with a Unix socket each.
+
+    Args:
+        zone: Its name.
+        uid: Its uid when root.
+        files: Readable by that uid.
+        sockets: Read-only, which is enough to connect.
+    """
+    shown = (*files.paths(), *sockets)
+    profile = profiles.gateway(f"relay-{zone}", uid=uid, bind_ro=shown, bind_rw=(), caged=_caged())
+    return dataclasses.replace(profile, network=False, env={**profile.env, **_ENVIRONMENT, **files.environment()})
+
+
+def _caged() -> bool:
+    return boundary.survey().mode != "none"

@@ -58,6 +58,11 @@ class Plan:
     carrier: Carrier | None = None
 
 
+def _usual_carrier() -> Carrier:
+    """Return ``client``, which needs no root, for whoever is not root; without grpcio there is ``edge`` alone."""
+    return Carrier.EDGE if os.geteuid() == 0 or not raylet.has_ray_client() else Carrier.CLIENT
+
+
 def shipped_policies() -> Path:
     """Return the policies directory of this checkout."""
     return Path(__file__).resolve().parent.parent / "policies"
@@ -72,8 +77,7 @@ class Supervisor:
         self._layout = Layout(Path(plan.state))
         self.state_file = self._layout.supervisor
         self._log_start = self._layout.log.stat().st_size if self._layout.log.exists() else 0
-        zone_file = load_zone(Path(plan.policies), plan.zone)
-        self._carrier = plan.carrier or zone_file.carrier or (Carrier.EDGE if os.geteuid() == 0 else Carrier.CLIENT)
+        self._carrier = plan.carrier or load_zone(Path(plan.policies), plan.zone).carrier or _usual_carrier()
         self._vault: VaultServer | None = None
         self._cluster: nodes.Cluster | None = None
         self._relay: client_relay.ClientRelay | None = None

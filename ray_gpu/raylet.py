@@ -16,6 +16,7 @@ Call :func:`start_node` on the main thread: a cage dies with the thread that sta
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -250,7 +251,8 @@ class _Plan:
             # Ray ignores the environment variable of the same name.
             no_spill = json.dumps({"automatic_object_spilling_enabled": False})
             head = ["--head", f"--port={self.ports.gcs}", "--include-dashboard=false"]
-            head += [f"--ray-client-server-port={self.ports.client}"]
+            # Where Ray can, it opens this one port on the head, whether a zone's carrier needs it or not.
+            head += [f"--ray-client-server-port={self.ports.client}"] if has_ray_client() else []
             scaler = self.spec.autoscaler
             head += [f"--autoscaling-config={scaler.config}"] if scaler else ["--no-monitor"]
             return [*command, *head, f"--system-config={no_spill}"]
@@ -264,6 +266,11 @@ class _Plan:
             relay += [f"--address={self.gcs}", f"--node-address={self.spec.address}"]
             relay += [f"--node-port={self.ports.last_to_open}"]
         return [sys.executable, "-m", "ray_gpu.cage", str(self.session), json.dumps(relay), *self.ray_command()]
+
+
+def has_ray_client() -> bool:
+    """Whether Ray Client can work here: on the head, and in a zone whose carrier is ``client``."""
+    return importlib.util.find_spec("grpc") is not None
 
 
 def _can_cage() -> bool:

@@ -148,7 +148,7 @@ class Service:
             zone=config.zone,
             head=(part.head, part.client_port),
             uid=node.CAGE_UID,
-            credentials=_credentials_dir(self._layout, config.zone),
+            credentials=credentials_dir(config),
             identify=lambda: self._identify(part),
             log=self._log,
         )
@@ -210,12 +210,13 @@ class Service:
             self._relay.stop()
 
 
-def _credentials_dir(layout: Layout, zone: str) -> Path:
+def credentials_dir(config: GatewayFile) -> Path:
     """Return where the relay's certificate and token lie: on a tmpfs, where this user has one."""
+    name = f"relay-{config.zone}"
     if os.geteuid() == 0:
-        return node.RUN_DIR / f"relay-{zone}"
+        return node.RUN_DIR / name
     own = Path(f"/run/user/{os.geteuid()}")
-    return (own / "ray-gpu" if own.is_dir() else layout.zone(zone)) / f"relay-{zone}"
+    return (own / "ray-gpu" if own.is_dir() else Layout(Path(config.state)).zone(config.zone)) / name
 
 
 def start(config_file: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

@@ -172,6 +172,13 @@ def cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> It
         yield running
 
 
+@pytest.fixture(scope="session")
+def client_cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> Iterator[Cluster]:
+    """The same with carrier client: no node of it is in the zone, and its relay has no network."""
+    with start_cluster(carrier="client") as running:
+        yield running
+
+
 @pytest.fixture
 def fresh_cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> Iterator[Callable[..., Cluster]]:
     """Return a function that starts a cluster of the test's own; it is stopped when the test ends."""

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from ray_gpu import hosts_file
 from ray_gpu.cli.main import cli
 from ray_gpu.ports import (
+    FORWARDER_UID,
     GATEWAY_UID,
     PORTS,
     FirewallHost,
@@ -78,6 +79,17 @@ def test_data_endpoints_are_the_gateways() -> None:
         (Role.CLIENT_ZONE, Role.GPU),
     }
     assert {flow.uid for flow in opened} == {GATEWAY_UID}
+
+
+def test_client_zone_speaks_to_ray_client_alone() -> None:
+    """Of Ray a zone of kind client reaches one port of the head's, and only by its forwarder's uid."""
+    low, _, high = PORTS.endpoints.partition("-")
+    opened = [flow for flow in flows() if flow.source is Role.CLIENT_ZONE and "Ray" in flow.purpose]
+
+    assert [(flow.destination, flow.ports, flow.uid) for flow in opened] == [
+        (Role.HEAD, (PORTS.client, PORTS.client), FORWARDER_UID)
+    ]
+    assert PORTS.client < PORTS.first < int(low) < int(high)
 
 
 def test_vault_opens_nothing() -> None:

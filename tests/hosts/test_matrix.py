@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import pytest
 
-from ray_gpu.ports import GATEWAY_UID, TABLE, Role, allowed, flows, host_rules, router_rules
+from ray_gpu.ports import FORWARDER_UID, GATEWAY_UID, TABLE, Role, allowed, flows, host_rules, router_rules
 from testbed import HostProcess, Testbed
 
 PROBER = Path(__file__).with_name("prober.py")
 #: Nobody's: what is next to declared ranges, what Ray opens by default, and what hosts often have.
-UNDECLARED = (21, 23, 53, 80, 443, 6379, 8199, 8201, 8265, 10000, 10002, 25999, 26001, 52365)
+UNDECLARED = (21, 23, 53, 80, 443, 6379, 8199, 8201, 8265, 10001, 25999, 26002, 52365)
 UNDECLARED_NEAR = (26009, 26013, 26014, 26015, 26019, 26210)
-#: Root, the gateway, and a cage; the last two only where they live.
-UIDS = (0, GATEWAY_UID, 61003)
+#: Root, the gateway, the forwarder, and a cage; all but root only where they live.
+UIDS = (0, GATEWAY_UID, FORWARDER_UID, 61003)
 TIMEOUT_S = 60.0
 
 
