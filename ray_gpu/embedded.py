@@ -268,12 +268,16 @@ class Supervisor:
         return client_relay.ClientRelay(self._layout, spec)
 
     def _await_sockets(self) -> None:
-        """Wait until custodians and gateway listen; whatever ended meanwhile is named."""
+        """Wait until custodians and gateway listen, and a client relay is there; whatever ended meanwhile is named."""
         layout = self._layout
         sockets = [layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET for node in GPU_NODES]
-        sockets.append(layout.gateway_socket(self._plan.zone))
+        sockets.append(gateway := layout.gateway_socket(self._plan.zone))
         services.await_until(
-            lambda: all(services.listens(path) for path in sockets),
+            # A relay in a node's cage ends with its node, which _check_all names; this one may be at its second try.
+            lambda: (
+                all(services.listens(path) for path in sockets)
+                and (self._relay is None or services.gateway_is_ready(gateway))
+            ),
             check=self._check_all,
             timeout_s=START_TIMEOUT_S,
             failure=ClusterError(

@@ -29,7 +29,6 @@ from ray_gpu import background, head_probe, node_identity, raylet, services
 from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.state import Layout
-from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 from zones.vault import Vault
@@ -179,7 +178,7 @@ class Service:
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
         # A gateway that served before this node does so all the time: only it knows that this node's relay is there.
-        self._await("the gateway", lambda: gateway_is_ready(layout.gateway_socket(zone)))
+        self._await("the gateway", lambda: services.gateway_is_ready(layout.gateway_socket(zone)))
 
     def _await(self, what: str, there: Callable[[], bool]) -> None:
         failure = ClusterError(
@@ -263,16 +262,6 @@ class Service:
             services.end(self._custodian)
         if self._node is not None:
             self._node.stop()
-
-
-def gateway_is_ready(path: Path) -> bool:
-    """Whether a gateway serves people: its relay has joined."""
-    try:
-        with unix_connect(str(path)) as sock:
-            send_message(sock, {"op": "ready"})
-            return recv_message(sock)[0].get("ready") is True
-    except (OSError, MalformedMessageError):
-        return False
 
 
 def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

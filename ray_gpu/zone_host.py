@@ -155,7 +155,7 @@ class Service:
         self._relay = ClientRelay(self._layout, spec)
         self._relay.start()
         services.await_until(
-            lambda: node.gateway_is_ready(self._layout.gateway_socket(config.zone)),
+            lambda: services.gateway_is_ready(self._layout.gateway_socket(config.zone)),
             check=self._check_first_relay,
             timeout_s=START_TIMEOUT_S,
             failure=ClusterError(
@@ -248,7 +248,7 @@ def condition(config: GatewayFile) -> dict[str, Any] | None:
     document = running(config)
     if document is None:
         return None
-    ready = node.gateway_is_ready(Layout(Path(config.state)).gateway_socket(config.zone))
+    ready = services.gateway_is_ready(Layout(Path(config.state)).gateway_socket(config.zone))
     return {**document, "relay": ready}
 
 

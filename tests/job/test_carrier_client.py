@@ -76,8 +76,9 @@ def test_main_job(client_cluster: Any) -> None:
         data = zone.read("randhie", columns=examples.RANDHIE_COLUMNS)
         fitted = examples.statistics.options(concurrency=2, shard_bytes=1 << 16).map_reduce(data, examples.solve)
         leases = zone.status()["leases"]
+        exact = examples.least_squares(data.to_arrow())
 
-    assert np.allclose(fitted, examples.solve([examples.statistics.local(data)]), rtol=1e-9, atol=1e-12)
+    assert np.allclose(fitted, exact, rtol=1e-8, atol=1e-10)
     assert {lease["node"] for lease in leases} == {"gpu-1", "gpu-2"}
 
 
