@@ -30,7 +30,6 @@ from ray_gpu import background, cage_net, head_probe, node_identity, raylet, ser
 from ray_gpu.host_file import AbsolutePath, Address, Network, VaultPart, read_login
 from ray_gpu.ports import PORTS, NodePorts, Role
 from ray_gpu.state import Layout
-from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 from zones.vault import Vault
@@ -135,7 +134,8 @@ class Service:
         role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
-        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=[config.address])
+        addresses = node_identity.certified_addresses([config.address], head=config.role == "head")
+        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=addresses)
         uid = CAGE_UID if os.geteuid() == 0 else None
         files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
         if config.role != "head":
@@ -188,7 +188,7 @@ class Service:
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
         # A gateway that served before this node does so all the time: only it knows that this node's relay is there.
-        self._await("the gateway", lambda: _gateway_is_ready(layout.gateway_socket(zone)))
+        self._await("the gateway", lambda: services.gateway_is_ready(layout.gateway_socket(zone)))
 
     def _await(self, what: str, there: Callable[[], bool]) -> None:
         failure = ClusterError(
@@ -284,15 +284,6 @@ class Service:
             services.end(self._custodian)
         if self._node is not None:
             self._node.stop()
-
-
-def _gateway_is_ready(path: Path) -> bool:
-    try:
-        with unix_connect(str(path)) as sock:
-            send_message(sock, {"op": "ready"})
-            return recv_message(sock)[0].get("ready") is True
-    except (OSError, MalformedMessageError):
-        return False
 
 
 def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from zones.vault import Vault
 RAY_PKI = "pki-ray"
 #: KV version 2 mount with the cluster's token, and the token's name in it.
 RAY_KV, RAY_TOKEN = "kv-ray", "token"
+#: What the head's certificate names besides the head's own addresses, and no other node's does. There Ray Client's
+#: server speaks to itself, and there a relay without a network finds the head at the end of its tunnel.
+HEAD_LOOPBACK = "127.0.0.1"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -86,6 +89,11 @@ class RayFiles:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
         }
+
+
+def certified_addresses(addresses: Sequence[str], *, head: bool) -> tuple[str, ...]:
+    """Return what a node's certificate names: its own addresses, and for Ray's head ``HEAD_LOOPBACK``."""
+    return (*addresses, *((HEAD_LOOPBACK,) if head else ()))
 
 
 def joined_addresses(addresses: Iterable[str]) -> str:

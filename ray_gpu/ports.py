@@ -5,7 +5,8 @@ Rules:
 1. What :func:`flows` does not declare is dropped, by the host that would send it, by the router, and by the host that
    would receive it. Each of the three alone is enough, but for who on a host it is, which only that host knows.
 2. Nothing goes into a zone of kind ``client-zone``, from zone to zone, or between a zone and SSH.
-3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints.
+3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints, and only the forwarder's
+   leaves a ``client-zone`` host for Ray.
 4. Ray's ports lead into a host's cage, which has a network of its own (:mod:`ray_gpu.cage_net`), and it alone opens
    connections to those of others. The host itself has no part in it but to ask whether somebody is there.
 
@@ -22,8 +23,9 @@ from itertools import product
 
 from zones.errors import UnknownNameError
 
-#: Uid of gateways, where they have one of their own.
-GATEWAY_UID = 61100
+#: Uids of gateways and of forwarders, where they have one of their own.
+GATEWAY_UID, FORWARDER_UID = 61100, 61101
+_PROCESSES = {GATEWAY_UID: "gateway", FORWARDER_UID: "forwarder"}
 #: The host's end of the link to its cage.
 CAGE_LINK = "ray-cage"
 #: Lowest and highest of some ports.
@@ -45,6 +47,11 @@ class NodePorts:
         return cls(gcs=base_port, first=base_port + 10 + index * _PORTS_PER_NODE)
 
     @property
+    def client(self) -> int:
+        """Port of Ray Client's server: the head's, from which every node of a cluster counts."""
+        return self.gcs + 1
+
+    @property
     def last_to_open(self) -> int:
         """Port of the runtime-env agent: a raylet joins the cluster once its agents are up."""
         return self.first + 2
@@ -56,7 +63,7 @@ class NodePorts:
 
     def fixed(self) -> list[int]:
         """Return the ports that must be free at start."""
-        return [self.gcs, *range(self.first, self.first + 6)]
+        return [self.gcs, self.client, *range(self.first, self.first + 6)]
 
     def flags(self) -> list[str]:
         """Return ``ray start`` flags that leave no port to chance."""
@@ -68,7 +75,7 @@ class NodePorts:
 
 #: Ports of a node that has a host to itself.
 PORTS = NodePorts.of(26000, 0)
-SSH, VAULT, RAY_CLIENT = 22, 8200, 10001
+SSH, VAULT = 22, 8200
 #: Name of the table, in the family ``inet``. Other tables are left alone.
 TABLE = "ray_gpu"
 
@@ -113,6 +120,11 @@ class Flow:
     def families(self) -> tuple[str, ...]:
         """IP versions, as nftables calls them: a cage has IPv4 alone."""
         return ("ip",) if End.CAGE in (self.opened_by, self.taken_by) else ("ip", "ip6")
+
+    @property
+    def opener(self) -> str:
+        """Who may open them, in words."""
+        return self.opened_by.value if self.uid is None else f"uid {self.uid}, the {_PROCESSES[self.uid]}"
 
     def port_text(self) -> str:
         """Return ``"22"`` or ``"26020-26119"``."""
@@ -180,10 +192,17 @@ def _ray(ports: NodePorts) -> Iterator[Flow]:
     for source in (Role.GPU, Role.EDGE_ZONE):
         yield _to_cage(source, Role.HEAD, _one(ports.gcs), "node start: is it the head?")
     yield _to_cage(Role.HEAD, Role.GPU, _one(ports.last_to_open), "ray up: has the node joined?")
-    yield _to_cage(Role.CLIENT_ZONE, Role.HEAD, _one(RAY_CLIENT), "Ray Client: the relay")
+    yield _to_cage(Role.CLIENT_ZONE, Role.HEAD, _one(ports.client), "Ray Client: the relay", uid=FORWARDER_UID)
 
 
-def _to_cage(source: Role, destination: Role, ports: Span, purpose: str, opened_by: End = End.HOST) -> Flow:
+def _to_cage(
+    source: Role,
+    destination: Role,
+    ports: Span,
+    purpose: str,
+    opened_by: End = End.HOST,
+    uid: int | None = None,
+) -> Flow:
     return Flow(
         source=source,
         destination=destination,
@@ -191,6 +210,7 @@ def _to_cage(source: Role, destination: Role, ports: Span, purpose: str, opened_
         purpose=purpose,
         opened_by=opened_by,
         taken_by=End.CAGE,
+        uid=uid,
     )
 
 
@@ -232,7 +252,7 @@ def markdown_table(ports: NodePorts = PORTS) -> str:
     """Return the declaration as the table in docs/ports.md."""
     rows = [
         f"| {flow.source.value} | {flow.destination.value} | {flow.port_text()} | {flow.purpose} | "
-        f"{flow.opened_by.value if flow.uid is None else f'uid {flow.uid}, the gateway'} | {flow.taken_by.value} |"
+        f"{flow.opener} | {flow.taken_by.value} |"
         for flow in flows(ports)
     ]
     head = "| from | to | TCP ports | for | opened by | taken by |"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -227,10 +228,12 @@ class _Plan:
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(_HEADLESS_S),
-            # The head answers before another node is started. One try a second, instead of 20.
-            **({} if self.is_head else {"RAY_NUM_REDIS_GET_RETRIES": "5"}),
+            # The head answers before another node is started, and knows itself a little later: one try a second.
+            **({} if self.is_head else {"RAY_NUM_REDIS_GET_RETRIES": "20"}),
             # Upon SIGTERM Ray lets nothing new onto the node and ends once it is idle. Others have nothing to wait for.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_LONGEST_DRAIN_S if self.drains else 0),
+            # For each client relay the head starts a driver, which takes a busy one long. Seconds.
+            **({"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"} if self.is_head else {}),
             # Version 2 does not start the workers of a provider `local`.
             **({"RAY_enable_autoscaler_v2": "0"} if self.spec.autoscaler else {}),
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),
@@ -252,6 +255,8 @@ class _Plan:
             # Ray ignores the environment variable of the same name.
             no_spill = json.dumps({"automatic_object_spilling_enabled": False})
             head = ["--head", f"--port={self.ports.gcs}", "--include-dashboard=false"]
+            # Where Ray can, it opens this one port on the head, whether a zone's carrier needs it or not.
+            head += [f"--ray-client-server-port={self.ports.client}"] if has_ray_client() else []
             scaler = self.spec.autoscaler
             head += [f"--autoscaling-config={scaler.config}"] if scaler else ["--no-monitor"]
             return [*command, *head, f"--system-config={no_spill}"]
@@ -265,6 +270,11 @@ class _Plan:
             relay += [f"--address={self.gcs}", f"--node-address={self.spec.address}"]
             relay += [f"--node-port={self.ports.last_to_open}"]
         return [sys.executable, "-m", "ray_gpu.cage", str(self.session), json.dumps(relay), *self.ray_command()]
+
+
+def has_ray_client() -> bool:
+    """Whether Ray Client can work here: on the head, and in a zone whose carrier is ``client``."""
+    return importlib.util.find_spec("grpc") is not None
 
 
 def _can_cage() -> bool:

@@ -78,7 +78,10 @@ class RelayLink:
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             future.set_exception(
-                GatewayError("the relay is gone; start the zone's node again (`ray-gpu node start`, or `ray-gpu up`)")
+                GatewayError(
+                    "the relay is gone; with carrier edge start the zone's node again (`ray-gpu node start`, or "
+                    "`ray-gpu up`), with carrier client wait: it comes back once the head answers"
+                )
             )
 
     @property
@@ -103,8 +106,9 @@ class RelayLink:
             sock = self._sock
             if sock is None:
                 raise GatewayError(
-                    "no relay is connected, so no GPU node can be reached; start the zone's node (`ray-gpu node "
-                    "start`, or `ray-gpu up`)"
+                    "no relay is connected, so no GPU node can be reached; with carrier edge start the zone's node "
+                    "(`ray-gpu node start`, or `ray-gpu up`), with carrier client wait: it comes back once the head "
+                    "answers"
                 )
             self._waiting[identifier] = future
             send_message(sock, {**message, "id": identifier})

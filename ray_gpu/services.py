@@ -25,6 +25,7 @@ from ray_gpu.raylet import CUSTODIAN_SOCKET, RELAY_SOCKET
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.errors import ClusterError
 
 _PR_SET_PDEATHSIG = 1
@@ -192,6 +193,16 @@ def listens(path: Path) -> bool:
     """Whether something accepts connections on a Unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(str(path)) == 0
+
+
+def gateway_is_ready(path: Path) -> bool:
+    """Whether a gateway serves people: its relay has joined."""
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "ready"})
+            return recv_message(sock)[0].get("ready") is True
+    except (OSError, MalformedMessageError):
+        return False
 
 
 def _descendants(pid: int) -> list[int]:

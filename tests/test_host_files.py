@@ -21,6 +21,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "node-gpu.yaml": node.read_config,
     "node-zone.yaml": node.read_config,
     "gateway.yaml": zone_host.read_config,
+    "gateway-client.yaml": zone_host.read_config,
     "vault.yaml": vault_declaration.read,
     "hosts.yaml": hosts_file.read,
 }
@@ -42,10 +43,13 @@ def test_examples_agree() -> None:
     hosts = {host.name: host.addresses[0] for host in hosts_file.read(EXAMPLES / "hosts.yaml")}
     declared = {item.name: item.addresses[0] for item in vault_declaration.read(EXAMPLES / "vault.yaml").nodes}
     files = [node.read_config(EXAMPLES / f"node-{role}.yaml") for role in ("head", "gpu", "zone")]
+    relay = zone_host.read_config(EXAMPLES / "gateway-client.yaml").relay
     provider = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))["provider"]
 
     assert declared == {name: hosts[name] for name in declared}
     assert {item.node: item.address for item in files}.items() <= hosts.items()
+    assert relay is not None
+    assert (relay.address, relay.head) == (hosts[relay.node], hosts["head"])
     assert {item.head for item in files} == {hosts["head"]} == {provider["head_ip"]}
     assert provider["worker_ips"] == [hosts["gpu-1"], hosts["gpu-2"]]
 
@@ -69,6 +73,7 @@ def test_examples_agree() -> None:
         ("node-gpu.yaml", {"cluster": ["198.51.100.0/24"]}, r"file.yaml:\d+: .*cluster lacks the head's address"),
         ("node-gpu.yaml", {"policies": "policies"}, r"file.yaml:\d+: policies.*absolute"),
         ("node-zone.yaml", {"zone": "Clinic!"}, r"file.yaml:\d+: zone"),
+        ("gateway-client.yaml", {"relay": {"node": "zone-trading"}}, r"file.yaml:\d+: relay: Field required: address"),
         ("gateway.yaml", {"policies": None}, r"file.yaml:\d+: Field required: policies"),
         ("gateway.yaml", {"vault": {"address": "http://v", "credentials": "/c"}}, r"file.yaml:\d+: vault.*address"),
     ],
@@ -82,6 +87,35 @@ def test_refused(tmp_path: Path, example: str, changed: dict[str, Any], message:
 
     with pytest.raises(ConfigError, match=message):
         READERS[example](file)
+
+
+@pytest.mark.parametrize(
+    ("example", "carrier", "message"),
+    [
+        ("gateway.yaml", "client", r"file.yaml:\d+: .*`carrier: client` needs a part `relay`"),
+        ("gateway-client.yaml", "edge", r"file.yaml:\d+: relay: .*`carrier: edge` has no part `relay`"),
+        ("gateway-client.yaml", None, r"file.yaml:\d+: relay: .*`carrier: edge` has no part `relay`"),
+        ("gateway.yaml", None, None),
+        ("gateway-client.yaml", "client", None),
+    ],
+)
+def test_carrier(
+    tmp_path: Path, copy_policies: Callable[..., Path], example: str, carrier: str | None, message: str | None
+) -> None:
+    """A gateway.yaml has a relay exactly where the zone's own zone.yaml says that its carrier is client."""
+    document = yaml.safe_load((EXAMPLES / example).read_text(encoding="utf-8"))
+    policies = copy_policies()
+    with (policies / document["zone"] / "zone.yaml").open("a", encoding="utf-8") as zone_file:
+        zone_file.write(f"\ncarrier: {carrier}\n" if carrier else "")
+    file = tmp_path / "file.yaml"
+    state = str(tmp_path / "state")
+    file.write_text(yaml.safe_dump(document | {"policies": str(policies), "state": state}), encoding="utf-8")
+
+    if message is None:
+        zone_host.Service(file, lambda _: None)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            zone_host.Service(file, lambda _: None)
 
 
 @pytest.mark.parametrize(("text", "message"), [("role: [", r"file.yaml:\d+"), ("", "file.yaml"), ("- a", "file.yaml")])

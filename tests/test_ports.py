@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from ray_gpu import hosts_file
 from ray_gpu.cli.main import cli
 from ray_gpu.ports import (
+    FORWARDER_UID,
     GATEWAY_UID,
     PORTS,
-    RAY_CLIENT,
     End,
     FirewallHost,
     Role,
@@ -84,6 +84,17 @@ def test_data_endpoints_are_the_gateways() -> None:
     assert {flow.uid for flow in opened} == {GATEWAY_UID}
 
 
+def test_client_zone_speaks_to_ray_client_alone() -> None:
+    """Of Ray a zone of kind client reaches one port of the head's, and only by its forwarder's uid."""
+    low, _, high = PORTS.endpoints.partition("-")
+    opened = [flow for flow in flows() if flow.source is Role.CLIENT_ZONE and "Ray" in flow.purpose]
+
+    assert [(flow.destination, flow.ports, flow.uid) for flow in opened] == [
+        (Role.HEAD, (PORTS.client, PORTS.client), FORWARDER_UID)
+    ]
+    assert PORTS.client < PORTS.first < int(low) < int(high)
+
+
 def test_vault_opens_nothing() -> None:
     """The vault answers, and opens no connection."""
     assert [flow for flow in flows() if flow.source is Role.VAULT] == []
@@ -98,8 +109,10 @@ def test_ports_without_a_token_are_nobodys() -> None:
 
 def test_hosts_have_no_part_in_ray() -> None:
     """Of Ray's ports a host itself opens two, to ask who is there; and none leads into a host."""
-    ray = [flow for flow in flows() if flow.ports[0] in (PORTS.gcs, RAY_CLIENT, *range(PORTS.first, PORTS.first + 110))]
-    asking = {(f.source, f.destination, f.ports) for f in ray if f.opened_by is End.HOST and f.ports[0] != RAY_CLIENT}
+    ray = [
+        flow for flow in flows() if flow.ports[0] in (PORTS.gcs, PORTS.client, *range(PORTS.first, PORTS.first + 110))
+    ]
+    asking = {(f.source, f.destination, f.ports) for f in ray if f.opened_by is End.HOST and f.ports[0] != PORTS.client}
 
     assert {flow.taken_by for flow in ray} == {End.CAGE}
     assert asking == {
@@ -117,7 +130,7 @@ def test_cages_open_ray_and_ssh_alone() -> None:
     assert cage_opens(Role.EDGE_ZONE) == ((26000, 26000), (26010, 26012), (26020, 26119))
     assert cage_opens(Role.HEAD) == ((26010, 26012), (26020, 26119))
     assert cage_serves(Role.GPU) == cage_serves(Role.EDGE_ZONE) == ((26010, 26012), (26020, 26119))
-    assert cage_serves(Role.HEAD) == ((RAY_CLIENT, RAY_CLIENT), (26000, 26000), (26010, 26012), (26020, 26119))
+    assert cage_serves(Role.HEAD) == ((26000, 26000), (26001, 26001), (26010, 26012), (26020, 26119))
     assert [cage_serves(role) for role in (Role.VAULT, Role.OPERATOR, Role.CLIENT_ZONE)] == [()] * 3
 
 

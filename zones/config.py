@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
-from zones.model import Dataset, ObligationRule, Obligations, Shuffle, SmallBytes, Zone, check_id, digest
+from zones.model import Carrier, Dataset, ObligationRule, Obligations, Shuffle, SmallBytes, Zone, check_id, digest
 
 SCHEMA_FILE = "schema.cedarschema"
 
@@ -152,6 +152,7 @@ class _ZoneFile(FileModel):
     small_bytes: _SmallBytesPart | None = None
     pools: _SomeIds
     endpoints: list[Annotated[str, AfterValidator(_endpoint)]] = Field(min_length=1)
+    carrier: Annotated[Carrier, Strict(False)] | None = None
     shuffle: _ShuffleText = "rows"
     max_lease_s: _LeaseSeconds = 3600
     accepted_degradations: Ids = Field(default_factory=list)
@@ -226,6 +227,7 @@ def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str,
         policy_digest=policy_digest,
         obligations=_obligations(file, None),
         obligation_rules=tuple(_rules(document, file, datasets)),
+        carrier=file.carrier,
     )
 
 

@@ -61,6 +61,15 @@ def digest(document: Any) -> str:
     return hashlib.sha256(canonical(document)).hexdigest()
 
 
+class Carrier(StrEnum):
+    """How a zone reaches the Ray cluster."""
+
+    #: By a CPU node of its own: the zone is a part of the cluster, and its firewall lets Ray in.
+    EDGE = "edge"
+    #: By one outbound connection: no part of Ray's cluster is in the zone, and nothing is let in.
+    CLIENT = "client"
+
+
 class Shuffle(StrEnum):
     """How far rows are moved apart before they are cut into shards."""
 
@@ -137,6 +146,8 @@ class Zone:
     obligations: Obligations = field(default_factory=Obligations)
     #: The first rule that matches a request's pool and data set holds.
     obligation_rules: Sequence[ObligationRule] = ()
+    #: ``None`` where zone.yaml says nothing: ``edge``, but for embedded clusters without root.
+    carrier: Carrier | None = None
 
     def rank(self, classification: str) -> int:
         """Return the position of a class, 0 for the least sensitive."""

@@ -80,7 +80,8 @@ def status(console: Console, state: Path) -> bool:
     ids = missing(document)
     console.print(degraded_line(ids), soft_wrap=True)
     console.print(meanings(ids))
-    console.print(f"\nzone [bold]{document['zone']}[/]; Ray at {document['address']}; computes with: {device()}")
+    carried = f"zone [bold]{document['zone']}[/], carrier {document['carrier']}"
+    console.print(f"\n{carried}; Ray at {document['address']}; computes with: {device()}")
     with api.attach(document["zone"], purpose="status", state_dir=state) as session:
         card = session.status()
     console.print(nodes(card["nodes"]))

@@ -52,7 +52,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "session-on-disk": ("gpu head zone", ""),
     "full-ray": ("gpu zone", "embedded"),
     "old-ray": ("gpu head zone embedded", ""),
-    "certificate-ends": ("gpu head zone", ""),
+    "certificate-ends": ("gpu head zone gateway", ""),
     "vault-unproven": ("gpu head zone gateway", ""),
     "clock-skew": ("gpu head zone gateway", ""),
     "ports-open": ("", "gpu head zone gateway"),
@@ -181,9 +181,16 @@ def _memory(host: Subject) -> Iterator[Finding]:
 def _ray(host: Subject) -> Iterator[Finding]:
     yield software.ray_version(software.version_of("ray"), software.own_requirements())
     yield software.plain_ray(software.modules_found(software.AGENT_MODULES))
+    for ray in _ray_files(host):
+        yield _certificate(host.files, ray.certificate)
+
+
+def _ray_files(host: Subject) -> Iterator[RayFiles]:
+    """Yield where certificate and token of this host's node, and of its client relay, lie."""
     if host.node is not None:
-        path = RayFiles(directory=nodes.RUN_DIR / host.node.node / "ray").certificate
-        yield _certificate(host.files, path)
+        yield RayFiles(directory=nodes.RUN_DIR / host.node.node / "ray")
+    if host.gateway is not None and host.gateway.relay is not None:
+        yield RayFiles(directory=zone_host.credentials_dir(host.gateway))
 
 
 def _certificate(read: Files, path: Path) -> Finding:
@@ -202,8 +209,9 @@ def _certificate(read: Files, path: Path) -> Finding:
 
 def _logins(host: Subject) -> Iterator[Finding]:
     euid = os.geteuid()
-    for part in host.vaults():
-        yield _private(host.files, "login for Vault", Path(part.credentials), (euid, 0))
+    relay = host.gateway.relay if host.gateway else None
+    for credentials in [*(part.credentials for part in host.vaults()), *([relay.credentials] if relay else [])]:
+        yield _private(host.files, "login for Vault", Path(credentials), (euid, 0))
     for what, path, owner in _made(host, euid):
         # It comes and goes with what runs here.
         if not _absent(host.files, path):
@@ -212,10 +220,10 @@ def _logins(host: Subject) -> Iterator[Finding]:
 
 def _made(host: Subject, euid: int) -> Iterator[tuple[str, Path, int]]:
     """Yield what this project writes that holds a login or a key: name, place and owner."""
-    if host.node is not None:
-        ray = RayFiles(directory=nodes.RUN_DIR / host.node.node / "ray")
+    for ray in _ray_files(host):
         for what, path in (("Ray's directory", ray.directory), ("Ray's token", ray.token), ("Ray's key", ray.key)):
             yield what, path, nodes.CAGE_UID if euid == 0 else euid
+    if host.node is not None:
         yield "custodian's settings", nodes.state_file(host.node).with_name("settings.json"), euid
     if host.gateway is not None:
         zone = Layout(Path(host.gateway.state)).zone(host.gateway.zone)

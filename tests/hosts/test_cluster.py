@@ -19,14 +19,13 @@ import pytest
 import yaml
 
 from ray_gpu.cage_net import HOST_END
-from ray_gpu.ports import PORTS, TABLE, VAULT
+from ray_gpu.ports import FORWARDER_UID, GATEWAY_UID, PORTS, TABLE, VAULT
 from testbed import Host, Testbed
 from testbed.cluster import (
     CLUSTER_FILE,
     DECLARATION,
     GATEWAY_CREDENTIALS,
     GATEWAY_FILE,
-    HOSTS,
     NODE_CREDENTIALS,
     NODE_FILE,
     VAULT_CA,
@@ -75,6 +74,13 @@ def total(batch):
 with attach() as zone:
     print(json.dumps(total.map_reduce(zone.read("macrodata", columns=["realgdp"]), sum) > 0))
 """
+#: Listens on a port of the kernel's choice, and says which.
+_LISTEN = """
+import socket, sys
+server = socket.create_server(("", 0))
+print(server.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
 #: Calls until its standard input ends; says each hundred.
 STREAM = """
 import threading
@@ -98,7 +104,7 @@ with attach() as zone:
 @pytest.fixture(scope="module")
 def cluster(can_build: None) -> Iterator[BedCluster]:
     """A bed whose Vault is set up and whose hosts are equipped; nothing of Ray runs."""
-    with Testbed(HOSTS) as bed, BedCluster(bed) as equipped:
+    with Testbed() as bed, BedCluster(bed) as equipped:
         yield equipped
 
 
@@ -223,13 +229,13 @@ def test_pool_is_up(pool: BedCluster) -> None:
 
 
 def test_zones_join(zones: BedCluster) -> None:
-    """A zone's CPU host is a node of the cluster beside the GPU nodes, and its call is exact, on both of them."""
+    """A zone's CPU host is a node beside the GPU nodes; a client zone's is none. The call is exact, on both of them."""
     said = json.loads(zones.call("clinic", FIT))
     nodes = {node["name"]: node for node in said["nodes"] if node["alive"]}
 
     assert said["exact"] is True
     assert {lease["node"] for lease in said["leases"]} == {"gpu-1", "gpu-2"}
-    assert set(nodes) == {*POOL, "zone-clinic", "zone-trading"}
+    assert set(nodes) == {*POOL, "zone-clinic"}
     assert nodes["zone-clinic"]["labels"]["ray-gpu-zone"] == "clinic"
     assert [nodes[name]["gpus"] for name in ("gpu-1", "gpu-2", "zone-clinic", "head")] == [1, 1, 0, 0]
     assert nodes["gpu-1"]["labels"]["ray-gpu-pool"] == "shared"
@@ -259,6 +265,54 @@ for zone in ("trading", "clinic"):
     assert said.splitlines() == ["trading opens"] * 2 + ["clinic denied"] * 2
 
 
+def test_client_zone_is_closed(zones: BedCluster) -> None:
+    """A zone with carrier client computes while its firewall accepts no connection at all; without rules it would."""
+    host = zones.bed["zone-trading"]
+    others = [other for other in zones.bed if other.name != host.name]
+    rules = json.loads(host.run(["nft", "--json", "list", "chain", "inet", TABLE, "input"]).stdout)["nftables"]
+    accepting = [rule["rule"]["expr"] for rule in rules if "rule" in rule and {"accept": None} in rule["rule"]["expr"]]
+
+    # Answers, the loopback, and the neighbours' ICMP: nothing that names TCP, UDP or a port.
+    assert [part for rule in accepting for part in rule if "dport" in str(part) or "saddr" in str(part)] == []
+    assert len(accepting) == 3
+    assert json.loads(zones.call("trading", MACRODATA)) is True
+    server = host.popen(["python", "-c", _LISTEN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    port = int(server.stdout.readline())
+
+    def reached() -> list[str]:
+        probe = f"import socket; socket.create_connection(({host.address!r}, {port}), timeout=1.5)"
+        with ThreadPoolExecutor(len(others)) as several:
+            done = several.map(lambda other: other.run(["python", "-c", probe], check=False), others)
+            return [other.name for other, probe in zip(others, done, strict=True) if probe.returncode == 0]
+
+    try:
+        assert reached() == []
+        for one in (host, zones.bed.router, *others):
+            one.flush_rules()
+        assert reached() == [other.name for other in others]
+    finally:
+        zones.bed.load_firewalls()
+        server.kill()
+
+
+def test_client_zone_reaches_the_head_alone(zones: BedCluster) -> None:
+    """Of what a client zone runs only the forwarder has a connection to the cluster's Ray, and that to one port."""
+    host, head = zones.bed["zone-trading"], zones.bed["head"].address
+    listed = host.run(["ss", "-Htne", "state", "established"]).stdout.splitlines()
+    remote = {(line.split()[3], int((re.search(r"uid:(\d+)", line) or [0, 0])[1])) for line in listed}
+    outward = {(peer, uid) for peer, uid in remote if not peer.startswith("127.")}
+    document = json.loads(host.run(["ray-gpu", "gateway", "status", "--json"]).stdout)
+
+    assert (f"{head}:{PORTS.client}", FORWARDER_UID) in outward
+    assert {peer.rpartition(":")[2] for peer, uid in outward if uid != GATEWAY_UID} <= {str(PORTS.client), str(VAULT)}
+    assert document["relay"] is True
+    assert document["certificate_not_after"] > time.time() + 86400
+    relays = [p for p in survey(host) if "-m ray_gpu.relay" in p["command"] and "bwrap" not in p["command"]]
+    assert [(relay["uid"], relay["environment"]["RAY_USE_TLS"]) for relay in relays] == [(CAGE_UID, "1")]
+    assert [p["command"] for p in survey(host) if "raylet" in p["command"]] == []
+
+
 def test_launchers_key(zones: BedCluster) -> None:
     """From the head, to which `ray up` copied it, the launcher's key opens a GPU host, and no zone's."""
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=2", "-o", "StrictHostKeyChecking=no"]
@@ -280,7 +334,7 @@ def test_every_ray_process_is_confined(zones: BedCluster) -> None:
     assert stream.stdout is not None
     (used,) = json.loads(stream.stdout.readline())["nodes"]
     assert any("ray::GpuActor" in process["command"] for process in survey(zones.bed[used]))  # a lease is at work
-    for name in (*POOL, "zone-clinic", "zone-trading"):
+    for name in (*POOL, "zone-clinic"):
         found = [
             p for p in survey(zones.bed[name]) if re.search(r"ray::|/ray/|ray\.scripts|ray_gpu\.relay", p["command"])
         ]
@@ -357,7 +411,7 @@ def others_of(cluster: BedCluster, name: str) -> list[Target]:
 
 @pytest.mark.parametrize("name", ["zone-clinic", "gpu-1"])
 def test_a_cage_reaches_rays_ports_alone(listening: BedCluster, name: str) -> None:
-    """With every firewall off, the cage is served by Ray's ports of the cluster and by nothing else; its host, by all."""
+    """With every firewall off, the cage reaches Ray's ports of the cluster and nothing else; its host, all."""
     host, cluster = listening.bed[name], listening.bed.hosts
     cage = next(process["pid"] for process in survey(host) if "raylet/raylet" in process["command"])
     forbidden = others_of(listening, name)

@@ -18,15 +18,26 @@ from typing import NamedTuple
 import pytest
 
 from ray_gpu import cage_net
-from ray_gpu.ports import GATEWAY_UID, TABLE, End, Role, allowed, cage_serves, flows, host_rules, router_rules
+from ray_gpu.ports import (
+    FORWARDER_UID,
+    GATEWAY_UID,
+    TABLE,
+    End,
+    Role,
+    allowed,
+    cage_serves,
+    flows,
+    host_rules,
+    router_rules,
+)
 from testbed import Host, HostProcess, Testbed
 
 PROBER = Path(__file__).with_name("prober.py")
 #: Nobody's: what is next to declared ranges, what Ray opens by default, and what hosts often have.
-UNDECLARED = (21, 23, 53, 80, 443, 6379, 8199, 8201, 8265, 10000, 10002, 25999, 26001, 52365)
+UNDECLARED = (21, 23, 53, 80, 443, 6379, 8199, 8201, 8265, 10001, 25999, 26002, 52365)
 UNDECLARED_NEAR = (26009, 26013, 26014, 26015, 26019, 26210)
-#: Root, the gateway, and a cage's uid outside of the cage; the last two only where they live.
-UIDS = (0, GATEWAY_UID, 61003)
+#: Root, the gateway, the forwarder, and a cage's uid outside of the cage; all but root only where they live.
+UIDS = (0, GATEWAY_UID, FORWARDER_UID, 61003)
 OPENERS = (*UIDS, End.CAGE)
 TIMEOUT_S = 60.0
 #: Makes a network namespace and connects it as a cage's; says a process id in it, and removes it with standard input.
