@@ -206,6 +206,7 @@ class Session:
                     "lease": lease.id,
                     "node": lease.node,
                     "outcome": outcome,
+                    "reason": "" if receipt else lease.lost,
                     "receipt": receipt,
                 }
             )
@@ -240,5 +241,6 @@ class Session:
             "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
             "leases": self.leases.status(),
+            "lies": list(self.leases.lies),
             "receipts": list(self.receipts),
         }
