@@ -201,7 +201,7 @@ def _receive(lease: Lease) -> tuple[Header, memoryview]:
     Raises:
         EnvelopeError: Something else came, or it did not open.
     """
-    header, payload = lease.link.receive()
+    header, payload = lease.link.receive(most_bytes=padded_size(SLOT_BYTES))
     if header.kind is not Kind.RESULT:
         raise EnvelopeError
     return header, payload
