@@ -250,9 +250,11 @@ class LeasePool:
         if any(other.node not in without for other in here):
             return True
         rooms = self._opener.rooms
-        return bool(rooms.passed_over(terms.pool, without)) and rooms.has_room(
-            terms.pool, terms.gpu_milli, distrusted=without
-        )
+        if not rooms.passed_over(terms.pool, without):
+            return False
+        if not rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without):
+            self._reclaim()
+        return rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without)
 
     def yield_idle(self) -> None:
         """Give back the leases that no call has used for a moment: another session has no room."""
