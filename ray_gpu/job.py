@@ -277,6 +277,8 @@ class ShardRun:
         self._sent_bytes = self._done_rows = 0
         self._told = 0.0
         self._held_bytes = 0
+        #: Which node's answer stands for each shard and attempt.
+        self._accepted: dict[tuple[int, int], str] = {}
         #: Which node first gave an answer to a shard that cannot be believed.
         self._doubts: dict[int, str] = {}
         #: Leases that work on this call now.
@@ -408,8 +410,9 @@ class ShardRun:
             lease.finish(current)
             tally.outcome = "done" if self._failure is None else "failed"
         except (OSError, EnvelopeError, _DoubtedError) as error:
-            self._put_back(flying)
-            raise _lost(self._session, lease, error) from None
+            lost = _lost(self._session, lease, error)
+            self._put_back(flying + self._disowned(lease))
+            raise lost from None
         except ZoneError as error:
             tally.outcome = "failed"
             if flying:
@@ -447,6 +450,19 @@ class ShardRun:
             if self._pending and len(flying) < IN_FLIGHT and not (self._failure or leaves):
                 return self._pending.popleft()
         return (-1, -1) if flying else None
+
+    def _disowned(self, lease: Lease) -> deque[tuple[int, int]]:
+        """Forget what a node that lied has answered to this call, and return its shards: others do them again."""
+        with self._lock:
+            found = [item for item, node in self._accepted.items() if lease.lied and node == lease.node]
+            for index, attempt in found:
+                del self._accepted[index, attempt]
+                self._parts.pop(index, None)
+                self._encoded.pop(index, None)
+                self._done_rows -= self._plan.shard_rows(index)
+            if found:
+                del self._nodes[lease.node]
+        return deque(found)
 
     def _put_back(self, flying: deque[tuple[int, int]]) -> None:
         """Queue a lost lease's shards again, each as a new attempt."""
@@ -498,7 +514,7 @@ class ShardRun:
             self._fail(error)
             return
         flying.popleft()
-        self._accept(lease, index, rows, outcome)
+        self._accept(lease, (index, attempt), rows, outcome)
 
     def _doubt(self, lease: Lease, index: int, error: ZoneError) -> None:
         """Take an answer that no honest node gives, unless the function is the cause: let another node say so.
@@ -532,8 +548,10 @@ class ShardRun:
                 limit_bytes=MAX_RESULT_BYTES,
             )
 
-    def _accept(self, lease: Lease, index: int, rows: int, outcome: Outcome) -> None:
+    def _accept(self, lease: Lease, item: tuple[int, int], rows: int, outcome: Outcome) -> None:
+        index = item[0]
         with self._lock:
+            self._accepted[item] = lease.node
             if self._request.mode is Mode.MAP:
                 self._parts[index] = outcome.value
             else:

@@ -245,7 +245,11 @@ class LeasePool:
         """Tell whether another node could say what it makes of the same work: a lease of it is here, or it has room."""
         terms = lease.terms
         without = {**self.distrusted, lease.node: "asked already"}
+        deadline = time.monotonic() + FINISH_TIMEOUT_S
         with self._lock:
+            while self._opening and time.monotonic() < deadline:
+                # Where that lease will be, is not known yet.
+                self._room.wait(timeout=WAKE_S)
             here = [other for other in self._leases if not other.lost and other.terms == terms]
         if any(other.node not in without for other in here):
             return True

@@ -23,6 +23,7 @@ from ray_gpu.embedded import shipped_policies
 from ray_gpu.frames import SealedSocket
 from ray_gpu.leases import LeaseOpener
 from tests.attack import rogue
+from tests.attack.relay import AttackersRelay
 from tests.proofs.attacked import Attacked
 from tests.proofs.forging import Witness
 from zones.config import load_zone
@@ -109,6 +110,13 @@ def world(
     witness.close()
 
 
+@pytest.fixture(scope="module")
+def relay(world: World) -> Iterator[AttackersRelay]:
+    """The attacker has taken the relay's place, too."""
+    with AttackersRelay(world.attacked) as taken:
+        yield taken
+
+
 def rows_of(session: ray_gpu.Session) -> tuple[Any, Any]:
     """Return some shards' worth of rows as a handle, and what :func:`work` makes of them."""
     handle = session.read("breast_cancer_resampled", columns=["mean_radius"])
@@ -130,9 +138,20 @@ def accused(session: ray_gpu.Session) -> list[str]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("lie", [*rogue.RESULT_LIES, *rogue.content_lies(b"")])
-def test_lying_result(world: World, lie: str) -> None:
+@pytest.mark.parametrize("lie", ["forged result", "pickle as the value"])
+def test_lying_result_on_ray(world: World, lie: str) -> None:
     """A call ends as it should, on the honest node; the liar's lease is named, and its node is asked no more."""
+    _lying_result(world, lie)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("lie", [*rogue.RESULT_LIES, *rogue.content_lies(b"")])
+def test_lying_result(world: World, relay: AttackersRelay, lie: str) -> None:
+    """So it does for every lie. Here the attacker has the relay as well, and places leases without Ray."""
+    _lying_result(world, lie)
+
+
+def _lying_result(world: World, lie: str) -> None:
     world.tell(lie)
     with world.attacked.attach() as session:
         handle, expected = rows_of(session)
@@ -152,7 +171,7 @@ def test_lying_result(world: World, lie: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("lie", ["forged result", "pickle as the value", "nothing", "value nested deeply"])
-def test_lying_answer_to_a_call(world: World, lie: str) -> None:
+def test_lying_answer_to_a_call(world: World, relay: AttackersRelay, lie: str) -> None:
     """Calls without data are answered by an honest node as well."""
     world.tell(lie)
     with world.attacked.attach() as session:
@@ -167,7 +186,7 @@ def test_lying_answer_to_a_call(world: World, lie: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("lie", rogue.RECEIPT_LIES)
-def test_lying_receipt(world: World, lie: str) -> None:
+def test_lying_receipt(world: World, relay: AttackersRelay, lie: str) -> None:
     """A receipt that is none is not written down as one, and holds nobody up."""
     world.tell(lie)
     with world.attacked.attach() as session:
@@ -188,7 +207,7 @@ def _occupy(session: ray_gpu.Session, remote: Any) -> None:
 
 
 @pytest.mark.heavy
-def test_same_answer_of_two_nodes(world: World) -> None:
+def test_same_answer_of_two_nodes(world: World, relay: AttackersRelay) -> None:
     """What two nodes say alike is the function's doing: the caller gets the error, and no node stands accused."""
     world.tell("one row less")
     with world.attacked.attach() as session:
@@ -200,7 +219,7 @@ def test_same_answer_of_two_nodes(world: World) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("lie", ["offer unsigned", "hello without fields"])
-def test_lying_introduction(world: World, lie: str) -> None:
+def test_lying_introduction(world: World, relay: AttackersRelay, lie: str) -> None:
     """A node that cannot introduce itself gets nothing to compute, and the calls that asked it end elsewhere."""
     world.tell(lie)
     asked = time.monotonic() + 60
