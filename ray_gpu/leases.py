@@ -59,6 +59,8 @@ HELLO_TIMEOUT_S = 10.0
 HELLO_AGAIN_S, HELLO_PAUSE_S = 3.0, 0.1
 #: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
 HEARTBEAT_S = 3.0
+#: How long a relay may be told to wait for room, seconds.
+PLACEMENT_TIMES_S = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0, 3600.0)
 #: Answers that nobody waits for any more, and that may still come before a receipt.
 MAX_LEFT_OVER = 8
 #: What a custodian states of a lease at least, and of which type.
@@ -228,6 +230,7 @@ class LeaseOpener:
             raise
 
     def _place(self, lease: str, terms: LeaseTerms, timeout_s: float, avoid: list[str]) -> Offer:
+        timeout_s = _coarse(timeout_s)
         answer = self._relay.request(
             {
                 "op": "place",
@@ -397,6 +400,11 @@ class LeaseOpener:
             self._relay.request({"op": "release", "lease": lease}, timeout_s=10)
         if node:
             self._keys.shred(node, lease)
+
+
+def _coarse(timeout_s: float) -> float:
+    """Return the next longer of a few times, seconds: the digits of a time that a notebook chose could carry data."""
+    return next((time_s for time_s in PLACEMENT_TIMES_S if time_s >= timeout_s), PLACEMENT_TIMES_S[-1])
 
 
 def _document(payload: memoryview) -> dict[str, Any]:

@@ -105,9 +105,9 @@ class AttackersRelay:
         avoid = re.split(r"[(),]", str(request["labels"].get("ray-gpu-node", "")))
         milli = round(request["gpus"] * 1000)
         with self._lock:
-            fits: list[str] = []
-            if not self._room.wait_for(lambda: fits.extend(self._fitting(milli, avoid)) or fits, request["timeout_s"]):
+            if not self._room.wait_for(lambda: self._fitting(milli, avoid), request["timeout_s"]):
                 return {"ok": False, "error": "no room"}
+            fits = self._fitting(milli, avoid)
             node = max(fits, key=lambda name: self._free[name])
             self._free[node] -= milli
             os.environ[actor.CUSTODIAN_VARIABLE] = str(
