@@ -37,6 +37,8 @@ LAPSE_MARGIN_S = 5.0
 WAKE_S = 0.25
 #: Ending a lease takes keeper, relay and Vault a moment each; each of them has its own limit below this, seconds.
 FINISH_TIMEOUT_S = 60.0
+#: Why a lease could not be had.
+NO_LEASE = (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError)
 
 
 class LeasePool:
@@ -89,7 +91,7 @@ class LeasePool:
             if not self._has_more_room(terms):
                 return None
             return self.take(terms, decision, options, timeout_s=timeout_s, check=check)
-        except (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError):
+        except NO_LEASE:
             return None
 
     def take(
@@ -115,6 +117,7 @@ class LeasePool:
             PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        may_open = True
         while True:
             with self._lock:
                 check()
@@ -124,20 +127,29 @@ class LeasePool:
                 for lease in same:
                     if lease.lock.acquire(blocking=False):
                         return lease
-                if len(same) + self._opening < options.concurrency:
+                further = bool(same) or self._opening > 0
+                opening = (may_open or not further) and len(same) + self._opening < options.concurrency
+                if opening:
                     self._opening += 1
-                    break
-                if deadline is not None and time.monotonic() > deadline:
+                elif deadline is not None and time.monotonic() > deadline:
                     raise PlacementError(
                         "every lease of this session is in use; wait for its other calls, or give it "
                         "more with .options(concurrency=...)",
                         pool=terms.pool,
                         reason="in use",
                     )
-                self._waiting += 1
-                self._room.wait(timeout=WAKE_S)
-                self._waiting -= 1
-        return self._open(terms, decision, options, timeout_s)
+                else:
+                    self._waiting += 1
+                    self._room.wait(timeout=WAKE_S)
+                    self._waiting -= 1
+            if opening:
+                try:
+                    return self._open(terms, decision, options, timeout_s, patient=not further)
+                except NO_LEASE:
+                    # What the session has, or is about to have, serves this call as well, later.
+                    if not further or deadline is not None:
+                        raise
+                    may_open = False
 
     def has_room_for(self, terms: LeaseTerms, leases: int) -> bool:
         """Tell whether a call finds so many leases at once: idle ones, and free shares of nodes. A hint."""
@@ -153,7 +165,9 @@ class LeasePool:
         self._reclaim()
         return self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted)
 
-    def _open(self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None) -> Lease:
+    def _open(
+        self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None, *, patient: bool
+    ) -> Lease:
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
@@ -163,7 +177,7 @@ class LeasePool:
                 terms,
                 decision,
                 timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
-                patient=timeout_s is None,
+                patient=patient and timeout_s is None,
                 distrusted=self.distrusted,
             )
             lease.lock.acquire()
