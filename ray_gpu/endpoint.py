@@ -70,7 +70,7 @@ def _listen(host: str, ports: range) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-            listener.listen(16)
+            listener.listen(128)
         except OSError:
             listener.close()
             continue

@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,9 @@ from zones.model import Direction, Kind
 SILENCE_LIMIT_S = 10.0
 #: A connection that has not proven itself by then is dropped, seconds.
 KNOCK_TIMEOUT_S = 5.0
-#: Connections that may try to prove themselves at once.
-MAX_CANDIDATES = 8
+#: Connections that may try to prove themselves at once. One more takes the place of the oldest: whoever has the key
+#: proves it at once, and whoever has not shall not keep it out by holding a place.
+MAX_CANDIDATES = 32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,7 +76,9 @@ class Keeper:
         #: Out slots that the sandbox does not know to be free yet: told with its next message, or once all are taken.
         self._taken: list[int] = []
         self._link: SealedSocket | None = None
-        self._candidates = threading.Semaphore(MAX_CANDIDATES)
+        #: Connections that have not proven themselves, oldest first.
+        self._candidates: deque[SealedSocket] = deque()
+        self._candidates_lock = threading.Lock()
         #: Signed receipts that the custodian sent; the main thread puts them here.
         self.receipts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.calls = 0
@@ -82,12 +86,6 @@ class Keeper:
 
     def connect(self, sock: socket.socket) -> None:
         """Let one candidate connection prove that it holds the key; the first that does is the lease's."""
-        if not self._candidates.acquire(blocking=False):
-            sock.close()
-            return
-        threading.Thread(target=self._knock, args=(sock,), daemon=True).start()
-
-    def _knock(self, sock: socket.socket) -> None:
         link = SealedSocket(
             sock,
             key=self._key(),
@@ -95,17 +93,32 @@ class Keeper:
             lease=self._start["lease"],
             outgoing=Direction.BACK,
         )
+        link.settimeout(KNOCK_TIMEOUT_S)
+        with self._candidates_lock:
+            if self._chosen.locked():
+                link.close()
+                return
+            if len(self._candidates) >= MAX_CANDIDATES:
+                self._candidates.popleft().shutdown()
+            self._candidates.append(link)
+        threading.Thread(target=self._knock, args=(link,), daemon=True).start()
+
+    def _knock(self, link: SealedSocket) -> None:
         try:
-            link.settimeout(KNOCK_TIMEOUT_S)
             header, _ = link.receive(most_bytes=MIN_PADDED_BYTES)
-            if header.kind is not Kind.HELLO or not self._chosen.acquire(blocking=False):
-                raise EnvelopeError
+            proven = header.kind is Kind.HELLO
         except (ZoneError, OSError):
+            proven = False
+        with self._candidates_lock:
+            # Not there: a newer one has taken its place.
+            waiting = link in self._candidates
+            if waiting:
+                self._candidates.remove(link)
+            chosen = proven and waiting and self._chosen.acquire(blocking=False)
+        if chosen:
+            self._serve(link)
+        else:
             link.close()
-            return
-        finally:
-            self._candidates.release()
-        self._serve(link)
 
     def _key(self) -> LeaseKey:
         return LeaseKey.from_bytes(self._start["key"])
