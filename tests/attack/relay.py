@@ -25,7 +25,7 @@ from ray_gpu.wire import recv_message, send_message, unix_connect
 from tests.proofs.attacked import Attacked
 
 #: Where the actors of this relay listen: the clinic's zone.yaml allows it, and no node's own ports are there.
-HOST, PORTS = "127.0.9.1", "29000-29499"
+HOST = "127.0.9.1"
 #: Uid of the zone's real relay, whose place is taken.
 RELAY_UID = CAGE_UID + len(GPU_NODES)
 
@@ -131,7 +131,6 @@ class AttackersRelay:
 
     def _on_grant(self, request: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
-            os.environ[actor.ADDRESS_VARIABLE], os.environ[actor.PORTS_VARIABLE] = HOST, PORTS
             made = self._actors[request["lease"]][0]
         answer = made.grant(msgpack.packb({name: value for name, value in request.items() if name != "id"}))
         endpoint = answer["endpoint"] and self._tapped(request["lease"], answer["endpoint"])
@@ -155,7 +154,7 @@ class AttackersRelay:
 
     def _tapped(self, lease: str, endpoint: list[Any]) -> list[Any]:
         """Return an endpoint that passes all to *endpoint*, and keeps a copy."""
-        listener = self._closing.enter_context(actor._listen(HOST, range(29500, 29999)))
+        listener = self._closing.enter_context(socket.create_server((HOST, 0)))
         threading.Thread(target=self._tap, args=(lease, listener, endpoint), daemon=True).start()
         return list(listener.getsockname())
 
