@@ -33,11 +33,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_gpu import job, source
+from ray_gpu.handover import take_secret
 from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.leases import HEARTBEAT_S, LeaseOpener
 from ray_gpu.relay_link import RelayLink
@@ -76,17 +77,17 @@ class Settings:
     vault: str
     vault_ca: str | None
     role_id: str
-    secret_id: str
+    secret_id: str = field(repr=False)
     #: Degradations of the zone's own side that whoever starts the gateway knows of.
     degradations: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: Path) -> Settings:
-        """Read settings from a JSON file."""
+    def read(cls, path: Path, secret_id: str) -> Settings:
+        """Read settings from a JSON file, which has everything but the secret id."""
         document = json.loads(path.read_text(encoding="utf-8"))
         for name in ("policies", "data_dir", "ledger", "socket_path", "relay_socket"):
             document[name] = Path(document[name])
-        return cls(**{**document, "degradations": tuple(document["degradations"])})
+        return cls(**{**document, "degradations": tuple(document["degradations"])}, secret_id=secret_id)
 
 
 class Gateway:
@@ -418,9 +419,9 @@ class Connection:
 
 
 def main(argv: list[str]) -> None:
-    """Run a gateway. ``argv``: path of its JSON settings file, readable by it alone."""
+    """Run a gateway. ``argv``: path of its JSON settings file. Its secret id comes by standard input."""
     try:
-        gateway = Gateway(Settings.read(Path(argv[0])))
+        gateway = Gateway(Settings.read(Path(argv[0]), take_secret()))
     except ZoneError as error:
         sys.exit(f"the gateway did not start: {type(error).__name__}: {error.message}")
 
