@@ -375,6 +375,7 @@ def main(argv: list[str]) -> None:
     try:
         vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
         vault.login_approle(document["role_id"], take_secret())
+        vault.check_clock()
         identity = NodeIdentity.enrol(document["node"], vault)
         policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
     except ZoneError as error:

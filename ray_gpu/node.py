@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 
 from ray_gpu import background, head_probe, node_identity, raylet, services
 from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
+from ray_gpu.mounts import IN_MEMORY, file_system
 from ray_gpu.ports import PORTS, NodePorts
 from ray_gpu.state import Layout
 from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
@@ -125,6 +126,7 @@ class Service:
     def start(self) -> dict[str, Any]:
         """Start the node; return its condition once it has joined the cluster."""
         config = self._config
+        _check_in_memory(config.node)
         role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
@@ -262,6 +264,25 @@ class Service:
             services.end(self._custodian)
         if self._node is not None:
             self._node.stop()
+
+
+def _check_in_memory(node: str) -> None:
+    """Refuse a disk where Ray's token, key and session belong: they would outlive the host.
+
+    Raises:
+        ClusterError: There is no tmpfs.
+    """
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+    # In a cage the session has a tmpfs of its own.
+    for path in (str(RUN_DIR), *(["/dev/shm"] if raylet.degradations() else [])):
+        place, kind = file_system(path, mounts)
+        if kind not in IN_MEMORY:
+            raise ClusterError(
+                f"{path} is on {place}, which is {kind}: Ray's token and key would lie on a disk (session-on-disk); "
+                f"mount a tmpfs there: mount -t tmpfs tmpfs {path}",
+                node=node,
+                reason="session-on-disk",
+            )
 
 
 def _gateway_is_ready(path: Path) -> bool:

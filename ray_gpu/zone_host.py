@@ -16,6 +16,7 @@ from ray_gpu import background, node, raylet, services
 from ray_gpu.host_file import AbsolutePath, VaultPart, read_login
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 
@@ -131,6 +132,20 @@ def start(config_file: Path, say: Callable[[str], None] = lambda _: None) -> dic
 def running(config: GatewayFile) -> dict[str, Any] | None:
     """Return the condition of a gateway on this host, if it runs."""
     return background.running(_state_file(config), _MODULE)
+
+
+def cluster_nodes(config: GatewayFile) -> list[dict[str, Any]]:
+    """Return the cluster's nodes as a gateway on this host sees them.
+
+    Empty where its relay has not joined, or the caller is neither root nor the gateway's own user.
+    """
+    path = Layout(Path(config.state)).gateway_socket(config.zone)
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "nodes"})
+            return list(recv_message(sock)[0].get("nodes") or [])
+    except (OSError, MalformedMessageError):
+        return []
 
 
 def stop(config: GatewayFile) -> bool:
