@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_gpu.handover import take_secret
-from ray_gpu.sandbox import boundary, memory
+from ray_gpu.sandbox import boundary, harden, memory
 from ray_gpu.wire import close_fds, error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
@@ -371,6 +371,7 @@ def main(argv: list[str]) -> None:
     """Run a custodian. ``argv``: path of its JSON settings file. Its secret id comes by standard input."""
     import json  # noqa: PLC0415 - only the entry point reads files
 
+    harden.keep_memory()
     document = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     try:
         vault = Vault(document["vault"], ca_file=document.get("vault_ca"))

@@ -43,7 +43,7 @@ from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.leases import HEARTBEAT_S, LeaseOpener
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.request import Mode, Request, parse
-from ray_gpu.sandbox import boundary
+from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import share_encoded, share_table, share_value
 from ray_gpu.watchdog import Watchdog
@@ -427,6 +427,7 @@ class Connection:
 
 def main(argv: list[str]) -> None:
     """Run a gateway. ``argv``: path of its JSON settings file. Its secret id comes by standard input."""
+    harden.keep_memory()
     try:
         gateway = Gateway(Settings.read(Path(argv[0]), take_secret()))
     except ZoneError as error:
