@@ -316,7 +316,7 @@ def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str,
 
 def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, say: Callable[[str], None]) -> None:
     """Wait for the GPU hosts that the head's autoscaler starts by SSH, and say of which nothing came."""
-    addresses = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"]["worker_ips"]
+    addresses = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"].get("worker_ips", [])
     say(f"waiting for {len(addresses)} GPU hosts")
     # Their own node.yaml could say another port, but none of `ray-gpu firewall` lets through.
     port = NodePorts(gcs=config.gcs_port, first=config.first_port).last_to_open

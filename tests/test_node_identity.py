@@ -18,13 +18,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from ray_gpu.node_identity import RayIdentity, fetch, joined_addresses, write
+from ray_gpu.node_identity import RAY_PKI, RayIdentity, fetch, joined_addresses, write
 from ray_gpu.nodes import free_base_port
 from ray_gpu.sandbox import boundary
 from ray_gpu.vault_declaration import Declaration, NodeSpec
 from ray_gpu.vault_server import VaultServer
 from ray_gpu.vault_setup import setup
 from zones.errors import ConfigError, VaultDeniedError
+from zones.keys import tls_request
 from zones.vault import Vault
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,8 @@ class Nodes:
     identities: dict[str, RayIdentity]
     #: gpu-2's, but certified by another root.
     stranger: RayIdentity
+    #: gpu-2's, with a certificate that has ended by the time that Ray starts.
+    ended: RayIdentity
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,9 @@ def nodes() -> Iterator[Nodes]:
             logins = {n: server.client().login_approle(r.role_id, r.secret_id) for n, r in made.nodes.items()}
             identities = {n: fetch(logins[n], node=n, addresses=[a]) for n, a in ADDRESSES.items()}
             stranger = _stranger(root, identities["gpu-2"])
+            ended = _ended(root, identities["gpu-2"])
             root.revoke()
-            yield Nodes(logins=logins, identities=identities, stranger=stranger)
+            yield Nodes(logins=logins, identities=identities, stranger=stranger, ended=ended)
         finally:
             server.stop()
 
@@ -71,6 +75,14 @@ def _stranger(root: Vault, like: RayIdentity) -> RayIdentity:
     wanted = {"common_name": "gpu-2", "ip_sans": ADDRESSES["gpu-2"], "ttl": "1h"}
     made = root.call("POST", "pki-other/issue/any", **wanted)["data"]
     return replace(like, certificate_pem=made["certificate"], key_pem=made["private_key"])
+
+
+def _ended(root: Vault, like: RayIdentity) -> RayIdentity:
+    """Return what *like* is, with a certificate that lasts for a second."""
+    request = tls_request("gpu-2")
+    wanted = {"common_name": "gpu-2", "ip_sans": ADDRESSES["gpu-2"], "csr": request.csr_pem, "ttl": "1s"}
+    made = root.call("POST", f"{RAY_PKI}/sign/gpu-2", **wanted)["data"]
+    return replace(like, certificate_pem=made["certificate"] + "\n", key_pem=request.key_pem)
 
 
 # -- what Vault gives -------------------------------------------------------------------------------
@@ -214,6 +226,51 @@ def test_whom_ray_lets_in(nodes: Nodes, tmp_path: Path) -> None:
     assert [json.loads(line) for line in done.stdout.splitlines()] == [first, first, ADDRESSES]
     assert "InvalidAuthToken" in done.stderr
     assert "Timed out while waiting for GCS" in done.stderr
+
+
+#: What a cluster without one of the two does not set.
+TLS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("without", "who", "gets_in"),
+    [((), "ended", False), (TLS, "stranger", True), (TOKEN, "gpu-2", True)],
+    ids=["certificate ended", "control: no TLS", "control: no token, as with an old Ray"],
+)
+def test_each_keeps_out(nodes: Nodes, tmp_path: Path, without: tuple[str, ...], who: str, gets_in: bool) -> None:
+    """A node whose certificate has ended stays out. Without TLS a certificate is not asked for, nor a token without it.
+
+    They are the attempts of test_whom_ray_lets_in, on a cluster where one of the two is off: a stranger with the token
+    but no certificate, and a node without the token.
+    """
+    survey = boundary.survey()
+    if survey.bwrap is None or survey.mode == "none":
+        pytest.skip(f"Ray nodes need a PID namespace here, which bubblewrap cannot make: {survey.reason}")
+    comer = {"ended": nodes.ended, "stranger": nodes.stranger, "gpu-2": nodes.identities["gpu-2"]}[who]
+    kept = {"head": write(nodes.identities["head"], tmp_path / "head", uid=None).environment()}
+    kept["gpu-2"] = write(comer, tmp_path / "gpu-2", uid=None).environment()
+    plan = {
+        "base_port": free_base_port(),
+        "nodes": {
+            name: {
+                "address": ADDRESSES[name],
+                "index": index,
+                "environment": {key: value for key, value in found.items() if key not in without},
+            }
+            for index, (name, found) in enumerate(kept.items())
+        },
+        "steps": [
+            {"start": ["head"], "until": "serves"},
+            {"start": ["gpu-2"], "until": "serves" if gets_in else "ended"},
+        ],
+    }
+
+    done = _confined(str(survey.bwrap), plan)
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(json.loads(done.stdout.splitlines()[-1])) == ({"head", "gpu-2"} if gets_in else {"head"})
 
 
 def _confined(bwrap: str, plan: dict[str, object]) -> subprocess.CompletedProcess[str]:
