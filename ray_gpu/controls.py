@@ -193,7 +193,9 @@ _ALL = (
         id="full-ray", where="cage", promise="P1", told="doctor", code="ray_gpu/doctor/software.py::plain_ray",
         keeps_off="The network from agents of Ray that ask for no token and show stacks, logs and metrics.",
         meaning="ray[default] is installed, so its dashboard's agents run on this node.",
-        fix="Install plain ray here: a fresh environment without ray[default], from constraints.txt."),
+        fix="Install plain ray here: a fresh environment without ray[default], from constraints.txt.",
+        attacks=(_IDENTITY + "test_agents",),
+        positives=(_IDENTITY + "test_agents",)),
     Control(
         id="old-ray", where="cage", promise="P1", told="doctor", code="ray_gpu/doctor/software.py::ray_version",
         keeps_off="Strangers from a cluster whose Ray knows no tokens.",

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from ray_gpu.doctor.software import AGENT_MODULES, modules_found
 from ray_gpu.node_identity import RAY_PKI, RayIdentity, fetch, joined_addresses, write
 from ray_gpu.nodes import free_base_port
 from ray_gpu.sandbox import boundary
@@ -271,6 +273,50 @@ def test_each_keeps_out(nodes: Nodes, tmp_path: Path, without: tuple[str, ...], 
 
     assert done.returncode == 0, done.stderr[-4000:]
     assert set(json.loads(done.stdout.splitlines()[-1])) == ({"head", "gpu-2"} if gets_in else {"head"})
+
+
+@pytest.fixture(scope="module")
+def full_ray() -> Iterator[list[str]]:
+    """A directory with what ray[default] brings besides, thrown away afterwards."""
+    wanted = metadata.requires("ray") or []
+    brought = [line.partition(";")[0].strip() for line in wanted if 'extra == "default"' in line.replace("'", '"')]
+    with TemporaryDirectory(prefix="rgf") as directory:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--target", directory, *brought]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"pip cannot get what ray[default] brings: {done.stderr.strip()[-200:]}")
+        yield [directory]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("full", [False, True], ids=["plain ray", "control: ray[default]"])
+def test_agents(nodes: Nodes, tmp_path: Path, full: bool, request: pytest.FixtureRequest) -> None:
+    """No agent of a node with plain Ray answers a stranger; with ray[default] they do, though TLS and token are on."""
+    survey = boundary.survey()
+    if survey.bwrap is None or survey.mode == "none":
+        pytest.skip(f"Ray nodes need a PID namespace here, which bubblewrap cannot make: {survey.reason}")
+    if not full and set(AGENT_MODULES) <= set(modules_found(AGENT_MODULES)):
+        pytest.skip("ray[default] is installed here: this environment has no plain Ray")
+    head = {
+        "address": ADDRESSES["head"],
+        "index": 0,
+        "environment": write(nodes.identities["head"], tmp_path / "head", uid=None).environment(),
+        "packages": request.getfixturevalue("full_ray") if full else [],
+    }
+    # Off by default with us; a node that somebody starts with ray[default] has them.
+    head["environment"] |= {"RAY_enable_metrics_collection": "1"}
+    plan = {
+        "base_port": free_base_port(),
+        "nodes": {"head": head},
+        "steps": [{"start": ["head"], "until": "serves"}],
+        "agents": True,
+    }
+
+    done = _confined(str(survey.bwrap), plan)
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert {what: bool(answer) for what, answer in answers.items()} == {"metrics": full, "agent": full}
 
 
 def _confined(bwrap: str, plan: dict[str, object]) -> subprocess.CompletedProcess[str]:
