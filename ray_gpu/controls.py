@@ -60,6 +60,8 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_keys.py::",
 )
 _CLUSTER, _ENDPOINT = "tests/hosts/test_cluster.py::", "tests/test_endpoint.py::"
+_HOST, _SITE = "tests/attack/test_host_controls.py::", "tests/attack/test_site_controls.py::"
+_PROBE_HEAD = "tests/test_head_probe.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -115,18 +117,23 @@ _ALL = (
         id="swap-on", where="node", promise="P2", told="receipt", code="ray_gpu/sandbox/cgroup.py::_cap_memory",
         keeps_off="Plaintext from the disk.",
         meaning="Plaintext may be written to the node's swap device.",
-        fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap."),
+        fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap.",
+        attacks=(_HOST + "test_swap",),
+        positives=(_HOST + "test_swap",)),
     Control(
         id="numpy-stand-in", where="node", promise="P8", told="receipt", code="ray_gpu/custodian.py::Custodian",
         keeps_off="People from taking a processor's figures for a GPU's.",
         meaning="There is no GPU here: NumPy computes in its place.",
         fix="Install the GPU's driver, and CuPy with `make gpu`.",
-        attacks=(_DEGRADED + "test_demo_says_what_is_missing",)),
+        attacks=(_DEGRADED + "test_demo_says_what_is_missing", _DEGRADED + "test_hello_names_the_stand_in"),
+        positives=(_DEGRADED + "test_hello_names_the_stand_in",)),
     Control(
         id="embedded-vault", where="Vault", promise="P4", told="receipt", code="ray_gpu/embedded.py::Supervisor",
         keeps_off="Whoever has a disk of the pool or the zone from its keys.",
         meaning="Vault runs here with its unseal key beside its data: whoever has the disk has the keys.",
-        fix="Run a Vault on a host of its own and set it up with `ray-gpu vault setup`."),
+        fix="Run a Vault on a host of its own and set it up with `ray-gpu vault setup`.",
+        attacks=(_SITE + "test_disk_of_an_embedded_vault",),
+        positives=(_SITE + "test_disk_of_an_embedded_vault",)),
     Control(
         id="self-enforced", where="gateway", promise="P3", told="receipt", code="ray_gpu/services.py::start_gateway",
         keeps_off="A person from the gateway's memory, files and connections.",
@@ -154,60 +161,80 @@ _ALL = (
         id="core-handler", where="node", promise="P2", told="doctor", code="ray_gpu/doctor/kernel.py::core_pattern",
         keeps_off="Memory of custodian, gateway and notebook from a crash handler's disk.",
         meaning="Cores are piped to a program, which gets a crashed process's memory whatever the core limit is.",
-        fix="Run sysctl -w kernel.core_pattern=core, and keep it in /etc/sysctl.d."),
+        fix="Run sysctl -w kernel.core_pattern=core, and keep it in /etc/sysctl.d.",
+        attacks=(_HOST + "test_crash_handler",),
+        positives=(_HOST + "test_crash_handler",)),
     Control(
         id="core-limit", where="node", promise="P2", told="doctor", code="ray_gpu/doctor/kernel.py::core_limit",
         keeps_off="Memory of crashed processes from the disk.",
         meaning="What is started here, such as a notebook, may write its memory to a core file.",
-        fix="Run ulimit -c 0, or set LimitCORE=0 in the service and `* hard core 0` in /etc/security/limits.conf."),
+        fix="Run ulimit -c 0, or set LimitCORE=0 in the service and `* hard core 0` in /etc/security/limits.conf.",
+        attacks=(_HOST + "test_core_file",),
+        positives=(_HOST + "test_core_file",)),
     Control(
         id="ksm-on", where="node", promise="P7", told="doctor", code="ray_gpu/doctor/kernel.py::ksm",
         keeps_off="One lease from learning by timing which pages another has.",
         meaning="The kernel merges equal pages of different processes, which timing shows.",
-        fix="Run echo 2 > /sys/kernel/mm/ksm/run, and switch ksmtuned off."),
+        fix="Run echo 2 > /sys/kernel/mm/ksm/run, and switch ksmtuned off.",
+        attacks=(_HOST + "test_page_merging",),
+        positives=(_HOST + "test_page_merging",)),
     Control(
         id="ptrace-open", where="node", promise="P3", told="doctor", code="ray_gpu/doctor/kernel.py::ptrace_scope",
         keeps_off="Processes of one uid from each other's memory.",
         meaning="Processes that share a uid can read each other's memory.",
-        fix="Run sysctl -w kernel.yama.ptrace_scope=1 or more, or run as root, so that uids are not shared."),
+        fix="Run sysctl -w kernel.yama.ptrace_scope=1 or more, or run as root, so that uids are not shared.",
+        attacks=(_HOST + "test_memory_of_another", _HOST + "test_memory_of_the_gateway"),
+        positives=(_HOST + "test_memory_of_another",)),
     Control(
         id="credentials-open", where="node", promise="P4", told="doctor", code="ray_gpu/doctor/files.py::private_file",
         keeps_off="Other users of the host from the node's and the gateway's logins, Ray's token and its key.",
         meaning="Somebody else can read or replace a file that is a login.",
-        fix="Make it its owner's alone: chmod 600; if others had it, issue what is in it anew."),
+        fix="Make it its owner's alone: chmod 600; if others had it, issue what is in it anew.",
+        attacks=(_HOST + "test_login_of_another", _SITE + "test_login_is_in_no_file"),
+        positives=(_HOST + "test_login_of_another",)),
     Control(
         id="session-on-disk", where="cage", promise="P1", told="doctor", code="ray_gpu/doctor/files.py::tmpfs",
         keeps_off="What Ray writes, its token and its key from the disk.",
         meaning="Session or credentials of Ray lie on a disk and outlive the host.",
-        fix="Mount a tmpfs there: /run and /dev/shm are tmpfs on every common distribution."),
+        fix="Mount a tmpfs there: /run and /dev/shm are tmpfs on every common distribution.",
+        attacks=(_HOST + "test_files_on_a_disk",),
+        positives=(_HOST + "test_files_on_a_disk",)),
     Control(
         id="full-ray", where="cage", promise="P1", told="doctor", code="ray_gpu/doctor/software.py::plain_ray",
         keeps_off="The network from agents of Ray that ask for no token and show stacks, logs and metrics.",
         meaning="ray[default] is installed, so its dashboard's agents run on this node.",
-        fix="Install plain ray here: a fresh environment without ray[default], from constraints.txt."),
+        fix="Install plain ray here: a fresh environment without ray[default], from constraints.txt.",
+        attacks=(_IDENTITY + "test_agents",),
+        positives=(_IDENTITY + "test_agents",)),
     Control(
         id="old-ray", where="cage", promise="P1", told="doctor", code="ray_gpu/doctor/software.py::ray_version",
         keeps_off="Strangers from a cluster whose Ray knows no tokens.",
         meaning="This Ray is older than the oldest that this project was made for.",
-        fix="Install the version of constraints.txt."),
+        fix="Install the version of constraints.txt.",
+        attacks=(_IDENTITY + "test_whom_ray_lets_in",),
+        positives=(_IDENTITY + "test_each_keeps_out",)),
     Control(
         id="certificate-ends", where="cage", promise="P1", told="doctor",
         code="ray_gpu/doctor/files.py::node_certificate",
         keeps_off="Nodes that were thrown out from the cluster for ever, and this one from a sudden end.",
         meaning="Ray's certificate has ended or is about to, and then no node speaks to this one.",
         fix="Restart the node when it is idle: ray-gpu node stop, then ray-gpu node start.",
-        attacks=(_IDENTITY + "test_whom_ray_lets_in",)),
+        attacks=(_IDENTITY + "test_each_keeps_out", _PROBE_HEAD + "test_wrong_node"),
+        positives=(_IDENTITY + "test_whom_ray_lets_in", _PROBE_HEAD + "test_head_and_node_fit")),
     Control(
         id="vault-unproven", where="Vault", promise="P4", told="doctor", code="ray_gpu/doctor/vault.py::answers",
         keeps_off="Whoever answers at Vault's address from logins and keys.",
         meaning="Vault cannot be asked, so no lease begins, and none that ended is shredded.",
         fix="Check Vault's address, its certificate and the file vault.ca, that it runs, and unseal it.",
-        attacks=(_VAULT + "test_unreachable", _VAULT + "test_plain_http_refused")),
+        attacks=(_VAULT + "test_unreachable", _VAULT + "test_plain_http_refused", _SITE + "test_impostor"),
+        positives=(_SITE + "test_impostor",)),
     Control(
         id="clock-skew", where="node", promise="P4", told="doctor", code="ray_gpu/doctor/vault.py::clock",
         keeps_off="Leases, certificates and entries from another time than everybody else's.",
         meaning="Leases and certificates end at another time here than Vault and the other side say.",
-        fix="Start a time service (chrony, systemd-timesyncd) on this host and on Vault's."),
+        fix="Start a time service (chrony, systemd-timesyncd) on this host and on Vault's.",
+        attacks=(_SITE + "test_clock", _SITE + "test_custodian_of_another_time"),
+        positives=(_SITE + "test_clock",)),
     Control(
         id="ports-open", where="zone", promise="P3", told="doctor", code="ray_gpu/ports.py::host_rules",
         keeps_off="Everybody but the gateway from the way out, and hosts from ports that are not theirs.",
@@ -219,7 +246,9 @@ _ALL = (
         id="kernel-tcp", where="zone", promise="P3", told="doctor", code="ray_gpu/doctor/notebooks.py::kernels",
         keeps_off="Other users of the host from what a notebook shows and prints.",
         meaning="A Jupyter kernel publishes its outputs on TCP ports, in clear, to whoever connects.",
-        fix="Start Jupyter with --KernelManager.transport=ipc, then restart the kernels."),
+        fix="Start Jupyter with --KernelManager.transport=ipc, then restart the kernels.",
+        attacks=(_SITE + "test_eavesdropper",),
+        positives=(_SITE + "test_eavesdropper",)),
     # -- what nothing works without -----------------------------------------------------------------
     Control(
         id="payload-past-ray", where="cage", promise="P1", told="built in", code="ray_gpu/actor.py::GpuActor",
@@ -234,7 +263,8 @@ _ALL = (
     Control(
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
-        attacks=(_IDENTITY + "test_whom_ray_lets_in",)),
+        attacks=(_IDENTITY + "test_whom_ray_lets_in",),
+        positives=(_IDENTITY + "test_each_keeps_out",)),
     Control(
         id="node-addresses", where="Vault", promise="P1", told="built in", code="ray_gpu/vault_pki.py::ray_pki",
         keeps_off="One node from a certificate for another's address.",
@@ -243,8 +273,8 @@ _ALL = (
     Control(
         id="no-core", where="sandbox", promise="P2", told="built in", code="ray_gpu/sandbox/harden.py::_limit",
         keeps_off="Memory of keeper and sandbox from core files, and debuggers from their processes.",
-        attacks=_PROBE_REFUSED,
-        positives=_PROBE_DONE),
+        attacks=(*_PROBE_REFUSED, _HOST + "test_core_file"),
+        positives=(*_PROBE_DONE, _HOST + "test_core_file")),
     Control(
         id="no-descriptors", where="sandbox", promise="P2", told="built in",
         code="ray_gpu/sandbox/harden.py::_close_others",
@@ -289,7 +319,8 @@ _ALL = (
     Control(
         id="person", where="gateway", promise="P3", told="built in", code="zones/vault.py::Vault",
         keeps_off="Whoever is no person of the zone, by Vault's word, from a session.",
-        attacks=(_BYPASS + "test_nobody", _VAULT + "test_whoami_refuses_who_is_no_person_of_the_zone")),
+        attacks=(_BYPASS + "test_nobody", _VAULT + "test_whoami_refuses_who_is_no_person_of_the_zone"),
+        positives=(_BYPASS + "test_nobody",)),
     Control(
         id="grant-terms", where="Vault", promise="P4", told="built in", code="zones/vault.py::Vault",
         keeps_off="A lease's key from opening for terms that were not granted.",

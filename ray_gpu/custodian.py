@@ -34,7 +34,8 @@ import numpy as np
 import pyarrow as pa
 
 from ray_gpu.endpoint import Endpoint
-from ray_gpu.sandbox import boundary, memory
+from ray_gpu.handover import take_secret
+from ray_gpu.sandbox import boundary, harden, memory
 from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
@@ -366,13 +367,15 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Run a custodian. ``argv``: path of its JSON settings file, readable by it alone."""
+    """Run a custodian. ``argv``: path of its JSON settings file. Its secret id comes by standard input."""
     import json  # noqa: PLC0415 - only the entry point reads files
 
+    harden.keep_memory()
     document = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     try:
         vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
-        vault.login_approle(document["role_id"], document["secret_id"])
+        vault.login_approle(document["role_id"], take_secret())
+        vault.check_clock()
         identity = NodeIdentity.enrol(document["node"], vault)
         policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
     except ZoneError as error:

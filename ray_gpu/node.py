@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 
 from ray_gpu import background, cage_net, head_probe, node_identity, raylet, services
 from ray_gpu.host_file import AbsolutePath, Address, Network, VaultPart, read_login
+from ray_gpu.mounts import IN_MEMORY, file_system
 from ray_gpu.ports import PORTS, NodePorts, Role
 from ray_gpu.state import Layout
 from zones.document import Document, FileModel, Id, read_text_file
@@ -131,6 +132,7 @@ class Service:
     def start(self) -> dict[str, Any]:
         """Start the node; return its condition once it has joined the cluster."""
         config = self._config
+        _check_in_memory(config.node)
         role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
@@ -286,6 +288,25 @@ class Service:
             self._node.stop()
 
 
+def _check_in_memory(node: str) -> None:
+    """Refuse a disk where Ray's token, key and session belong: they would outlive the host.
+
+    Raises:
+        ClusterError: There is no tmpfs.
+    """
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+    # In a cage the session has a tmpfs of its own.
+    for path in (str(RUN_DIR), *(["/dev/shm"] if "uncaged-ray" in raylet.degradations() else [])):
+        place, kind = file_system(path, mounts)
+        if kind not in IN_MEMORY:
+            raise ClusterError(
+                f"{path} is on {place}, which is {kind}: Ray's token and key would lie on a disk (session-on-disk); "
+                f"mount a tmpfs there: mount -t tmpfs tmpfs {path}",
+                node=node,
+                reason="session-on-disk",
+            )
+
+
 def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Start a node in the background and return its condition once it has joined.
 
@@ -321,7 +342,7 @@ def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, s
 
 def _workers(autoscaling_config: Path) -> list[str]:
     """Return the addresses of the GPU hosts that the autoscaler starts."""
-    found: list[str] = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"]["worker_ips"]
+    found: list[str] = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"].get("worker_ips", [])
     return found
 
 

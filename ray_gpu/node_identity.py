@@ -142,9 +142,14 @@ def fetch(vault: Vault, *, node: str, addresses: Sequence[str]) -> RayIdentity:
 
 
 def obtain(vault: Vault, role_id: str, secret_id: str, *, node: str, addresses: Sequence[str]) -> RayIdentity:
-    """Log in as a node, :func:`fetch` its identity, and log out; closes *vault*. Raises as :func:`fetch`."""
+    """Log in as a node, :func:`fetch` its identity, and log out; closes *vault*.
+
+    Raises:
+        VaultError: The clocks differ; otherwise as :func:`fetch`.
+    """
     try:
         vault.login_approle(role_id, secret_id)
+        vault.check_clock()
         identity = fetch(vault, node=node, addresses=addresses)
         vault.revoke()
     finally:

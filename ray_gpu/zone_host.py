@@ -22,6 +22,7 @@ from ray_gpu.node_identity import RayIdentity
 from ray_gpu.ports import PORTS
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.config import load_zone
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
@@ -250,6 +251,20 @@ def condition(config: GatewayFile) -> dict[str, Any] | None:
         return None
     ready = services.gateway_is_ready(Layout(Path(config.state)).gateway_socket(config.zone))
     return {**document, "relay": ready}
+
+
+def cluster_nodes(config: GatewayFile) -> list[dict[str, Any]]:
+    """Return the cluster's nodes as a gateway on this host sees them.
+
+    Empty where its relay has not joined, or the caller is neither root nor the gateway's own user.
+    """
+    path = Layout(Path(config.state)).gateway_socket(config.zone)
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "nodes"})
+            return list(recv_message(sock)[0].get("nodes") or [])
+    except (OSError, MalformedMessageError):
+        return []
 
 
 def stop(config: GatewayFile) -> bool:

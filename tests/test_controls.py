@@ -13,7 +13,7 @@ import pytest
 from ray_gpu.controls import CONTROLS, Control, markdown_table
 from ray_gpu.doctor.examination import ROLES, Role, roles_table
 from zones.config import load_zone
-from zones.model import SURROUNDINGS
+from zones.model import RECEIPT_IDS, SURROUNDINGS
 
 ROOT = Path(__file__).parents[1]
 IDS = re.compile(r"[a-z]+(-[a-z]+)+")
@@ -96,6 +96,11 @@ def test_surroundings() -> None:
     """What the zone's side takes for no matter of the sandbox is what the registry places outside it."""
     assert {control.id for control in CONTROLS.values() if control.told == "receipt"} >= SURROUNDINGS
     assert all(CONTROLS[name].where != "sandbox" for name in SURROUNDINGS)
+
+
+def test_what_a_zone_may_accept() -> None:
+    """What zone.yaml may accept is what a receipt may say, on both sides."""
+    assert told_by("receipt") == RECEIPT_IDS
 
 
 @pytest.mark.parametrize("zone", ["clinic", "trading"])

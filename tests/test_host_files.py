@@ -118,6 +118,39 @@ def test_carrier(
             zone_host.Service(file, lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("example", "old", "new", "message"),
+    [
+        ("hosts.yaml", "name: gpu-2,  ", "name: gpu-1,  ", "two hosts are called gpu-1"),
+        ("hosts.yaml", "192.0.2.12", "192.0.2.11", "192.0.2.11 is gpu-1's already"),
+        ("hosts.yaml", "role: vault", "role: valut", "role"),
+        (
+            "hosts.yaml",
+            "name: operator,     role: operator",
+            "name: operator,     role: head",
+            "head is the head already",
+        ),
+        ("hosts.yaml", "198.51.100.9", "vault.example", "not an IP address"),
+        ("vault.yaml", "name: gpu-2,  ", "name: gpu-1,  ", "gpu-1"),
+        ("vault.yaml", "192.0.2.12", "192.0.2.11", "192.0.2.11"),
+        ("vault.yaml", "role: head,", "role: haed,", "role"),
+        ("vault.yaml", "zone: trading,", "zone: tradng,", "tradng"),
+    ],
+)
+def test_wrong_site(tmp_path: Path, example: str, old: str, new: str, message: str) -> None:
+    """A wrong role, a host or an address that stands twice, in the site's own files, is named with file and line."""
+    text = (EXAMPLES / example).read_text(encoding="utf-8")
+    assert old in text
+    file = tmp_path / "file.yaml"
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        READERS[example](file)
+
+    changed = text[: text.index(old)].count("\n") + 1
+    assert f"file.yaml:{changed}: " in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "message"), [("role: [", r"file.yaml:\d+"), ("", "file.yaml"), ("- a", "file.yaml")])
 @pytest.mark.parametrize("read", [node.read_config, zone_host.read_config])
 def test_no_document(tmp_path: Path, read: Callable[[Path], Any], text: str, message: str) -> None:

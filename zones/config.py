@@ -19,7 +19,18 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
-from zones.model import Carrier, Dataset, ObligationRule, Obligations, Shuffle, SmallBytes, Zone, check_id, digest
+from zones.model import (
+    RECEIPT_IDS,
+    Carrier,
+    Dataset,
+    ObligationRule,
+    Obligations,
+    Shuffle,
+    SmallBytes,
+    Zone,
+    check_id,
+    digest,
+)
 
 SCHEMA_FILE = "schema.cedarschema"
 
@@ -189,6 +200,11 @@ def _check_known(document: Document, loc: Loc, what: str, name: str, known: Sequ
         document.refuse(loc, f"no {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
+def _check_accepted(document: Document, loc: Loc, ids: Sequence[str]) -> None:
+    for place, name in enumerate(ids):
+        _check_known(document, (*loc, place), "degradation", name, sorted(RECEIPT_IDS))
+
+
 def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
     parts = document.check(_CatalogFile).datasets
     for name, part in parts.items():
@@ -210,6 +226,7 @@ def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
 
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
+    _check_accepted(document, ("accepted_degradations",), file.accepted_degradations)
     _check_known(document, ("default_class",), "class", file.default_class, file.classes)
     if file.default_class != file.classes[-1]:
         document.refuse(("default_class",), f"must be the highest class, {file.classes[-1]}")
@@ -234,6 +251,7 @@ def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str,
 def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:
     rules = []
     for index, part in enumerate(file.obligations):
+        _check_accepted(document, ("obligations", index, "accepted_degradations"), part.accepted_degradations or ())
         for place, pool in enumerate(part.pools or ()):
             _check_known(document, ("obligations", index, "pools", place), "pool", pool, file.pools)
         for place, dataset in enumerate(part.datasets or ()):

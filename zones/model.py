@@ -85,7 +85,7 @@ class Obligations:
     shuffle: Shuffle = Shuffle.ROWS
     #: Rows a block holds with ``Shuffle.BLOCKS``; otherwise unused.
     block_rows: int = 1
-    #: Degradations (ids from ``ray_gpu.sandbox``) that the zone accepts; any other refuses the lease.
+    #: Degradations (of :data:`RECEIPT_IDS`) that the zone accepts; any other refuses the lease.
     accepted_degradations: frozenset[str] = frozenset()
     #: Longest life of a lease, seconds.
     max_lease_s: int = 3600
@@ -271,6 +271,12 @@ class Grant:
 
 #: Degradations that say something about the set-up around a sandbox, not about the sandbox.
 SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "uncaged-ray", "shared-network"})
+
+
+#: Every degradation that an offer or receipt may tell of: a zone can accept these and no others.
+RECEIPT_IDS = SURROUNDINGS | {
+    "shared-uid", "no-namespaces", "file-capability", "no-seccomp", "no-landlock", "no-cgroup", "swap-on",
+}  # fmt: skip
 
 
 def sandbox_level(degradations: Sequence[str]) -> str:

@@ -128,12 +128,36 @@ def down(state: Path) -> None:
 
 @cli.command()
 @_state
-def status(state: Path) -> None:
-    """Show what is missing, the nodes and the processes; exit status 1 when nothing runs."""
-    from ray_gpu.cli import show  # noqa: PLC0415 - imports what only this command needs
+@click.option(
+    "--config",
+    "configs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="node.yaml or gateway.yaml of a host of a cluster; by default those in /etc/ray-gpu.",
+)
+def status(state: Path, configs: tuple[Path, ...]) -> None:
+    """Show what is missing, the nodes and the processes; exit status 1 when something does not run.
 
-    if not show.status(console, state):
+    On a host of a cluster it shows the host's node and its gateway, and beside a gateway the cluster's nodes.
+    """
+    from ray_gpu.cli import host, show  # noqa: PLC0415 - imports what only this command needs
+    from ray_gpu.doctor import examination  # noqa: PLC0415 - as above
+
+    subject = examination.subject(configs, None)
+    of_a_cluster = subject.node is not None or subject.gateway is not None
+    runs = host.status(console, subject) if of_a_cluster else True
+    # An embedded cluster may run beside it.
+    if not of_a_cluster or embedded_runs(state):
+        runs = show.status(console, state) and runs
+    if not runs:
         sys.exit(1)
+
+
+def embedded_runs(state: Path) -> bool:
+    """Return whether an embedded cluster runs in a state directory."""
+    from ray_gpu import embedded  # noqa: PLC0415 - imports what only these commands need
+
+    return embedded.running(Layout(state)) is not None
 
 
 @cli.command()
@@ -165,6 +189,20 @@ def firewall(role: str, hosts: Path) -> None:
     from ray_gpu import hosts_file, ports  # noqa: PLC0415 - imports what only this command needs
 
     click.echo(ports.rules_of(role, hosts_file.read(hosts)), nl=False)
+
+
+@cli.command()
+@click.argument("cluster", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--hosts", type=click.Path(path_type=Path, dir_okay=False), help="The hosts file of `ray-gpu firewall`.")
+def check(cluster: Path, hosts: Path | None) -> None:
+    """Check CLUSTER, a cluster.yaml, before `ray up`: what is wrong is named with file and line. Starts nothing.
+
+    With a hosts file, also that each host of it is one of the pool, and none a zone's.
+    """
+    from ray_gpu import cluster_file, hosts_file  # noqa: PLC0415 - imports what only this command needs
+
+    cluster_file.check(cluster, hosts_file.read(hosts) if hosts else ())
+    console.print(f"[green]ok[/]: {cluster}", soft_wrap=True)
 
 
 @cli.group()

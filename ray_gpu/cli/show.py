@@ -89,16 +89,21 @@ def status(console: Console, state: Path) -> bool:
     return True
 
 
-def nodes(found: Iterable[Mapping[str, Any]]) -> Table:
-    """Return the table of Ray's nodes."""
-    table = _table("node", "what it is", ">free", "computes with")
+def nodes(found: Iterable[Mapping[str, Any]], *, computing: bool = True) -> Table:
+    """Return the table of Ray's nodes; with what they compute with, where all of them are on this machine."""
+    table = _table("node", "labels", ">free", *(["computes with"] if computing else []))
     for node in sorted(found, key=lambda item: str(item["name"])):
-        zone = node["labels"].get("ray-gpu-zone")
-        what = f"CPU node of zone {zone}" if zone else f"pool {node['labels'].get('ray-gpu-pool')}"
-        what += "" if node["alive"] else " (gone)"
-        free = "" if zone else f"{node['gpus_free']:g} of {node['gpus']:g}"
-        table.add_row(node["name"], what, free, "nothing" if zone else device())
+        what = labels(node["labels"]) + ("" if node["alive"] else " (gone)")
+        free = f"{node['gpus_free']:g} of {node['gpus']:g}" if node["gpus"] else ""
+        computes = device() if node["gpus"] else "nothing"
+        table.add_row(node["name"], what.strip(), free, *([computes] if computing else []))
     return table
+
+
+def labels(found: Mapping[str, str]) -> str:
+    """Return our labels of a node but for its name: ``"zone=clinic"``, ``"pool=shared"``, nothing for a head."""
+    ours = {key.removeprefix("ray-gpu-"): value for key, value in found.items() if key.startswith("ray-gpu-")}
+    return ", ".join(f"{key}={value}" for key, value in sorted(ours.items()) if key != "node")
 
 
 def process_table(rows: Iterable[processes.Row], *, wide: bool) -> RenderableType:

@@ -28,6 +28,7 @@ from testbed.cluster import (
     GATEWAY_FILE,
     NODE_CREDENTIALS,
     NODE_FILE,
+    PERSON_UID,
     STATE,
     VAULT_CA,
     BedCluster,
@@ -240,6 +241,23 @@ def test_zones_join(zones: BedCluster) -> None:
     assert nodes["zone-clinic"]["labels"]["ray-gpu-zone"] == "clinic"
     assert [nodes[name]["gpus"] for name in ("gpu-1", "gpu-2", "zone-clinic", "head")] == [1, 1, 0, 0]
     assert nodes["gpu-1"]["labels"]["ray-gpu-pool"] == "shared"
+
+
+def test_status(zones: BedCluster) -> None:
+    """`ray-gpu status` shows a host's own node, and beside a zone's gateway every node of the cluster with labels."""
+    gpu, zone = (zones.bed[name].run(["ray-gpu", "status"]).stdout for name in ("gpu-1", "zone-clinic"))
+    rows = {line.split()[0]: line.split()[1:] for line in zone.splitlines() if line.startswith((*POOL, "zone-"))}
+
+    assert re.search(r"^node gpu-1 \(gpu\): in the cluster at \S+; strict; pool=shared; 1 for leases", gpu)
+    assert "zone-clinic" not in gpu
+    assert re.search(r"^node zone-clinic \(zone\): in the cluster at \S+; strict; zone=clinic; certificate until", zone)
+    assert "gateway of zone clinic: runs" in zone
+    assert rows["zone-clinic"] == ["zone=clinic"]
+    assert rows["zone-trading"] == ["zone=trading"]
+    assert rows["gpu-2"] == ["pool=shared", "1", "of", "1"]
+    # The node list is for whoever runs the gateway: a person attaches.
+    said = zones.bed["zone-clinic"].run(["ray-gpu", "status"], uid=PERSON_UID, check=False)
+    assert "gpu-2" not in said.stdout
 
 
 def test_two_zones(zones: BedCluster) -> None:

@@ -352,8 +352,27 @@ def test_hello_names_what_a_child_could_not_do(missing: bool, monkeypatch: pytes
     assert "no-cgroup" in hello["degradations"]
 
 
+@pytest.mark.parametrize("says", ["", "NVIDIA H100"], ids=["our sandbox", "control: one that claims a GPU"])
+def test_hello_names_the_stand_in(says: str) -> None:
+    """A node that only looks as if it had a GPU is found out by what computes in its sandbox, before the first byte.
+
+    The custodian here did not miss a GPU. The control is a sandbox that is not ours, of which the keeper knows nothing.
+    """
+    if boundary.gpu_devices():
+        pytest.skip("there is a GPU here, so nothing stands in for it")
+    with _Lease(says) as lease:
+        hello = lease.hello()
+
+    assert ("numpy-stand-in" in hello["degradations"]) is not bool(says)
+    assert ("numpy-stand-in" in lease.ready["degradations"]) is not bool(says)
+    assert hello["device"].startswith(says or "numpy stand-in")
+
+
 class _Lease:
-    """A keeper and a sandbox, started as a custodian does."""
+    """A keeper and a sandbox, started as a custodian does; or, in place of the sandbox, one that claims a device."""
+
+    def __init__(self, claimed: str = "") -> None:
+        self._claimed = claimed
 
     def __enter__(self) -> _Lease:
         self._key = LeaseKey.from_bytes(os.urandom(32))
@@ -361,14 +380,19 @@ class _Lease:
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
         self._processes = [
-            boundary.launch_sandbox(
-                uid=61014, memory_bytes=1 << 30, name="hello", sock_fd=sandbox_side.fileno(), memory_fd=slots
-            ),
             boundary.launch_keeper(
                 uid=61015, name="hello", control_fd=keeper_control.fileno(), sandbox_fd=keeper_side.fileno(),
                 memory_fd=slots,
             ),
         ]  # fmt: skip
+        self._sandbox = sandbox_side.dup()
+        if self._claimed:
+            send_message(self._sandbox, {"op": "ready", "device": self._claimed, "missing": []})
+        else:
+            self._sandbox.close()
+            self._processes.append(boundary.launch_sandbox(
+                uid=61014, memory_bytes=1 << 30, name="hello", sock_fd=sandbox_side.fileno(), memory_fd=slots
+            ))  # fmt: skip
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
         os.close(slots)
@@ -398,5 +422,6 @@ class _Lease:
 
     def __exit__(self, *_: object) -> None:
         self._control.close()
+        self._sandbox.close()
         for process in self._processes:
             process.end()

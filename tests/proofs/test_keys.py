@@ -83,8 +83,15 @@ def second_custodian(attacked: Attacked) -> Iterator[Path]:
     path.touch(mode=0o600)
     path.write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", custodian_program.__name__, str(path)]
-    with (directory / "second.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    pipe = subprocess.PIPE
+    with (
+        (directory / "second.log").open("wb") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=log, stderr=log) as process,
+    ):
         try:
+            assert process.stdin is not None
+            process.stdin.write(attacked.secret_id("gpu-1").encode())
+            process.stdin.close()
             _await_socket(settings["socket"], process)
             yield Path(settings["socket"])
         finally:
