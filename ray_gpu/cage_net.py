@@ -11,6 +11,7 @@ table is replaced by the next start, and drops meanwhile what it drops now.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -191,7 +192,7 @@ def remove(network: CageNetwork) -> None:
     """Remove link and rules of a cage that was connected, and pass nothing on any more. Idempotent."""
     _fails(["ip", "link", "delete", CAGE_LINK])
     _fails(["nft", "delete", "table", "inet", TABLE])
-    if not _routes():
+    with contextlib.suppress(ClusterError, OSError):  # the interface may be gone
         _forward(_interface(network.address), "0")
 
 
@@ -245,7 +246,8 @@ def _fails(command: list[str], text: str = "") -> str:
         done = _run(command, text)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    return "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
+    said = " ".join(done.stderr.split())[:300]
+    return "" if done.returncode == 0 else said or f"exit status {done.returncode}"
 
 
 def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,6 @@ Call :func:`start_node` on the main thread: a cage dies with the thread that sta
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -131,6 +130,8 @@ class Node:
     inside: Sequence[int] = ()
     #: What it says while it starts.
     words: cage.LastWords
+    #: The network of its cage, once it was connected.
+    connected: Sequence[cage_net.CageNetwork] = ()
 
     def alive(self) -> bool:
         """Whether the node's processes run."""
@@ -143,8 +144,8 @@ class Node:
     def stop(self) -> None:
         """End every process of the node, and return when they are gone."""
         cage.stop(self.process, self.inside or cage.first_processes(self.process))
-        if self.spec.network is not None:
-            cage_net.remove(self.spec.network)
+        for network in self.connected:
+            cage_net.remove(network)
         if self.leftover is not None:
             shutil.rmtree(self.leftover, ignore_errors=True)
 
@@ -334,12 +335,22 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
     if spec.autoscaler:
         extra += (spec.autoscaler.config, spec.autoscaler.key)
     profile = dataclasses.replace(profile, bind_ro=(*profile.bind_ro, *extra))
-    words = cage.LastWords()
-    connect = functools.partial(cage_net.connect, spec.network) if spec.network else None
+    return _launch(plan, profile, leftover=None if caged else session)
+
+
+def _launch(plan: _Plan, profile: boundary.Profile, *, leftover: Path | None) -> Node:
+    """Start a node's program, in a network of its own where the node shall have one."""
+    words, network = cage.LastWords(), plan.spec.network
+    connected: list[cage_net.CageNetwork] = []
+
+    def connect(pid: int) -> None:
+        assert network is not None
+        cage_net.connect(network, pid)
+        connected.append(network)
+
+    prepare, output = (connect if network else None), words.write_fd
     try:
-        process = boundary.launch(
-            plan.init_command(), profile, stdout=words.write_fd, stderr=words.write_fd, prepare=connect
-        )
+        process = boundary.launch(plan.init_command(), profile, stdout=output, stderr=output, prepare=prepare)
     finally:
         words.listen()
-    return Node(spec=spec, ports=ports, process=process, leftover=None if caged else session, words=words)
+    return Node(spec=plan.spec, ports=plan.ports, process=process, leftover=leftover, words=words, connected=connected)
