@@ -62,6 +62,9 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
 _CLUSTER, _ENDPOINT = "tests/hosts/test_cluster.py::", "tests/test_endpoint.py::"
 _HOST, _SITE = "tests/attack/test_host_controls.py::", "tests/attack/test_site_controls.py::"
 _PROBE_HEAD = "tests/test_head_probe.py::"
+_INTO, _OUT = "tests/attack/test_into_zone.py::", "tests/attack/test_out_of_zone.py::"
+_RELAY, _FLIPPING = "tests/attack/test_lying_relay.py::", "tests/attack/test_flipping.py::"
+_GETS = "tests/attack/test_what_a_node_gets.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -139,7 +142,8 @@ _ALL = (
         keeps_off="A person from the gateway's memory, files and connections.",
         meaning="Notebook and gateway share a uid, so the person could go around the gateway.",
         fix="Start the gateway as root, so that it gets a uid of its own.",
-        attacks=(_BYPASS + "test_raw_connections",)),
+        attacks=(_OUT + "test_gateway_cannot_be_pried_into", _BYPASS + "test_raw_connections"),
+        positives=(_OUT + "test_control_shared_uid_can_be_pried_into",)),
     Control(
         id="uncaged-ray", where="cage", promise="P1", told="receipt", code="ray_gpu/raylet.py::start_node",
         keeps_off="Whatever Ray is made to run from the host's files and processes.",
@@ -289,38 +293,68 @@ _ALL = (
     Control(
         id="private-memory", where="keeper", promise="P6", told="built in", code="ray_gpu/frames.py::SealedSocket",
         keeps_off="A sandbox from changing bytes while its keeper seals or opens them.",
-        attacks=(_FRAMES + "test_ciphers_see_private_memory_alone",),
-        positives=(_FRAMES + "test_control_shared_memory_is_seen",)),
+        attacks=(_FLIPPING + "test_nothing_forged", _FRAMES + "test_ciphers_see_private_memory_alone"),
+        positives=(_FLIPPING + "test_control_cipher_in_shared_memory",
+                   _FRAMES + "test_control_shared_memory_is_seen")),
+    Control(
+        id="strangers", where="keeper", promise="P2", told="built in", code="ray_gpu/keeper.py::Keeper",
+        keeps_off="Whoever connects to a data port without the key from hearing a byte or keeping the gateway out.",
+        attacks=(_FRAMES + "test_strangers_at_the_keeper", _RELAY + "test_strangers_on_the_data_port",
+                 _BYPASS + "test_raw_connections"),
+        positives=(_FRAMES + "test_strangers_at_the_keeper",)),
+    Control(
+        id="stalls", where="gateway", promise="P6", told="built in", code="ray_gpu/frames.py::SealedSocket",
+        keeps_off="A node that sends, or takes, a byte now and then from holding a call for ever.",
+        attacks=(_FRAMES + "test_message_that_never_ends", _FRAMES + "test_peer_that_takes_nothing",
+                 _INTO + "test_lying_result"),
+        positives=(_FRAMES + "test_control_without_a_deadline",)),
+    Control(
+        id="second-opinion", where="gateway", promise="P6", told="built in", code="ray_gpu/job.py::ShardRun",
+        keeps_off="A node that lies from failing a call, from going unnamed, and from being asked again.",
+        attacks=(_INTO + "test_lying_result", _INTO + "test_lying_answer_to_a_call", _INTO + "test_lying_hello",
+                 _INTO + "test_lying_introduction", _INTO + "test_lying_receipt"),
+        positives=(_INTO + "test_honest_hello", _INTO + "test_same_answer_of_two_nodes")),
     Control(
         id="decision-first", where="gateway", promise="P3", told="built in", code="zones/policy.py::Policy",
         keeps_off="Bytes from leaving that policy did not allow, whoever asks.",
-        attacks=(_MAIN + "test_refusal_is_in_the_ledger_and_sent_nothing", _BYPASS + "test_denied",
-                 _POLICY + "test_deny_by_default")),
+        attacks=(_OUT + "test_forbidden_class", _MAIN + "test_refusal_is_in_the_ledger_and_sent_nothing",
+                 _BYPASS + "test_denied", _POLICY + "test_deny_by_default"),
+        positives=(_OUT + "test_counted_and_written_down", _BYPASS + "test_honest_request")),
     Control(
         id="ledger-first", where="gateway", promise="P3", told="built in", code="zones/budget.py::Budget",
         keeps_off="Bytes from leaving before they are written down.",
         attacks=(_MAIN + "test_intent_rests_on_an_earlier_decision", _BYPASS + "test_every_byte_is_in_the_ledger",
-                 _LEDGER + "test_draw_beyond")),
+                 _LEDGER + "test_draw_beyond", _OUT + "test_counted_and_written_down",
+                 _OUT + "test_share_is_written_down", _OUT + "test_option_value_stays"),
+        positives=(_OUT + "test_control_bytes_that_the_ledger_lacks",)),
     Control(
         id="ledger-chain", where="zone", promise="P3", told="built in", code="zones/ledger.py::Ledger",
         keeps_off="Whoever can write the ledger's file from changing an entry unnoticed.",
-        attacks=(_LEDGER + "test_every_byte_of_an_entry", _LEDGER + "test_tampered_entry")),
+        attacks=(_LEDGER + "test_every_byte_of_an_entry", _LEDGER + "test_tampered_entry"),
+        positives=(_LEDGER + "test_control_without_the_chain",)),
     Control(
         id="labels", where="gateway", promise="P3", told="built in", code="zones/labels.py::classify",
         keeps_off="Data from leaving under a lower class than its own: renamed, derived, captured or as an argument.",
-        attacks=(_BYPASS + "test_renamed_columns", _BYPASS + "test_session_cap")),
+        attacks=(_BYPASS + "test_renamed_columns", _BYPASS + "test_session_cap", _OUT + "test_columns_of_its_own",
+                 _OUT + "test_forbidden_class"),
+        positives=(_BYPASS + "test_sealed_file", _OUT + "test_counted_and_written_down")),
     Control(
         id="endpoints", where="gateway", promise="P3", told="built in", code="ray_gpu/leases.py::LeaseOpener",
-        keeps_off="A lying relay from aiming the gateway at an address that zone.yaml does not name."),
+        keeps_off="A lying relay from aiming the gateway at an address that zone.yaml does not name.",
+        attacks=(_RELAY + "test_endpoint_outside", _RELAY + "test_endpoint_that_is_none",
+                 _RELAY + "test_gateway_connects_nowhere_else"),
+        positives=(_RELAY + "test_endpoint_allowed", _RELAY + "test_gateway_connects_nowhere_else")),
     Control(
         id="sealed-memory", where="gateway", promise="P3", told="built in", code="ray_gpu/source.py::from_memory",
         keeps_off="A notebook from changing data between decision and sending.",
-        attacks=(_SOURCE + "test_sealed_memory_file_cannot_be_changed", _BYPASS + "test_file_that_can_change")),
+        attacks=(_SOURCE + "test_sealed_memory_file_cannot_be_changed", _BYPASS + "test_file_that_can_change"),
+        positives=(_SOURCE + "test_control_unsealed_memory_file_is_changed", _BYPASS + "test_sealed_file")),
     Control(
         id="person", where="gateway", promise="P3", told="built in", code="zones/vault.py::Vault",
         keeps_off="Whoever is no person of the zone, by Vault's word, from a session.",
-        attacks=(_BYPASS + "test_nobody", _VAULT + "test_whoami_refuses_who_is_no_person_of_the_zone"),
-        positives=(_BYPASS + "test_nobody",)),
+        attacks=(_BYPASS + "test_nobody", _VAULT + "test_whoami_refuses_who_is_no_person_of_the_zone",
+                 _OUT + "test_person_cannot_use_vault_for_keys"),
+        positives=(_BYPASS + "test_honest_request",)),
     Control(
         id="grant-terms", where="Vault", promise="P4", told="built in", code="zones/vault.py::Vault",
         keeps_off="A lease's key from opening for terms that were not granted.",
@@ -355,21 +389,25 @@ _ALL = (
     Control(
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",
-        attacks=(_SHARDS + "test_no_neighbour_in_a_shard", _SHARDS + "test_no_position")),
+        attacks=(_GETS + "test_order_is_not_found", _SHARDS + "test_no_neighbour_in_a_shard",
+                 _SHARDS + "test_no_position"),
+        positives=(_GETS + "test_control_order_is_found",)),
     Control(
         id="strip", where="zone", promise="P5", told="built in", code="zones/shards.py::strip",
         keeps_off="A node from metadata, categories and values beneath nulls.",
         attacks=(_SHARDS + "test_strip_hides_metadata_and_categories", _SHARDS + "test_nothing_beneath_a_null",
-                 _CANARIES + "test_category_values_stay")),
+                 _CANARIES + "test_category_values_stay", _GETS + "test_metadata_is_not_found"),
+        positives=(_GETS + "test_control_metadata_is_found",)),
     Control(
         id="padding", where="zone", promise="P5", told="built in", code="zones/envelope.py::Sealer",
         keeps_off="Whoever watches the network from exact sizes.",
-        attacks=(_ENVELOPE + "test_padded_size",)),
+        attacks=(_ENVELOPE + "test_padded_size", _GETS + "test_size_is_not_found"),
+        positives=(_GETS + "test_control_size_is_found",)),
     Control(
         id="plain-results", where="gateway", promise="P6", told="built in", code="zones/decoding.py::decode",
         keeps_off="Results from running code, or filling memory, in gateway or notebook.",
         attacks=(_RESULTS + "test_hostile_sandbox", _RESULTS + "test_pickle_stays_bytes",
-                 _VALUES + "test_hostile_arrow"),
+                 _VALUES + "test_hostile_arrow", _RESULTS + "test_bomb_is_refused", _INTO + "test_lying_result"),
         positives=(_RESULTS + "test_trap_springs_here", _RESULTS + "test_trap_springs_in_the_gateway")),
     Control(
         id="plain-errors", where="gateway", promise="P6", told="built in", code="ray_gpu/remote_error.py::rebuild",
@@ -385,7 +423,9 @@ _ALL = (
     Control(
         id="signed-receipt", where="node", promise="P8", told="built in", code="zones/keys.py::verify_node_signature",
         keeps_off="Whoever is no certified node from stating what a lease did.",
-        attacks=(_MAIN + "test_changed_receipt_does_not_verify", _ZONE_KEYS + "test_node_signature_refused")),
+        attacks=(_MAIN + "test_changed_receipt_does_not_verify", _ZONE_KEYS + "test_node_signature_refused",
+                 _INTO + "test_lying_receipt"),
+        positives=(_ZONE_KEYS + "test_node_signature_holds", _MAIN + "test_receipts_verify")),
 )
 # fmt: on
 

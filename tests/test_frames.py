@@ -376,6 +376,29 @@ def test_message_that_never_ends(
         trickling.join()
 
 
+def test_control_without_a_deadline(
+    sockets: tuple[socket.socket, socket.socket],
+    links: tuple[SealedSocket, SealedSocket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no deadline ends it, the same trickle holds the receiver for as long as it lasts."""
+    monkeypatch.setattr(frames, "MESSAGE_TIMEOUT_S", 1e9)
+    gateway, keeper = links
+    gateway.settimeout(None)
+    sealed_message = _recorded(sockets, keeper, keeper.slot(Kind.RESULT, call=1))
+    receiving = threading.Thread(target=gateway.receive)
+    receiving.start()
+    waits = threading.Event()
+    for byte in sealed_message[:40]:
+        sockets[1].sendall(bytes([byte]))
+        waits.wait(0.05)
+
+    assert receiving.is_alive()
+    sockets[1].sendall(sealed_message[40:])
+    receiving.join(20)
+    assert not receiving.is_alive()
+
+
 def _recorded(sockets: tuple[socket.socket, socket.socket], link: SealedSocket, slot: Slot) -> bytes:
     """Return a sealed message, taken off the connection."""
     link.send(slot, bytes(5000))
