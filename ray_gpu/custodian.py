@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_gpu.sandbox import boundary, memory
+from ray_gpu.sandbox.scrub import Tenancy
 from ray_gpu.wire import close_fds, error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
@@ -75,6 +76,8 @@ class Lease:
     sandbox: subprocess.Popen[bytes]
     control: socket.socket
     device: str = ""
+    #: What was done against another zone's leftovers in GPU memory before it started.
+    scrub: str
     #: Ids of the controls that it lacks, those included that keeper and sandbox found missing themselves.
     degradations: tuple[str, ...] = ()
     started: int = 0
@@ -90,6 +93,7 @@ class Custodian:
         self._vault = vault
         self._policy = policy
         self._boot = secrets.token_hex(16)
+        self._tenancy = Tenancy(boundary.gpu_devices())
         stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
         self._degradations = (*boundary.degradations(), *stand_in)
         self._lock = threading.Lock()
@@ -227,6 +231,7 @@ class Custodian:
     def _start(self, grant: Grant, key: LeaseKey) -> Lease:
         """Start keeper and sandbox; return when both are ready."""
         uid = self._settings.uid_base + 2 * (next(self._started) % (self._settings.uid_count // 2))
+        scrubbed = self._tenancy.enter(grant.zone, uid)
         control, keeper_control = socket.socketpair()
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
@@ -243,11 +248,14 @@ class Custodian:
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
         os.close(slots)
-        lease = Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, started=int(time.time()))
+        lease = Lease(
+            grant=grant, keeper=keeper, sandbox=sandbox, control=control, scrub=scrubbed, started=int(time.time())
+        )
         try:
             lease.device = self._introduce(lease, key)
         except (OSError, ZoneError) as error:
             _kill(lease)
+            self._tenancy.leave(grant.zone)
             raise GrantRefusedError(
                 f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
                 "see the custodian's log"
@@ -297,6 +305,7 @@ class Custodian:
             "grant": running.grant.digest(),
             "node": self._settings.node,
             "device": running.device,
+            "scrub": running.scrub,
             "degradations": list(running.degradations),
             "exit": "closed by the zone",
             "started": running.started,
@@ -321,6 +330,7 @@ class Custodian:
         if running is None:
             return
         _kill(running)
+        self._tenancy.leave(running.grant.zone)
         self._release(running.grant)
         running.ended.set()
 

@@ -16,6 +16,7 @@ from ray_gpu import raylet
 from ray_gpu.frames import SealedSocket
 from ray_gpu.wire import call, unix_connect
 from tests.proofs.attacked import Attacked
+from zones.envelope import LeaseKey
 from zones.errors import ZoneError
 from zones.keys import ExchangeKey, derive_lease_key
 from zones.model import Direction, Grant, Kind, Offer, digest
@@ -35,6 +36,10 @@ class Lessee:
         self._path = custodian or attacked.layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET
         self.actor = self.another_actor()
         self.data_key = b""
+        #: After :meth:`hello`: the lease's connection, as this object and as a socket, and its key.
+        self.link: SealedSocket
+        self.ours: socket.socket
+        self.key: LeaseKey
         #: The message that an actor hands to its custodian, as whoever sits in a cage can record it.
         self.message: dict[str, Any] = {}
 
@@ -93,19 +98,26 @@ class Lessee:
         Raises:
             OSError: The keeper hung up: the key is another.
         """
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            ours = socket.create_connection(listener.getsockname(), timeout=10)
-            theirs = listener.accept()[0]
-        with theirs:
-            call(self.actor, {"op": "connection", "lease": self.lease}, [theirs.fileno()])
         key = derive_lease_key(self.data_key, self._exchange.shared(offer.exchange_key), grant.digest())
-        link = SealedSocket(ours, key=key, grant_digest=grant.digest(), lease=self.lease, outgoing=Direction.OUT)
+        link = SealedSocket(
+            self.connect(), key=key, grant_digest=grant.digest(), lease=self.lease, outgoing=Direction.OUT
+        )
         self._closing.callback(link.close)
         link.send(link.slot(Kind.HELLO, call=0), b"")
         header, payload = link.receive()
         assert header.kind is Kind.HELLO
+        self.link, self.key = link, key
         said: dict[str, Any] = msgpack.unpackb(payload)
         return said
+
+    def connect(self) -> socket.socket:
+        """Return our end of a connection whose other end the keeper has: the actor hands on what it likes."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.ours = socket.create_connection(listener.getsockname(), timeout=10)
+            theirs = listener.accept()[0]
+        with theirs:
+            call(self.actor, {"op": "connection", "lease": self.lease}, [theirs.fileno()])
+        return self.ours
 
     def shred(self) -> None:
         """Destroy the lease's key in Vault."""
