@@ -26,17 +26,19 @@ from zones.vault import Vault, lease_name
 class Lessee:
     """One lease on one node, from the zone's end, step by step. Use it as a context manager: the lease ends with it."""
 
-    def __init__(self, attacked: Attacked, node: str, *, custodian: Path | None = None) -> None:
+    def __init__(self, attacked: Attacked, node: str, *, custodian: Path | None = None, lease_s: int = 300) -> None:
         self._attacked = attacked
         self.node = node
-        self.lease = lease_name(secrets.token_bytes(8), int(time.time()) + 300)
+        self.not_after = int(time.time()) + lease_s
+        self.lease = lease_name(secrets.token_bytes(8), self.not_after)
         self._exchange = ExchangeKey()
         self._closing = contextlib.ExitStack()
         self.vault: Vault = self._closing.enter_context(attacked.vault("gateway"))
         self._path = custodian or attacked.layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET
         self.actor = self.another_actor()
         self.data_key = b""
-        #: After :meth:`hello`: the lease's connection, as this object and as a socket, and its key.
+        #: After :meth:`hello`: what the two ends alone know, the connection, the same as a socket, and the lease's key.
+        self.shared = b""
         self.link: SealedSocket
         self.ours: socket.socket
         self.key: LeaseKey
@@ -66,7 +68,7 @@ class Lessee:
             "zone": self._attacked.zone, "lease": self.lease, "node": offer.node, "pool": offer.pool,
             "offer_digest": digest(offer.document()), "exchange_key": self._exchange.public_hex,
             "accepted_degradations": offer.degradations, "gpu_milli": 1, "memory_bytes": 1 << 30,
-            "policy_digest": "0" * 64, "not_after": int(time.time()) + 300,
+            "policy_digest": "0" * 64, "not_after": self.not_after,
         }  # fmt: skip
         return Grant(**{**fields, **changes})
 
@@ -98,7 +100,8 @@ class Lessee:
         Raises:
             OSError: The keeper hung up: the key is another.
         """
-        key = derive_lease_key(self.data_key, self._exchange.shared(offer.exchange_key), grant.digest())
+        self.shared = self._exchange.shared(offer.exchange_key)
+        key = derive_lease_key(self.data_key, self.shared, grant.digest())
         link = SealedSocket(
             self.connect(), key=key, grant_digest=grant.digest(), lease=self.lease, outgoing=Direction.OUT
         )
