@@ -27,6 +27,10 @@ from ray.core.generated import core_worker_pb2
 
 from ray_gpu.actor import GpuActor
 
+#: What Ray does not declare, and does not mean anybody to use.
+_ray: Any = ray
+_worker: Any = global_worker
+_messages: Any = core_worker_pb2
 LABEL = "ray-gpu-node"
 TIMEOUT_S = 90
 #: What runs on the node, whatever brought it there: says where it is, and tries everything. Text, since one vehicle
@@ -186,12 +190,12 @@ class Driver:
 
     def _function_table(self, node: str, targets: dict[str, Any]) -> Any:
         honest, job, _ = self._honest_job(node)
-        found = global_worker.gcs_client.internal_kv_keys(f"RemoteFunction:{job}:".encode(), b"fun")
+        found = _worker.gcs_client.internal_kv_keys(f"RemoteFunction:{job}:".encode(), b"fun")
         assert found
         for key in found:
-            entry = pickle.loads(global_worker.gcs_client.internal_kv_get(key, b"fun"))
+            entry = pickle.loads(_worker.gcs_client.internal_kv_get(key, b"fun"))
             entry["function"] = cloudpickle.dumps(_taken_over(PROBE, targets))
-            global_worker.gcs_client.internal_kv_put(key, pickle.dumps(entry), True, b"fun")
+            _worker.gcs_client.internal_kv_put(key, pickle.dumps(entry), True, b"fun")
         honest.stdin.write("go\n")
         honest.stdin.flush()
         return json.loads(next(line for line in honest.stdout if line.startswith("{")))
@@ -207,14 +211,14 @@ class Driver:
     def _stolen(self, actor: dict[str, Any]) -> Any:
         """Return a handle of an actor that is not ours: one of our own, of its class, with its ids in it."""
         cls = {"GpuActor": GpuActor, "Honest": Honest}[actor["ActorClassName"]]
-        mine = ray.remote(num_cpus=0, label_selector={LABEL: os.environ["RAY_GPU_NODE"]})(cls).remote()
+        mine = _ray.remote(num_cpus=0, label_selector={LABEL: os.environ["RAY_GPU_NODE"]})(cls).remote()
         # A handle's class is looked up in the other job's part of the function table: ours goes there as well.
-        table, own = global_worker.gcs_client, ray.get_runtime_context().get_job_id()
+        table, own = _worker.gcs_client, ray.get_runtime_context().get_job_id()
         for key in table.internal_kv_keys(f"ActorClass:{own}:".encode(), b"fun"):
             copied = key.replace(own.encode(), actor["JobID"].encode(), 1)
             table.internal_kv_put(copied, table.internal_kv_get(key, b"fun"), True, b"fun")
-        worker = global_worker.core_worker
-        forged = core_worker_pb2.ActorHandle()
+        worker = _worker.core_worker
+        forged = _messages.ActorHandle()
         forged.ParseFromString(worker.serialize_actor_handle(mine._actor_id)[0])
         forged.actor_id = bytes.fromhex(actor["ActorID"])
         forged.creation_job_id = bytes.fromhex(actor["JobID"])
@@ -256,7 +260,7 @@ class Asking:
 
 
 def _actors(node: str, cls: str) -> list[dict[str, Any]]:
-    here = {info["NodeID"] for info in ray.nodes() if info["Labels"].get(LABEL) == node}
+    here = {info["NodeID"] for info in _ray.nodes() if info["Labels"].get(LABEL) == node}
     actors = ray_state.actors(actor_state_name="ALIVE").values()
     return [actor for actor in actors if actor["Address"]["NodeID"] in here and actor["ActorClassName"] == cls]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -92,3 +93,13 @@ def masked(needles: dict[str, str]) -> dict[str, tuple[str, int, str]]:
         name: (text[: len(text) // 2][::-1], len(text), hashlib.sha256(text.encode("ascii")).hexdigest())
         for name, text in needles.items()
     }
+
+
+def probe_code() -> str:
+    """Return what the rogue has run on nodes, for whoever looks as root."""
+    constant = next(
+        node.value
+        for node in ast.parse(ROGUE.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PROBE"
+    )
+    return str(ast.literal_eval(constant))

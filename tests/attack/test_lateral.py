@@ -431,7 +431,7 @@ def _another(grant: Grant, name: str) -> Any:
     return ExchangeKey().public_hex if name == "exchange_key" else getattr(grant, name) + 1
 
 
-FORBIDDEN = {
+FORBIDDEN: dict[str, dict[str, Any]] = {
     "more memory than the pool gives": {"memory_bytes": (64 << 30) + 1},
     "another pool": {"pool": "other"},
     "another node": {"node": ATTACKER},
@@ -447,3 +447,23 @@ def test_forbidden_grant(cluster: BedCluster, rogue: RogueJob, what: str) -> Non
     grant = asked.terms(**FORBIDDEN[what])
 
     assert asked.grant(grant, asked.wrap(grant)) == "GrantRefusedError"
+
+
+def test_keys_of_vault_are_on_its_own_host(cluster: BedCluster) -> None:
+    """Not even root of another host has Vault's data, or the key that unseals it. Control: on Vault's host root has."""
+    command = [
+        "find",
+        "/var/lib/ray-gpu",
+        "/etc/ray-gpu",
+        "/run",
+        "/root",
+        "-name",
+        "unseal.key",
+        "-o",
+        "-name",
+        "raft",
+    ]
+    found = {host.name: host.run(command, check=False).stdout.split() for host in cluster.bed}
+
+    assert any(path.endswith("unseal.key") for path in found.pop("vault"))
+    assert not any(found.values()), found

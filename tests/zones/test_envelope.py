@@ -766,6 +766,11 @@ def refused(guard: ReplayGuard, slot: Slot) -> bool:
     return False
 
 
+def test_without_a_guard_a_message_opens_twice(message: bytes) -> None:
+    """Control: it is the guard that refuses a message the second time, not the envelope."""
+    assert open_message(message) == open_message(message)
+
+
 @given(order=st.permutations(range(6)), again=st.integers(0, 5))
 def test_replay_is_refused_in_any_order(order: list[int], again: int) -> None:
     """Shards may come in any order, each once."""
