@@ -65,6 +65,9 @@ _PROBE_HEAD = "tests/test_head_probe.py::"
 _INTO, _OUT = "tests/attack/test_into_zone.py::", "tests/attack/test_out_of_zone.py::"
 _RELAY, _FLIPPING = "tests/attack/test_lying_relay.py::", "tests/attack/test_flipping.py::"
 _GETS = "tests/attack/test_what_a_node_gets.py::"
+_LATERAL, _TENANTS = "tests/attack/test_lateral.py::", "tests/attack/test_tenants.py::"
+_AFTERWARDS, _REVOCATION = "tests/attack/test_keys.py::", "tests/proofs/test_revocation.py::"
+_SCRUB = "tests/sandbox/test_scrub.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -79,7 +82,9 @@ _ALL = (
         keeps_off="Leases, keepers and cages from each other's processes and memory.",
         meaning="Sandboxes, keepers and cages run under the uid of the process that started them.",
         fix="Run the custodian as root, so that each process gets a uid of its own.",
-        attacks=(_LAUNCH + "test_uid_as_the_host_sees_it", _BOUNDARY + "test_never_uid_0")),
+        attacks=(_LAUNCH + "test_uid_as_the_host_sees_it", _BOUNDARY + "test_never_uid_0",
+                 _TENANTS + "test_at_the_same_time", _TENANTS + "test_right_afterwards", _TENANTS + "test_memory"),
+        positives=(_TENANTS + "test_one_lease_is_shared",)),
     Control(
         id="no-namespaces", where="sandbox", promise="P2", told="receipt",
         code="ray_gpu/sandbox/bubblewrap.py::arguments",
@@ -135,8 +140,9 @@ _ALL = (
         keeps_off="Whoever has a disk of the pool or the zone from its keys.",
         meaning="Vault runs here with its unseal key beside its data: whoever has the disk has the keys.",
         fix="Run a Vault on a host of its own and set it up with `ray-gpu vault setup`.",
-        attacks=(_SITE + "test_disk_of_an_embedded_vault",),
-        positives=(_SITE + "test_disk_of_an_embedded_vault",)),
+        attacks=(_SITE + "test_disk_of_an_embedded_vault", _LATERAL + "test_keys_of_vault_are_on_its_own_host"),
+        positives=(_SITE + "test_disk_of_an_embedded_vault",
+                   _AFTERWARDS + "test_backup_opens_nothing_for_a_neighbour")),
     Control(
         id="self-enforced", where="gateway", promise="P3", told="receipt", code="ray_gpu/services.py::start_gateway",
         keeps_off="A person from the gateway's memory, files and connections.",
@@ -149,8 +155,10 @@ _ALL = (
         keeps_off="Whatever Ray is made to run from the host's files and processes.",
         meaning="Ray's processes run without namespaces of their own.",
         fix="Install bubblewrap 0.8 or later and allow user namespaces, or run as root with CAP_SYS_ADMIN.",
-        attacks=(_NODES + "test_rogue_task", _LAUNCH + "test_cage"),
-        positives=(_NODES + "test_rogue_task",)),
+        attacks=(_NODES + "test_rogue_task", _LAUNCH + "test_cage", _LATERAL + "test_zone_node",
+                 _LATERAL + "test_gpu_node"),
+        positives=(_NODES + "test_rogue_task", _LATERAL + "test_zone_node_without_cage",
+                   _LATERAL + "test_gpu_node_without_cage")),
     Control(
         id="shared-network", where="cage", promise="P3", told="receipt", code="ray_gpu/cage_net.py::rules",
         keeps_off="Whatever Ray is made to run from the host's own services, the zone's network, Vault and the world.",
@@ -244,8 +252,9 @@ _ALL = (
         keeps_off="Everybody but the gateway from the way out, and hosts from ports that are not theirs.",
         meaning="Nothing on this host filters its connections: whatever listens is reached, whatever runs gets out.",
         fix="Load the rules of docs/ports.md: ray-gpu firewall ROLE --hosts hosts.yaml > ray-gpu.nft; nft -f it.",
-        attacks=(_MATRIX + "test_matrix", _MATRIX + "test_hosts_alone", _MATRIX + "test_zones_are_closed"),
-        positives=(_MATRIX + "test_everything_without_rules",)),
+        attacks=(_MATRIX + "test_matrix", _MATRIX + "test_hosts_alone", _MATRIX + "test_zones_are_closed",
+                 _LATERAL + "test_network"),
+        positives=(_MATRIX + "test_everything_without_rules", _LATERAL + "test_network_without_rules")),
     Control(
         id="kernel-tcp", where="zone", promise="P3", told="doctor", code="ray_gpu/doctor/notebooks.py::kernels",
         keeps_off="Other users of the host from what a notebook shows and prints.",
@@ -268,7 +277,7 @@ _ALL = (
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
         attacks=(_IDENTITY + "test_whom_ray_lets_in",),
-        positives=(_IDENTITY + "test_each_keeps_out",)),
+        positives=(_IDENTITY + "test_each_keeps_out", _LATERAL + "test_zone_node_without_cage")),
     Control(
         id="node-addresses", where="Vault", promise="P1", told="built in", code="ray_gpu/vault_pki.py::ray_pki",
         keeps_off="One node from a certificate for another's address.",
@@ -288,8 +297,11 @@ _ALL = (
     Control(
         id="lease-end", where="keeper", promise="P2", told="built in", code="ray_gpu/custodian.py::Custodian",
         keeps_off="Plaintext and keys from outliving their lease.",
-        attacks=(_CANARIES + "test_gone_with_the_lease", _LAUNCH + "test_end_leaves_nothing"),
-        positives=(_CANARIES + "test_keeper_and_sandbox_hold_it",)),
+        attacks=(_CANARIES + "test_gone_with_the_lease", _LAUNCH + "test_end_leaves_nothing",
+                 _REVOCATION + "test_ends_by_itself", _REVOCATION + "test_never_connected",
+                 _AFTERWARDS + "test_revoked_without_ray", _AFTERWARDS + "test_revoked_without_relay",
+                 _AFTERWARDS + "test_cut_connection_without_ray", _AFTERWARDS + "test_dead_head_and_gateway"),
+        positives=(_CANARIES + "test_keeper_and_sandbox_hold_it", _REVOCATION + "test_heartbeats_keep_it")),
     Control(
         id="private-memory", where="keeper", promise="P6", told="built in", code="ray_gpu/frames.py::SealedSocket",
         keeps_off="A sandbox from changing bytes while its keeper seals or opens them.",
@@ -358,34 +370,57 @@ _ALL = (
     Control(
         id="grant-terms", where="Vault", promise="P4", told="built in", code="zones/vault.py::Vault",
         keeps_off="A lease's key from opening for terms that were not granted.",
-        attacks=(_KEYS + "test_changed_grant", _VAULT + "test_changed_grant_refused")),
+        attacks=(_KEYS + "test_changed_grant", _VAULT + "test_changed_grant_refused",
+                 _LATERAL + "test_key_opens_for_its_terms_alone"),
+        positives=(_KEYS + "test_changed_grant_alone_is_fine",)),
     Control(
         id="grant-once", where="node", promise="P4", told="built in", code="ray_gpu/custodian.py::Custodian",
         keeps_off="A grant from being used twice, on another boot, or after its lease.",
         attacks=(_KEYS + "test_replayed_by_another_actor", _KEYS + "test_replayed_after_the_lease",
-                 _KEYS + "test_another_boot")),
+                 _KEYS + "test_another_boot", _LATERAL + "test_key_opens_once"),
+        positives=(_KEYS + "test_honest_grant", _LATERAL + "test_key_opens_once")),
+    Control(
+        id="pool-policy", where="node", promise="P4", told="built in", code="zones/policy.py::PoolPolicy",
+        keeps_off="Grants that the pool's operator forbids, though the zone's Vault has made a key for them.",
+        attacks=(_KEYS + "test_forbidden_by_the_pool", _LATERAL + "test_forbidden_grant"),
+        positives=(_KEYS + "test_changed_grant_alone_is_fine", _LATERAL + "test_key_opens_once")),
+    Control(
+        id="gpu-scrub", where="node", promise="P7", told="built in", code="ray_gpu/sandbox/scrub.py::Tenancy",
+        keeps_off="One zone's lease from what another zone's left in GPU memory.",
+        attacks=("tests/gpu/test_scrub.py::test_leftovers_are_scrubbed", _SCRUB + "test_when_it_is_scrubbed",
+                 _SCRUB + "test_without_a_scrub_no_other_zone"),
+        positives=("tests/gpu/test_scrub.py::test_leftovers_are_scrubbed",)),
     Control(
         id="own-leases", where="Vault", promise="P4", told="built in", code="policies/vault/custodian.hcl::decrypt",
         keeps_off="A node from another node's leases, and everybody else from all.",
-        attacks=(_KEYS + "test_who_can_unwrap", _VAULT + "test_node_refused_other_nodes_key")),
+        attacks=(_KEYS + "test_who_can_unwrap", _VAULT + "test_node_refused_other_nodes_key",
+                 _TENANTS + "test_keys"),
+        positives=(_KEYS + "test_who_can_unwrap",)),
     Control(
         id="ephemeral-exchange", where="keeper", promise="P4", told="built in", code="zones/keys.py::derive_lease_key",
         keeps_off="Whoever later gets Vault's backup and a node's identity from recorded traffic.",
-        attacks=(_KEYS + "test_the_data_key_is_not_enough", _ZONE_KEYS + "test_lease_key_depends_on_every_bit")),
+        attacks=(_KEYS + "test_the_data_key_is_not_enough", _ZONE_KEYS + "test_lease_key_depends_on_every_bit",
+                 _AFTERWARDS + "test_traffic_stays_sealed"),
+        positives=(_AFTERWARDS + "test_traffic_stays_sealed",)),
     Control(
         id="shredded", where="Vault", promise="P4", told="built in", code="zones/vault.py::Vault",
         keeps_off="Everybody from a lease's key once the lease has ended.",
-        attacks=(_KEYS + "test_shredded_with_the_session", _VAULT + "test_shredded_key_refuses"),
-        positives=(_VAULT + "test_data_key_round_trip",)),
+        attacks=(_KEYS + "test_shredded_with_the_session", _VAULT + "test_shredded_key_refuses",
+                 _AFTERWARDS + "test_vault_gives_nothing_afterwards"),
+        positives=(_VAULT + "test_data_key_round_trip", _AFTERWARDS + "test_backup_opens_nothing_for_a_neighbour")),
     Control(
         id="envelope", where="keeper", promise="P4", told="built in", code="zones/envelope.py::Opener",
         keeps_off="Whoever is between gateway and keeper from reading, changing, moving or cutting a message.",
         attacks=(_ENVELOPE + "test_every_byte", _ENVELOPE + "test_wrong_slot",
-                 _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused")),
+                 _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused",
+                 _ENVELOPE + "test_key_commitment", _ENVELOPE + "test_downgrade"),
+        positives=(_ENVELOPE + "test_key_commitment", _ENVELOPE + "test_untouched_message_opens",
+                   _AFTERWARDS + "test_traffic_stays_sealed")),
     Control(
         id="replay", where="keeper", promise="P4", told="built in", code="zones/replay.py::ReplayGuard",
         keeps_off="A message from being accepted twice.",
-        attacks=(_ENVELOPE + "test_replay_is_refused_in_any_order", _FRAMES + "test_replay_of_a_foreseen_message")),
+        attacks=(_ENVELOPE + "test_replay_is_refused_in_any_order", _FRAMES + "test_replay_of_a_foreseen_message"),
+        positives=(_ENVELOPE + "test_without_a_guard_a_message_opens_twice",)),
     Control(
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",

@@ -36,6 +36,7 @@ import pyarrow as pa
 from ray_gpu.endpoint import Endpoint
 from ray_gpu.handover import take_secret
 from ray_gpu.sandbox import boundary, harden, memory
+from ray_gpu.sandbox.scrub import Tenancy
 from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
@@ -83,6 +84,8 @@ class Lease:
     control: socket.socket
     endpoint: Endpoint
     device: str = ""
+    #: What was done against another zone's leftovers in GPU memory before it started.
+    scrub: str
     #: Ids of the controls that it lacks, those included that keeper and sandbox found missing themselves.
     degradations: tuple[str, ...] = ()
     started: int = field(default_factory=lambda: int(time.time()))
@@ -98,6 +101,7 @@ class Custodian:
         self._vault = vault
         self._policy = policy
         self._boot = secrets.token_hex(16)
+        self._tenancy = Tenancy(boundary.gpu_devices())
         stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
         self._degradations = (*boundary.degradations(), *stand_in, *settings.degradations)
         self._lock = threading.Lock()
@@ -230,8 +234,25 @@ class Custodian:
 
     def _start(self, grant: Grant, key: LeaseKey) -> Lease:
         """Start keeper and sandbox; return when both are ready."""
-        endpoint = Endpoint(self._settings.address, self._settings.endpoint_ports)
-        uid = self._settings.uid_base + 2 * (next(self._started) % (self._settings.uid_count // 2))
+        with contextlib.ExitStack() as undo:
+            endpoint = Endpoint(self._settings.address, self._settings.endpoint_ports)
+            undo.callback(endpoint.close)
+            uid = self._settings.uid_base + 2 * (next(self._started) % (self._settings.uid_count // 2))
+            scrubbed = self._tenancy.enter(grant.zone, uid)
+            undo.callback(self._tenancy.leave, grant.zone)
+            lease = self._launch(grant, uid, endpoint, scrubbed)
+            try:
+                lease.device = self._introduce(lease, key)
+            except (OSError, ZoneError) as error:
+                _kill(lease)
+                raise GrantRefusedError(
+                    f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
+                    "see the custodian's log"
+                ) from None
+            undo.pop_all()
+        return lease
+
+    def _launch(self, grant: Grant, uid: int, endpoint: Endpoint, scrubbed: str) -> Lease:
         control, keeper_control = socket.socketpair()
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
@@ -248,16 +269,7 @@ class Custodian:
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
         os.close(slots)
-        lease = Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, endpoint=endpoint)
-        try:
-            lease.device = self._introduce(lease, key)
-        except (OSError, ZoneError) as error:
-            _kill(lease)
-            raise GrantRefusedError(
-                f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
-                "see the custodian's log"
-            ) from None
-        return lease
+        return Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, endpoint=endpoint, scrub=scrubbed)
 
     def _introduce(self, lease: Lease, key: LeaseKey) -> str:
         """Give the keeper its key and wait until it and the sandbox are ready; return the device's name."""
@@ -296,6 +308,7 @@ class Custodian:
             "grant": running.grant.digest(),
             "node": self._settings.node,
             "device": running.device,
+            "scrub": running.scrub,
             "degradations": list(running.degradations),
             "exit": "closed by the zone",
             "started": running.started,
@@ -320,6 +333,7 @@ class Custodian:
         if running is None:
             return
         _kill(running)
+        self._tenancy.leave(running.grant.zone)
         self._release(running.grant)
         running.ended.set()
 

@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import socket
@@ -43,6 +44,11 @@ from zones.envelope import (
 from zones.errors import EnvelopeError
 from zones.model import Direction, Kind, Slot
 
+#: A side that hears nothing authentic for this long while it waits for a message is alone, seconds.
+SILENCE_LIMIT_S = 10.0
+#: What is opened of a large message buys the rest of it time at this rate, bytes per second. Slower connections than
+#: that are none; and whoever held back a message and lets it drip keeps a lease for its size at this rate, no longer.
+PROVEN_BYTES_PER_S = 1 << 20
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 #: A message that has begun is there after so long, and a second more for each of so many bytes: no network that anybody
 #: computes over is slower. Seconds, bytes.
@@ -128,6 +134,9 @@ class SealedSocket:
         self._expected: tuple[bytes, Header, Slot, Opener] | None = None
         #: Padded sizes of the last messages: the likeliest of the next.
         self._sent_padded = self._received_padded = MIN_PADDED_BYTES
+        #: Until when the message that is waited for must be there, on the monotonic clock; infinite when none is.
+        #: Bytes alone do not move it: whoever holds the connection can make those up.
+        self.deadline = math.inf
         #: Bytes put on and taken from the connection, headers included.
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -231,10 +240,12 @@ class SealedSocket:
             OSError: None began within the time that :meth:`settimeout` set.
         """
         self._deadline = self._due() if self._end > self._start else 0.0
+        self.deadline = time.monotonic() + SILENCE_LIMIT_S
         header, slot, opener = self._opener(self._head(), most_bytes)
         target = self._target(header.padded_bytes, keep=keep)
         self._open_body(opener, header.padded_bytes, target)
         self._guard.accept(slot)
+        self.deadline = math.inf
         self.received_bytes += HEADER_BYTES + opener.body_bytes
         self._received_padded = header.padded_bytes
         return header, split_payload(target[: header.padded_bytes])
@@ -314,7 +325,10 @@ class SealedSocket:
             filled = opener.update_into(view, target)
         while left:
             view = self._some(left)
-            filled += opener.update_into(view, target[filled:])
+            opened = opener.update_into(view, target[filled:])
+            # Each part was authentic, or this had raised.
+            self.deadline += opened / PROVEN_BYTES_PER_S
+            filled += opened
             left -= len(view)
         tail = opener.finalize()
         target[filled : filled + len(tail)] = tail

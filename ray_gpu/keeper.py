@@ -10,7 +10,7 @@ statistics), the sandbox's socket, the shared memory.
 Threads: one reader (connection to sandbox), one writer (sandbox to connection), one per candidate
 connection until the first one proves that it holds the lease's key. The process ends, and with it
 the lease, when the connection, the sandbox or the custodian is gone, at ``not_after``, or after
-10 s without an authentic message.
+10 s without an authentic message, whatever else comes: whoever is between can hold the connection open.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import msgpack
 
-from ray_gpu.frames import SealedSocket
+from ray_gpu.frames import SILENCE_LIMIT_S, SealedSocket
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SLOT_BYTES, SlotMap
 from ray_gpu.wire import Inbox, PeerClosedError, recv_message, send_message
@@ -37,13 +37,15 @@ from zones.envelope import MIN_PADDED_BYTES, Header, LeaseKey
 from zones.errors import EnvelopeError, ZoneError
 from zones.model import Direction, Kind
 
-#: A lease without an authentic message for this long is over, seconds.
-SILENCE_LIMIT_S = 10.0
+#: A lease to whose keeper nobody has proven himself by then is over, seconds.
+CONNECT_LIMIT_S = 15.0
 #: A connection that has not proven itself by then is dropped, seconds.
 KNOCK_TIMEOUT_S = 5.0
 #: Connections that may try to prove themselves at once. One more takes the place of the oldest: whoever has the key
 #: proves it at once, and whoever has not shall not keep it out by holding a place.
 MAX_CANDIDATES = 32
+#: How often the clock is looked at, seconds.
+CLOCK_INTERVAL_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,10 +81,15 @@ class Keeper:
         #: Connections that have not proven themselves, oldest first.
         self._candidates: deque[SealedSocket] = deque()
         self._candidates_lock = threading.Lock()
+        self._connect_by = time.monotonic() + CONNECT_LIMIT_S
         #: Signed receipts that the custodian sent; the main thread puts them here.
         self.receipts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.calls = 0
         self.shards = 0
+
+    def deadline(self) -> float:
+        """Return until when the zone must have been heard, on the monotonic clock."""
+        return self._connect_by if self._link is None else self._link.deadline
 
     def connect(self, sock: socket.socket) -> None:
         """Let one candidate connection prove that it holds the key; the first that does is the lease's."""
@@ -254,7 +261,7 @@ def main(argv: list[str]) -> None:
     gc.freeze()
     keeper = Keeper(start, custodian, sandbox, memory)
     send_message(custodian, {"op": "ready", "device": start["device"], "degradations": start["degradations"]})
-    threading.Thread(target=_watch_clock, args=(start["not_after"],), daemon=True).start()
+    threading.Thread(target=_watch_clock, args=(keeper, start["not_after"]), daemon=True).start()
     try:
         while True:
             message, fds = recv_message(custodian, max_fds=1)
@@ -266,9 +273,12 @@ def main(argv: list[str]) -> None:
         leave("custodian is gone")
 
 
-def _watch_clock(not_after: int) -> None:
-    """End the lease when its time is over, whatever else hangs."""
-    time.sleep(max(0.0, not_after - time.time()))
+def _watch_clock(keeper: Keeper, not_after: int) -> None:
+    """End the lease when its time is over, or the zone has been silent for too long, whatever else hangs."""
+    while (left_s := not_after - time.time()) > 0:
+        if time.monotonic() > keeper.deadline():
+            leave("the zone is silent")
+        time.sleep(min(left_s, CLOCK_INTERVAL_S))
     leave("lease expired")
 
 

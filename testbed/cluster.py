@@ -144,6 +144,10 @@ class BedCluster:
         operator.run(["rm", file])
         return made
 
+    def credentials(self, name: str) -> Credentials:
+        """Return the credentials of a node, person, or zone's gateway."""
+        return self._issued[name]
+
     def end_administration(self) -> None:
         """Revoke the administrator's token, as an operator does once all is set up."""
         operator = self.bed["operator"]

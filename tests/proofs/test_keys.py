@@ -160,6 +160,16 @@ def test_changed_grant_alone_is_fine(lessee: Lessee) -> None:
     assert lessee.hand_over(grant, lessee.wrap(grant))["ok"] is True
 
 
+@pytest.mark.parametrize("terms", [{"memory_bytes": (64 << 30) + 1}, {"zone": "elsewhere"}], ids=["memory", "zone"])
+def test_forbidden_by_the_pool(lessee: Lessee, terms: dict[str, Any]) -> None:
+    """Terms that the pool's operator forbids are refused by the node itself, whoever had a key wrapped for them."""
+    grant = lessee.terms(lessee.offer(), **terms)
+    wrapped = lessee.wrap(grant) if grant.zone != "elsewhere" else "vault:v1:none"
+
+    with pytest.raises(GrantRefusedError, match="pool shared refuses the grant"):
+        lessee.hand_over(grant, wrapped)
+
+
 @pytest.mark.parametrize("who", ["gpu-1", "gpu-2", "gateway"])
 def test_who_can_unwrap(attacked: Attacked, lessee: Lessee, who: str) -> None:
     """Vault opens gpu-1's key for gpu-1 alone: not for its neighbour, nor for the gateway that had it made."""
