@@ -107,7 +107,8 @@ _ALL = (
     Control(
         id="no-cgroup", where="sandbox", promise="P7", told="receipt", code="ray_gpu/sandbox/cgroup.py::create",
         keeps_off="One lease from all of the node's memory and processes.",
-        meaning="Memory is not capped, so one lease can exhaust the node's.",
+        meaning="Memory is not capped, nor processes where there are no namespaces either, so one lease can "
+        "exhaust the node's.",
         fix="Run as root on a host where the memory controller of /sys/fs/cgroup is writable.",
         attacks=(_LAUNCH + "test_memory_cap_kills_the_sandbox",)),
     Control(
