@@ -106,7 +106,8 @@ def main() -> None:
         from ray_gpu.sandbox.harden import harden_self
 
         _take_off(target.get("off", ()))
-        missing = harden_self(kind="sandbox", keep_fds=target.get("keep_fds"))
+        # As a sandbox does, which has mapped one of the descriptors that it started with.
+        missing = harden_self(kind="sandbox", keep_fds=(target["kept_fd"],))
     outcomes = run(target)
     kept = os.read(target["kept_fd"], 4).decode() if "kept_fd" in target else ""
     print(json.dumps({"outcomes": outcomes, "missing": missing, "kept": kept, "uid": os.getuid()}))  # noqa: T201 - the output

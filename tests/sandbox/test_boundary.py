@@ -71,14 +71,14 @@ def battery(identity: str) -> dict[str, Any]:
 @functools.cache
 def _run(identity: str, *, ray: bool = False) -> subprocess.CompletedProcess[str]:
     settings = IDENTITIES[identity]
-    python = sys.executable if settings["uid"] is None else _python_for_others()
+    python = sys.executable if settings["uid"] is None else python_for_others()
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{PROJECT}:{SITE}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, str(HERE / "custodian.py"), json.dumps({**settings, "site": str(SITE), "ray": ray})]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 @functools.cache
-def _python_for_others() -> str:
+def python_for_others() -> str:
     """Return a Python that an unprivileged uid can run with this project and its libraries."""
     minor = f"python{sys.version_info.major}.{sys.version_info.minor}"
     # A Python whose own library is out of reach may quietly take another's, hence the look at the executable.

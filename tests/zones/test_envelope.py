@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -289,6 +290,15 @@ def test_every_byte(message: bytes) -> None:
         bad[position] ^= 0x5A
         with pytest.raises(EnvelopeError):
             open_message(bytes(bad))
+
+
+def test_control_without_authentication() -> None:
+    """The same cipher without tags opens a changed message, and the change is where the attacker wanted it."""
+    keystream = Cipher(algorithms.AES256(RAW), modes.CTR(bytes(16)))
+    sealed = bytearray(keystream.encryptor().update(b"pay 100"))
+    sealed[4] ^= ord("1") ^ ord("9")
+
+    assert keystream.decryptor().update(bytes(sealed)) == b"pay 900"
 
 
 def test_truncation_at_every_length(message: bytes) -> None:
@@ -665,6 +675,11 @@ def test_replay_is_refused_in_any_order(order: list[int], again: int) -> None:
         guard.accept(replace(SLOT, shard=shard))
 
     assert refused(guard, replace(SLOT, shard=again))
+
+
+def test_control_replay_opens(message: bytes) -> None:
+    """Whoever does not ask the guard is given the same message twice: nothing else about it is refused."""
+    assert open_message(message) == open_message(message)
 
 
 def test_attempts_only_grow() -> None:
