@@ -1,17 +1,19 @@
 """What escape attempts lead to: files, listeners, System V objects and a process, as the target that a probe is given.
 
-As root a host's network of their own is made first, in which somebody answers at the clouds' address for credentials.
+Somebody answers at the clouds' address for credentials where :func:`own_network` was called before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ if len(sys.argv) > 1:
 print(ctypes.addressof(secret), flush=True)
 sys.stdin.read()
 """
-#: Number of a descriptor that whoever starts programs left open.
-STRAY_FD = 77
+#: Least number of a descriptor that whoever starts programs left open: beyond those that a sandbox opens itself.
+STRAY_FD = 200
 _EVERYONE = 0o666
 _IPC_CREAT, _IPC_RMID = 0o1000, 0
 _SIOCSIFFLAGS, _SIOCSIFADDR, _UP = 0x8914, 0x8916, 1
@@ -35,8 +37,6 @@ _SIOCSIFFLAGS, _SIOCSIFADDR, _UP = 0x8914, 0x8916, 1
 
 def own_network() -> None:
     """Enter a network with a loopback interface alone, which has the clouds' address too. Needs root."""
-    import fcntl
-
     if ctypes.CDLL(None, use_errno=True).unshare(0x40000000) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     with socket.socket(INET, DGRAM) as sock:
@@ -50,9 +50,10 @@ class Bait(contextlib.ExitStack):
 
     def __init__(self, directory: Path, canary: str, *, victim_uid: int | None = None) -> None:
         super().__init__()
+        self._listeners: list[socket.socket] = []
         self._directory, self.canary, self._victim_uid = directory, canary, victim_uid
         self.target: dict[str, Any] = {
-            "canary": canary, "file_name": f"escaped-{canary}", "address": METADATA, "metadata_serves": True,
+            "canary": canary, "file_name": f"escaped-{canary}", "metadata": 80, "address": _own_address(),
             "fill_bytes": 4 << 20, "init": Path("/proc/1/cmdline").read_bytes().hex(),
         }  # fmt: skip
 
@@ -75,10 +76,9 @@ class Bait(contextlib.ExitStack):
         for name in ("d", "s", "g"):
             (directory / name).chmod(0o777)
         stray = os.open("/dev/zero", os.O_RDONLY)
-        os.dup2(stray, STRAY_FD)
+        self.target["stray_fd"] = fcntl.fcntl(stray, fcntl.F_DUPFD, STRAY_FD)
         os.close(stray)
-        os.set_inheritable(STRAY_FD, True)
-        self.target["stray_fd"] = STRAY_FD
+        self.callback(os.close, self.target["stray_fd"])
         return self
 
     def _listen(self) -> None:
@@ -90,15 +90,16 @@ class Bait(contextlib.ExitStack):
             "tcp6": (INET6, STREAM, ("::1", 0)), "udp6": (INET6, DGRAM, ("::1", 0)),
         }  # fmt: skip
         for name, (family, kind, address) in places.items():
-            with contextlib.suppress(OSError) if family == INET6 else contextlib.nullcontext():
+            # Not every host has IPv6, and few a metadata service.
+            with contextlib.suppress(OSError) if name in ("tcp6", "udp6", "metadata") else contextlib.nullcontext():
                 listener = self.enter_context(socket.socket(family, kind))
                 listener.bind(address)
+                listener.setblocking(False)
                 if kind == STREAM:
                     listener.listen(16)
                 self.target[name] = listener.getsockname()[1] if family != unix else address
-                if kind == DGRAM and family == INET:
-                    self._datagrams = listener
-        self.target["abstract"] = self.canary
+                self._listeners.append(listener)
+        self.target |= {"abstract": self.canary, "metadata_serves": self.target["metadata"] != 80}
 
     def _memory(self) -> None:
         """Make System V and POSIX objects that everyone may use."""
@@ -129,12 +130,9 @@ class Bait(contextlib.ExitStack):
         assert victim.stdout is not None
         self.target |= {"victim": victim.pid, "victim_address": int(victim.stdout.readline())}
 
-    def heard(self) -> bool:
-        """Return whether a datagram came since the last time."""
-        try:
-            return self._datagrams.recv(64, socket.MSG_DONTWAIT) == b"escaped"
-        except BlockingIOError:
-            return False
+    def heard(self) -> int:
+        """Return how many messages of attempts came since the last time."""
+        return sum(sum(1 for _ in _messages(listener)) for listener in self._listeners)
 
     def written(self) -> list[str]:
         """Return where escaped files lie on the host, and remove them."""
@@ -145,6 +143,26 @@ class Bait(contextlib.ExitStack):
                 found.append(directory)
                 path.unlink()
         return found
+
+
+def _messages(listener: socket.socket) -> Iterator[bytes]:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            if listener.type == DGRAM:
+                yield listener.recv(64)
+            else:
+                with listener.accept()[0] as peer:
+                    peer.settimeout(5)
+                    if message := peer.recv(64):
+                        yield message
+
+
+def _own_address() -> str:
+    """Return an address of this host's that is not every host's, or its own loopback address where it has no other."""
+    with socket.socket(INET, DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect((METADATA, 80))  # sends nothing
+        return str(sock.getsockname()[0])
+    return "127.0.0.1"
 
 
 def _handle(path: bytes) -> str:

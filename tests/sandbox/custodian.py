@@ -1,9 +1,9 @@
 """Stands in for a custodian of any identity: sets up targets, runs the probe plainly and confined.
 
-``python custodian.py JSON`` with ``{"uid": int | null, "deny_userns": bool, "site": str}`` prints
-``{"control": ..., "inside": ..., "degradations": ..., "written": [...], ...}``. As root, it
-becomes *uid* first, in a child user namespace of its own where *deny_userns* asks for that limit:
-the host's limit is never changed.
+``python custodian.py JSON`` with ``{"uid": int | null, "deny_userns": bool, "site": str, "ray": bool}`` prints
+``{"control": ..., "inside": ..., "degradations": ..., "written": [...], ...}``, with Ray started too where *ray*
+asks for it. As root, it becomes *uid* first, in a child user namespace of its own where *deny_userns* asks for that
+limit: the host's limit is never changed.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def main() -> None:
     canary = secrets.token_hex(8)
     os.environ["LAUNCHER_CANARY"] = canary
     with tempfile.TemporaryDirectory(prefix="b") as directory, Bait(Path(directory), canary) as bait:
-        ray = {"ray_directory": f"{directory}/r"} if wanted.get("ray") else {}
-        control = plain({**bait.target, **BOMB, **ray})
+        ray = {"ray_directory": f"{directory}/r"} if wanted["ray"] else {}
+        control = plain({**bait.target, **BOMB, **ray, "limit_s": 150})
         result = {"control": control, "control_written": bait.written(), "control_arrived": bait.heard()}
         inner = battery_profile(Path(wanted["site"]))
         inside = confined(inner, {**bait.target, **ray})

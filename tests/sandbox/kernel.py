@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 import struct
 import sys
 from collections.abc import Iterator
@@ -67,10 +68,21 @@ def _descriptor_of(pid: int, numbers: Iterator[int]) -> None:
     raise problem
 
 
-def _environ_of(pid: int) -> None:
-    text = Path(f"/proc/{pid}/environ").read_bytes()
-    if not text.strip(b"\0") or TARGET.get("canary", "").encode() not in text:
+def _environ_of(pid: int, expected: str = "=") -> None:
+    if expected.encode() not in Path(f"/proc/{pid}/environ").read_bytes():
         raise PermissionError("nothing of the host's in it")
+
+
+def _stray() -> None:
+    """Read what whoever started this left open, or find a file or a second socket that this process did not open."""
+    sockets = 0
+    for fd in range(3, 1 << 10):
+        with contextlib.suppress(OSError):
+            mode, name = os.fstat(fd).st_mode, os.readlink(f"/proc/self/fd/{fd}")
+            sockets += stat.S_ISSOCK(mode)
+            if sockets > 1 or (name.startswith("/") and not name.startswith("/memfd:printed")):
+                return
+    os.read(TARGET["stray_fd"], 1)
 
 
 def _own_environment() -> None:
@@ -231,9 +243,11 @@ ATTEMPTS: dict[str, Attempt] = {
     "any process's memory": ("file_name", _any_memory),
     "process_vm_readv": ("victim_address", lambda: _readv(310)),
     "process_vm_writev": ("victim_address", lambda: _readv(311)),
-    "read process environment": ("victim", lambda: _environ_of(TARGET["victim"])),
+    "read process environment": ("victim", lambda: _environ_of(TARGET["victim"], TARGET["canary"])),
     "custodian's memory": ("custodian", lambda: _some_memory(TARGET["custodian"])),
+    "custodian's environment": ("custodian", lambda: _environ_of(TARGET["custodian"])),
     "keeper's memory": ("keeper", lambda: _some_memory(TARGET["keeper"])),
+    "keeper's environment": ("keeper", lambda: _environ_of(TARGET["keeper"])),
     "keeper's socket": ("keeper", lambda: _descriptor_of(TARGET["keeper"], iter(range(3, 64)))),
     "other lease's memory": ("other_sandbox", lambda: _some_memory(TARGET["other_sandbox"])),
     "ptrace": ("victim", lambda: call(101, _long(0x4206), _long(TARGET["victim"]), None, None)),
@@ -241,7 +255,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "signal by pidfd": (
         "victim", lambda: signal.pidfd_send_signal(os.pidfd_open(TARGET["victim"]), signal.SIGCONT)),
     "descriptor of another process": ("victim", lambda: _descriptor_of(TARGET["victim"], iter([0]))),
-    "inherited descriptor": ("stray_fd", lambda: os.read(TARGET["stray_fd"], 1)),
+    "inherited descriptor": ("stray_fd", _stray),
     "launcher's environment": ("canary", _own_environment),
     "user namespace": ("", lambda: _unshare(0x10000000)),
     "mount namespace": ("", lambda: _unshare(0x20000)),
