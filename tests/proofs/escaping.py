@@ -37,6 +37,8 @@ def escape(program: bytes, target: dict[str, Any]) -> dict[str, str]:
     return outcomes
 
 
+#: Takes a minute, and longer than an idle lease lasts, so it is not among the battery's attempts.
+OWN_RAY = "ray.init()"
 #: More than a sandbox's /tmp holds, bytes.
 FILL_BYTES = 300 << 20
 
@@ -51,6 +53,8 @@ class Battery:
     files_outside: list[str]
     heard_inside: int
     heard_outside: int
+    #: What the sandbox's lease said that it lacks.
+    degradations: tuple[str, ...]
     target: dict[str, Any]
     session: ray_gpu.Session
 
@@ -70,9 +74,17 @@ def fight(attacked: Attacked, **more: Any) -> Iterator[Battery]:
         wanted = {**bait.target, **target(attacked, mine, other), "fill_bytes": FILL_BYTES, **more}
         inside, files, heard = in_sandbox(mine, wanted), bait.written(), bait.heard()
         yield Battery(
-            inside=inside, files_inside=files, heard_inside=heard, outside=outside({**wanted, "limit_s": 150}),
+            degradations=tuple(mine.degradations), inside=inside, files_inside=files, heard_inside=heard, outside=outside(wanted),
             files_outside=bait.written(), heard_outside=bait.heard(), target=wanted, session=mine,
         )  # fmt: skip
+
+
+def own_ray(battery: Battery) -> tuple[str, str]:
+    """Return what became of ``import ray; ray.init()`` in the battery's sandbox, and here. Takes a minute."""
+    with tempfile.TemporaryDirectory(prefix="r") as directory:
+        wanted = {**battery.target, "ray_directory": f"{directory}/r", "only": [OWN_RAY]}
+        inside = in_sandbox(battery.session, wanted)[OWN_RAY]
+        return inside, outside({**wanted, "limit_s": 150})[OWN_RAY]
 
 
 def in_sandbox(session: ray_gpu.Session, target: dict[str, Any]) -> dict[str, str]:

@@ -6,19 +6,16 @@ The attempts are those of tests/sandbox/probe.py, all of them, with the running 
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from tests.proofs.attacked import Attacked, all_powerful
-from tests.proofs.escaping import Battery, fight, in_sandbox, outside
+from tests.proofs.escaping import OWN_RAY, Battery, fight, own_ray
 from tests.sandbox import probe
 
 #: Tried where they end nothing: tests/attack.
 BOMBS = {"fork bomb", "memory bomb", "memory bomb in a file"}
-#: Takes a minute, and a Ray of its own outside.
-OWN_RAY = "ray.init()"
 ATTEMPTS = [name for name in probe.ATTEMPTS if name not in {*BOMBS, OWN_RAY}]
 #: What is not there to be reached on every host.
 UNMADE = {
@@ -68,8 +65,7 @@ def test_nothing_reached_the_host(battery: Battery) -> None:
 @pytest.mark.heavy
 def test_own_ray(battery: Battery) -> None:
     """``import ray; ray.init()`` starts no Ray inside; outside the same call does."""
-    with tempfile.TemporaryDirectory(prefix="r") as directory:
-        target = {**battery.target, "ray_directory": f"{directory}/r", "only": [OWN_RAY]}
+    inside, outside = own_ray(battery)
 
-        assert in_sandbox(battery.session, target)[OWN_RAY].startswith("refused")
-        assert outside({**target, "limit_s": 150})[OWN_RAY] == "done"
+    assert inside.startswith("refused")
+    assert outside == "done"
