@@ -27,8 +27,8 @@ def _start(plan: embedded.Plan) -> dict[str, Any]:
     """Start a cluster, again where its message says so: Ray's nodes give up early on a machine that is busy."""
     for _ in range(_STARTS - 1):
         with contextlib.suppress(ClusterError):
-            return embedded.up(plan)
-    return embedded.up(plan)
+            return embedded.up(plan, tied=True)
+    return embedded.up(plan, tied=True)
 
 
 def main() -> None:

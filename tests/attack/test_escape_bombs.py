@@ -16,7 +16,7 @@ from ray_gpu import gpu_remote
 from ray_gpu.sandbox import cgroup, profile
 from zones.errors import CallTimeoutError, LeaseLostError
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 #: A sandbox with this share of the processes that it may have is at its cap: the kernel counts threads too.
 NEARLY = 0.9
 

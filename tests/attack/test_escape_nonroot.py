@@ -45,6 +45,7 @@ BOMB_PROCESSES = 1100
 
 pytestmark = [
     pytest.mark.heavy,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the probe's system call numbers are x86_64's"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: becomes somebody with less"),
 ]

@@ -74,7 +74,8 @@ def fight(attacked: Attacked, **more: Any) -> Iterator[Battery]:
         wanted = {**bait.target, **target(attacked, mine, other), "fill_bytes": FILL_BYTES, **more}
         inside, files, heard = in_sandbox(mine, wanted), bait.written(), bait.heard()
         yield Battery(
-            degradations=tuple(mine.degradations), inside=inside, files_inside=files, heard_inside=heard, outside=outside(wanted),
+            degradations=tuple(mine.degradations), inside=inside, files_inside=files, heard_inside=heard,
+            outside=outside(wanted),
             files_outside=bait.written(), heard_outside=bait.heard(), target=wanted, session=mine,
         )  # fmt: skip
 

@@ -63,6 +63,7 @@ def test_nothing_reached_the_host(battery: Battery) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(400)
 def test_own_ray(battery: Battery) -> None:
     """``import ray; ray.init()`` starts no Ray inside; outside the same call does."""
     inside, outside = own_ray(battery)

@@ -120,6 +120,7 @@ def test_same_uid_can_do_it_outside(attempt: str) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("identity", IDENTITIES)
 def test_own_ray(identity: str) -> None:
     """``import ray; ray.init()`` starts no Ray inside; outside, the same uid gets one."""
