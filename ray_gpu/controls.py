@@ -46,6 +46,7 @@ class Control:
 
 
 _BOUNDARY, _LAUNCH = "tests/sandbox/test_boundary.py::", "tests/sandbox/test_launch.py::"
+_LAYERS, _BOMBS = "tests/sandbox/test_layers.py::", "tests/attack/test_escape_bombs.py::"
 _ESCAPE, _KEYS = "tests/proofs/test_sandbox_escape.py::", "tests/proofs/test_keys.py::"
 _BYPASS, _RESULTS = "tests/proofs/test_gateway_bypass.py::", "tests/proofs/test_results.py::"
 _CANARIES, _DEGRADED = "tests/proofs/test_canaries.py::", "tests/job/test_degraded.py::"
@@ -72,6 +73,8 @@ _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
 _PROBE_DONE = (_BOUNDARY + "test_same_uid_can_do_it_outside", _ESCAPE + "test_works_outside")
+#: Attempts under one layer of the sandbox alone, each of which is made with that layer off too, and then succeeds.
+_ALONE = (_LAYERS + "test_layer_alone_holds",)
 
 #: A control is read as one paragraph, which the formatter would take apart.
 # fmt: off
@@ -83,44 +86,49 @@ _ALL = (
         meaning="Sandboxes, keepers and cages run under the uid of the process that started them.",
         fix="Run the custodian as root, so that each process gets a uid of its own.",
         attacks=(_LAUNCH + "test_uid_as_the_host_sees_it", _BOUNDARY + "test_never_uid_0",
-                 _TENANTS + "test_at_the_same_time", _TENANTS + "test_right_afterwards", _TENANTS + "test_memory"),
-        positives=(_TENANTS + "test_one_lease_is_shared",)),
+                 _TENANTS + "test_at_the_same_time", _TENANTS + "test_right_afterwards", _TENANTS + "test_memory",
+                 *_ALONE),
+        positives=(_TENANTS + "test_one_lease_is_shared", *_ALONE)),
     Control(
         id="no-namespaces", where="sandbox", promise="P2", told="receipt",
         code="ray_gpu/sandbox/bubblewrap.py::arguments",
         keeps_off="User code from the network, the host's files and other processes.",
         meaning="bubblewrap cannot work here, so user code is held by Landlock, seccomp and limits alone.",
         fix="Install bubblewrap 0.8 or later and allow user namespaces, or run as root with CAP_SYS_ADMIN.",
-        attacks=_PROBE_REFUSED,
-        positives=_PROBE_DONE),
+        attacks=(*_PROBE_REFUSED, *_ALONE),
+        positives=(*_PROBE_DONE, *_ALONE)),
     Control(
         id="file-capability", where="sandbox", promise="P2", told="receipt",
         code="ray_gpu/sandbox/survey.py::reach_python",
         keeps_off="Confined processes from files that their uid may not read.",
         meaning="Confined processes keep a capability that passes file permissions, since Python or "
         "this project lies in a private directory; Landlock alone holds them.",
-        fix="Move Python and the project to where every uid can read them, or let bubblewrap work."),
+        fix="Move Python and the project to where every uid can read them, or let bubblewrap work.",
+        attacks=(_LAYERS + "test_capability_past_file_permissions",),
+        positives=(_LAYERS + "test_capability_past_file_permissions",)),
     Control(
         id="no-seccomp", where="sandbox", promise="P2", told="receipt",
         code="ray_gpu/sandbox/seccomp.py::compile_filter",
         keeps_off="User code from system calls that it has no use for: new namespaces, keyrings, io_uring, sockets.",
         meaning="System calls are not filtered, so more of the kernel is within reach of user code.",
         fix="Install libseccomp (libseccomp2) on a kernel built with CONFIG_SECCOMP_FILTER.",
-        attacks=_PROBE_REFUSED,
-        positives=_PROBE_DONE),
+        attacks=(*_PROBE_REFUSED, *_ALONE),
+        positives=(*_PROBE_DONE, *_ALONE)),
     Control(
         id="no-landlock", where="sandbox", promise="P2", told="receipt", code="ray_gpu/sandbox/landlock.py::restrict",
         keeps_off="User code from files and TCP where namespaces failed or are not there.",
         meaning="The kernel's second check of file access is missing.",
         fix="Use Linux 5.13 or later with landlock in the kernel's lsm= list.",
-        attacks=_PROBE_REFUSED,
-        positives=_PROBE_DONE),
+        attacks=(*_PROBE_REFUSED, *_ALONE),
+        positives=(*_PROBE_DONE, *_ALONE)),
     Control(
         id="no-cgroup", where="sandbox", promise="P7", told="receipt", code="ray_gpu/sandbox/cgroup.py::create",
         keeps_off="One lease from all of the node's memory and processes.",
-        meaning="Memory is not capped, so one lease can exhaust the node's.",
+        meaning="Memory is not capped, nor processes where there are no namespaces either, so one lease can "
+        "exhaust the node's.",
         fix="Run as root on a host where the memory controller of /sys/fs/cgroup is writable.",
-        attacks=(_LAUNCH + "test_memory_cap_kills_the_sandbox",)),
+        attacks=(_LAUNCH + "test_memory_cap_kills_the_sandbox", _BOMBS + "test_bomb_hits_its_cap", *_ALONE),
+        positives=_ALONE),
     Control(
         id="swap-on", where="node", promise="P2", told="receipt", code="ray_gpu/sandbox/cgroup.py::_cap_memory",
         keeps_off="Plaintext from the disk.",
@@ -286,14 +294,14 @@ _ALL = (
     Control(
         id="no-core", where="sandbox", promise="P2", told="built in", code="ray_gpu/sandbox/harden.py::_limit",
         keeps_off="Memory of keeper and sandbox from core files, and debuggers from their processes.",
-        attacks=(*_PROBE_REFUSED, _HOST + "test_core_file"),
-        positives=(*_PROBE_DONE, _HOST + "test_core_file")),
+        attacks=(*_PROBE_REFUSED, _HOST + "test_core_file", *_ALONE),
+        positives=(*_PROBE_DONE, _HOST + "test_core_file", *_ALONE)),
     Control(
         id="no-descriptors", where="sandbox", promise="P2", told="built in",
         code="ray_gpu/sandbox/harden.py::_close_others",
         keeps_off="User code from files and connections of whoever started it.",
-        attacks=(_LAUNCH + "test_descriptors", *_PROBE_REFUSED),
-        positives=_PROBE_DONE),
+        attacks=(_LAUNCH + "test_descriptors", *_PROBE_REFUSED, *_ALONE),
+        positives=(*_PROBE_DONE, *_ALONE)),
     Control(
         id="lease-end", where="keeper", promise="P2", told="built in", code="ray_gpu/custodian.py::Custodian",
         keeps_off="Plaintext and keys from outliving their lease.",
@@ -400,8 +408,9 @@ _ALL = (
         id="ephemeral-exchange", where="keeper", promise="P4", told="built in", code="zones/keys.py::derive_lease_key",
         keeps_off="Whoever later gets Vault's backup and a node's identity from recorded traffic.",
         attacks=(_KEYS + "test_the_data_key_is_not_enough", _ZONE_KEYS + "test_lease_key_depends_on_every_bit",
-                 _AFTERWARDS + "test_traffic_stays_sealed"),
-        positives=(_AFTERWARDS + "test_traffic_stays_sealed",)),
+                 _AFTERWARDS + "test_traffic_stays_sealed", _ZONE_KEYS + "test_recorded_traffic_stays_closed"),
+        positives=(_AFTERWARDS + "test_traffic_stays_sealed",
+                   _ZONE_KEYS + "test_control_recorded_traffic_without_the_exchange")),
     Control(
         id="shredded", where="Vault", promise="P4", told="built in", code="zones/vault.py::Vault",
         keeps_off="Everybody from a lease's key once the lease has ended.",
@@ -412,15 +421,13 @@ _ALL = (
         id="envelope", where="keeper", promise="P4", told="built in", code="zones/envelope.py::Opener",
         keeps_off="Whoever is between gateway and keeper from reading, changing, moving or cutting a message.",
         attacks=(_ENVELOPE + "test_every_byte", _ENVELOPE + "test_wrong_slot",
-                 _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused",
-                 _ENVELOPE + "test_key_commitment", _ENVELOPE + "test_downgrade"),
         positives=(_ENVELOPE + "test_key_commitment", _ENVELOPE + "test_untouched_message_opens",
-                   _AFTERWARDS + "test_traffic_stays_sealed")),
+                   _AFTERWARDS + "test_traffic_stays_sealed", _ENVELOPE + "test_control_without_authentication")),
     Control(
         id="replay", where="keeper", promise="P4", told="built in", code="zones/replay.py::ReplayGuard",
         keeps_off="A message from being accepted twice.",
         attacks=(_ENVELOPE + "test_replay_is_refused_in_any_order", _FRAMES + "test_replay_of_a_foreseen_message"),
-        positives=(_ENVELOPE + "test_without_a_guard_a_message_opens_twice",)),
+        positives=(_ENVELOPE + "test_without_a_guard_a_message_opens_twice", _ENVELOPE + "test_control_replay_opens")),
     Control(
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",

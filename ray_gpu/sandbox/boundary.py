@@ -239,8 +239,7 @@ def _surroundings(profile: Profile, mode: Mode) -> str:
         read=tuple(map(str, shown)),
         write=tuple(map(str, write)),
         keep_fds=profile.keep_fds,
-        # The limit counts all processes of a uid, so it fits only a uid of one's own.
-        processes=profile.processes if survey().root else None,
+        processes=profile.processes if survey().counts_processes else None,
         program=program,
         parent=os.getpid() if plain else None,
     ).encode()

@@ -36,7 +36,7 @@ class Surroundings:
     read: tuple[str, ...]
     write: tuple[str, ...]
     keep_fds: tuple[int, ...]
-    #: Most processes and threads of the child's uid; ``None`` where the uid is shared with others.
+    #: Most processes and threads of the child's uid; ``None`` where those of others would count.
     processes: int | None
     #: Compiled filter; empty when libseccomp is missing.
     program: bytes

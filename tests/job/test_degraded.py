@@ -68,7 +68,7 @@ class Run:
     left: list[str]
 
 
-def _command(scenario: dict[str, Any], *command: str) -> list[str]:
+def command_as(scenario: dict[str, Any], *command: str) -> list[str]:
     """Return *command* as somebody with less. A private home is opened to another user; a container's root keeps it."""
     show = []
     if scenario["uid"] is not None:
@@ -78,7 +78,8 @@ def _command(scenario: dict[str, Any], *command: str) -> list[str]:
     return [sys.executable, str(HERE / "lesser.py"), json.dumps({**wanted, "show": show}), *command]
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
+    """Return all that somebody with less has in the environment."""
     return {
         "PATH": "/usr/bin:/bin", "HOME": str(home), "COLUMNS": "200", "PYTHONPATH": str(PROJECT),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -113,9 +114,9 @@ def _demo(scenario: dict[str, Any], root: Path, tables: dict[str, Any], argument
     else:
         for path in [home, *home.rglob("*")]:
             os.chown(path, uid, uid)
-    command = _command(scenario, sys.executable, "-c", DEMO, "demo", "--state", str(layout.root), *arguments)
+    command = command_as(scenario, sys.executable, "-c", DEMO, "demo", "--state", str(layout.root), *arguments)
     done = subprocess.run(
-        command, env=_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150,
+        command, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150,
         check=False,
     )  # fmt: skip
     first = next((line for line in done.stdout.splitlines() if line.startswith("degraded: ")), "")
@@ -208,8 +209,8 @@ def test_root_needs_no_user_namespaces() -> None:
     found = []
     for denied in (False, True):
         scenario = {"uid": None, "deny_userns": denied, "container": False}
-        command = _command(scenario, sys.executable, "-c", ask)
-        done = subprocess.run(command, env=_environment(Path("/tmp")), capture_output=True, text=True, check=True)
+        command = command_as(scenario, sys.executable, "-c", ask)
+        done = subprocess.run(command, env=environment(Path("/tmp")), capture_output=True, text=True, check=True)
         found.append(done.stdout)
 
     if boundary.survey().mode != "root":
@@ -255,9 +256,9 @@ print(state)
 @pytest.mark.parametrize("name", ["user-without-userns", "root-in-a-container"])
 def test_nothing_survives_without_namespaces(name: str) -> None:
     """A process of user code that would leave its group cannot, and so ends with the lease."""
-    command = _command(SCENARIOS[name], sys.executable, "-c", ORPHAN)
+    command = command_as(SCENARIOS[name], sys.executable, "-c", ORPHAN)
 
-    done = subprocess.run(command, env=_environment(Path("/tmp")), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment(Path("/tmp")), capture_output=True, text=True, timeout=60)
 
     assert done.stdout.strip() in ("Z", "X", "gone"), done.stdout + done.stderr
 

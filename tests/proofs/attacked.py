@@ -59,6 +59,10 @@ class Attacked:
         everything = [(pid, _space(pid)) for pid in _all()]
         return {name: [pid for pid, space in everything if space == wanted] for name, wanted in spaces.items()}
 
+    def node_processes(self, node: str) -> list[int]:
+        """Return what runs below a Ray node's first process, caged or not, parents first."""
+        return _below(int(self.document["nodes"][node]))
+
     def custodian(self, node: str) -> int:
         """Return a node's custodian."""
         return int(self.document["processes"][f"custodian-{node}"])

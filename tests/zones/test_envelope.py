@@ -284,6 +284,15 @@ def test_every_byte(message: bytes) -> None:
             open_message(bytes(bad))
 
 
+def test_control_without_authentication() -> None:
+    """The same cipher without tags opens a changed message, and the change is where the attacker wanted it."""
+    keystream = Cipher(algorithms.AES256(RAW), modes.CTR(bytes(16)))
+    sealed = bytearray(keystream.encryptor().update(b"pay 100"))
+    sealed[4] ^= ord("1") ^ ord("9")
+
+    assert keystream.decryptor().update(bytes(sealed)) == b"pay 900"
+
+
 def test_truncation_at_every_length(message: bytes) -> None:
     """A message cut short at any length does not open, nor one with a byte more."""
     for size in range(len(message)):
@@ -779,6 +788,11 @@ def test_replay_is_refused_in_any_order(order: list[int], again: int) -> None:
         guard.accept(replace(SLOT, shard=shard))
 
     assert refused(guard, replace(SLOT, shard=again))
+
+
+def test_control_replay_opens(message: bytes) -> None:
+    """Whoever does not ask the guard is given the same message twice: nothing else about it is refused."""
+    assert open_message(message) == open_message(message)
 
 
 def test_attempts_only_grow() -> None:
