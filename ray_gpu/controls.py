@@ -421,6 +421,8 @@ _ALL = (
         id="envelope", where="keeper", promise="P4", told="built in", code="zones/envelope.py::Opener",
         keeps_off="Whoever is between gateway and keeper from reading, changing, moving or cutting a message.",
         attacks=(_ENVELOPE + "test_every_byte", _ENVELOPE + "test_wrong_slot",
+                 _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused",
+                 _ENVELOPE + "test_key_commitment", _ENVELOPE + "test_downgrade"),
         positives=(_ENVELOPE + "test_key_commitment", _ENVELOPE + "test_untouched_message_opens",
                    _AFTERWARDS + "test_traffic_stays_sealed", _ENVELOPE + "test_control_without_authentication")),
     Control(
