@@ -32,7 +32,7 @@ _RESTART_PAUSE_S = 2.0
 _ENVIRONMENT: Mapping[str, str] = {
     "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "0",
     # The relay connects once the head answers; what takes longer is a busy head.
-    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "30",
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "15",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_LOG_TO_DRIVER": "0",
 }
@@ -82,11 +82,6 @@ class ClientRelay:
         except (ZoneError, OSError) as error:
             sys.stderr.write(f"the relay of zone {self._spec.zone} waits, and is tried again: {error}\n")
             sys.stderr.flush()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the relay does not run now."""
-        return self._relay is None or self._relay.poll() is not None
 
     def processes(self) -> dict[str, int]:
         """Return process ids by name."""

@@ -31,6 +31,8 @@ from zones.vault import Vault
 
 #: A gateway reads policies and logs in to Vault, which takes a second.
 START_TIMEOUT_S = 60.0
+#: A relay waits for a driver that the head starts for it, which takes a busy head long, and then tries again. Seconds.
+RELAY_TIMEOUT_S = 120.0
 _MODULE = "ray_gpu.zone_host"
 
 
@@ -155,17 +157,23 @@ class Service:
         )
         self._relay = ClientRelay(self._layout, spec)
         self._relay.start()
-        services.await_until(
-            lambda: services.gateway_is_ready(self._layout.gateway_socket(config.zone)),
-            check=self._check_first_relay,
-            timeout_s=START_TIMEOUT_S,
-            failure=ClusterError(
-                f"the relay did not reach the head at {where} in time; see {self._log}: is the head up, and does the "
-                "firewall let this host's forwarder through?",
+        try:
+            services.await_until(
+                lambda: services.gateway_is_ready(self._layout.gateway_socket(config.zone)),
+                check=self.check,
+                timeout_s=RELAY_TIMEOUT_S,
+                failure=ClusterError("no relay", node=part.node, reason="timed out"),
+            )
+        except ClusterError as error:
+            if error.reason != "timed out":
+                raise
+            why = services.last_words(self._log, self._log_start)
+            raise ClusterError(
+                f"the relay did not join the head at {where} in time{why}; see {self._log}: is the head up, and does "
+                "the firewall let this host's forwarder through?",
                 node=part.node,
                 reason="timed out",
-            ),
-        )
+            ) from None
 
     def _identify(self, part: RelayPart) -> RayIdentity:
         """Get the relay's certificate and the cluster's token from Vault, with the login of its node."""
@@ -175,17 +183,6 @@ class Service:
         identity = node_identity.obtain(vault, role_id, secret_id, node=part.node, addresses=[part.address])
         self._not_after = identity.not_after
         return identity
-
-    def _check_first_relay(self) -> None:
-        """Raise if gateway or relay has ended: the first relay ends only if something must be put right."""
-        self._check_gateway()
-        if self._relay is not None and self._relay.ended:
-            raise ClusterError(
-                f"the relay of zone {self._config.zone} ended{services.last_words(self._log, self._log_start)}; see "
-                f"{self._log}",
-                node="",
-                reason="relay ended",
-            )
 
     def check(self) -> None:
         """Raise if the gateway has ended. A relay that has is started again: it ends with each loss of the head."""

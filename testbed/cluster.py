@@ -41,7 +41,7 @@ STATE = "/var/lib/ray-gpu"
 _TOKEN, _POLICIES = f"{HOME}/vault-token", "/etc/ray-gpu/policies"
 #: The launcher asks for both; no host of a bed reaches the internet, and its output goes to a log.
 _LAUNCHER_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "TERM": "dumb"}
-_LAUNCH_TIMEOUT_S, _START_TIMEOUT_S = 150.0, 100.0
+_LAUNCH_TIMEOUT_S, _START_TIMEOUT_S = 150.0, 190.0
 
 _START_VAULT = """
 import sys
