@@ -1,7 +1,8 @@
-"""The registry of controls: what keeps off what, where, for which promise, and which tests show it. Pure data.
+"""The registry of controls: what keeps off what, where, for which promise, and which tests attack it. Pure data.
 
 ``degradations`` anywhere, ``ray-gpu doctor`` and docs/controls.md speak of controls by the ids below. An id that a host
-can lack is the name of the lack, as it stands in offers, hellos, ledgers, receipts and policies.
+can lack is the name of the lack, as it stands in offers, hellos, ledgers, receipts and policies. How each is removed
+in a copy, and which test then fails, is in ``attacks/catalogue``.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ class Control:
     attacks: tuple[str, ...] = ()
     #: Tests in which the same attempt succeeds, because the control is not there.
     positives: tuple[str, ...] = ()
-    #: Tests that remove the control in a copy and see another test fail.
-    mutations: tuple[str, ...] = ()
 
 
 _BOUNDARY, _LAUNCH = "tests/sandbox/test_boundary.py::", "tests/sandbox/test_launch.py::"
@@ -59,6 +58,7 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_ledger.py::",
     "tests/zones/test_keys.py::",
 )
+_OWN_UID, _ENDPOINTS = "tests/attack/test_gateway_uid.py::", "tests/test_endpoints.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -114,7 +114,9 @@ _ALL = (
         id="swap-on", where="node", promise="P2", told="receipt", code="ray_gpu/sandbox/cgroup.py::_cap_memory",
         keeps_off="Plaintext from the disk.",
         meaning="Plaintext may be written to the node's swap device.",
-        fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap."),
+        fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap.",
+        attacks=(_LAUNCH + "test_memory_cap_leaves_no_swap",),
+        positives=(_LAUNCH + "test_memory_cap_leaves_no_swap",)),
     Control(
         id="numpy-stand-in", where="node", promise="P8", told="receipt", code="ray_gpu/custodian.py::Custodian",
         keeps_off="People from taking a processor's figures for a GPU's.",
@@ -131,7 +133,8 @@ _ALL = (
         keeps_off="A person from the gateway's memory, files and connections.",
         meaning="Notebook and gateway share a uid, so the person could go around the gateway.",
         fix="Start the gateway as root, so that it gets a uid of its own.",
-        attacks=(_BYPASS + "test_raw_connections",)),
+        attacks=(_BYPASS + "test_raw_connections", _OWN_UID + "test_person_reads_no_data"),
+        positives=(_OWN_UID + "test_gateway_reads_them",)),
     Control(
         id="uncaged-ray", where="cage", promise="P1", told="receipt", code="ray_gpu/raylet.py::start_node",
         keeps_off="Whatever Ray is made to run from the host's files and processes.",
@@ -219,8 +222,8 @@ _ALL = (
     Control(
         id="ray-quiet", where="cage", promise="P1", told="built in", code="ray_gpu/raylet.py::_Plan",
         keeps_off="Ray from writing what passes it: spills, worker logs, task events, metrics.",
-        attacks=(_CANARIES + "test_ray_sees_nothing",),
-        positives=(_CANARIES + "test_plain_ray_is_found",)),
+        attacks=(_CANARIES + "test_ray_sees_nothing", _NODES + "test_prints_are_in_no_file"),
+        positives=(_CANARIES + "test_plain_ray_is_found", _NODES + "test_prints_are_in_no_file")),
     Control(
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
@@ -271,7 +274,9 @@ _ALL = (
         attacks=(_BYPASS + "test_renamed_columns", _BYPASS + "test_session_cap")),
     Control(
         id="endpoints", where="gateway", promise="P3", told="built in", code="ray_gpu/leases.py::LeaseOpener",
-        keeps_off="A lying relay from aiming the gateway at an address that zone.yaml does not name."),
+        keeps_off="A lying relay from aiming the gateway at an address that zone.yaml does not name.",
+        attacks=(_ENDPOINTS + "test_endpoint_that_the_zone_does_not_name",),
+        positives=(_ENDPOINTS + "test_endpoint_that_the_zone_names",)),
     Control(
         id="sealed-memory", where="gateway", promise="P3", told="built in", code="ray_gpu/source.py::from_memory",
         keeps_off="A notebook from changing data between decision and sending.",
@@ -357,11 +362,16 @@ def describe(ids: Iterable[str]) -> str:
     return "\n".join(f"{i}: {CONTROLS[i].meaning} {CONTROLS[i].fix}" if i in CONTROLS else i for i in ids)
 
 
-def markdown_table() -> str:
-    """Return the registry as the table in docs/controls.md. Paths of links are relative to docs/."""
+def markdown_table(mutations: Mapping[str, tuple[str, ...]]) -> str:
+    """Return the registry as the table in docs/controls.md. Paths of links are relative to docs/.
+
+    Args:
+        mutations: By id, the tests that fail in a copy without the control: what ``attacks/catalogue`` says.
+    """
     rows = []
     for control in _ALL:
-        tests = " | ".join(_links(kind) for kind in (control.attacks, control.positives, control.mutations))
+        evidence = (control.attacks, control.positives, mutations.get(control.id, ()))
+        tests = " | ".join(_links(kind) for kind in evidence)
         facts = f"`{control.id}` | {control.keeps_off} | {control.where} | {control.promise} | {control.told}"
         rows.append(f"| {facts} | {tests} |")
     head = "| id | keeps off | where | promise | told by | attack | positive control | mutation |"
@@ -369,5 +379,6 @@ def markdown_table() -> str:
 
 
 def _links(tests: tuple[str, ...]) -> str:
-    parts = [test.partition("::") for test in tests]
+    # One link for a test, however many of its cases are named.
+    parts = [test.partition("::") for test in dict.fromkeys(test.partition("[")[0] for test in tests)]
     return ", ".join(f"[{name}](../{file})" for file, _, name in parts) or "none yet"

@@ -1,0 +1,169 @@
+"""The catalogue of mutations fits the tree, covers the registry, and its runner tells a catch from a crash."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attacks import mutants
+from attacks.cases import Case
+from attacks.catalogue import MUTATIONS
+from attacks.catalogue.mutation import Edit, Mutation
+from attacks.sections import defined
+from ray_gpu.controls import CONTROLS
+
+ROOT = Path(__file__).parents[1]
+#: Cheap ones that are really made here; `make attack` makes all.
+SMOKE = ("core-handler", "ledger-first")
+needs_git = pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(),
+    reason="needs git and a checkout: copies what git knows",
+)
+REASON = r"== \('missing'"
+
+
+def smoke(control: str) -> Mutation:
+    """Return a control's first mutation."""
+    return next(mutation for mutation in MUTATIONS if mutation.control == control)
+
+
+# -- the catalogue ----------------------------------------------------------------------------------
+
+
+def test_every_control_has_a_mutation() -> None:
+    """Each control of the registry is removed at least once, and nothing else is."""
+    assert {mutation.control for mutation in MUTATIONS} == set(CONTROLS)
+
+
+def test_texts_are_there_once() -> None:
+    """Each text that a mutation removes is in its file exactly once, and what takes its place is another."""
+    wrong = [
+        (mutation.control, edit.old)
+        for mutation in MUTATIONS
+        for edit in mutation.edits
+        if (ROOT / edit.file).read_text(encoding="utf-8").count(edit.old) != 1 or edit.old == edit.new
+    ]
+
+    assert wrong == []
+
+
+def test_python_stays_python(tmp_path: Path) -> None:
+    """Each mutant of a Python file can be compiled: it is the control that is gone, not the file."""
+    for mutation in MUTATIONS:
+        for number, edit in enumerate(mutation.edits):
+            copy = tmp_path / edit.file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if number == 0 or not copy.exists():
+                copy.write_bytes((ROOT / edit.file).read_bytes())
+            mutants.apply(edit, tmp_path)
+            if edit.file.endswith(".py"):
+                compile(copy.read_text(encoding="utf-8"), mutation.control, "exec")
+
+
+def test_named_tests_exist() -> None:
+    """Each test that must notice is in its file, and the reason that is expected is a regular expression."""
+    wrong = []
+    for mutation in MUTATIONS:
+        re.compile(mutation.reason)
+        for test in mutation.tests:
+            file, _, name = test.partition("::")
+            if name.partition("[")[0] not in defined(ROOT / file):
+                wrong.append((mutation.control, test))
+
+    assert wrong == []
+
+
+# -- the judge --------------------------------------------------------------------------------------
+
+ONE = Mutation(control="x", what="x", edits=(), tests=("t.py::test_a",), reason="DID NOT RAISE")
+
+
+@pytest.mark.parametrize(
+    ("cases", "caught", "why"),
+    [
+        ([("t.py::test_a", "failed", "Failed: DID NOT RAISE X")], True, "DID NOT RAISE"),
+        (
+            [("t.py::test_a[1]", "passed", ""), ("t.py::test_a[2]", "failed", "Failed: DID NOT RAISE X")],
+            True,
+            "DID NOT",
+        ),
+        ([("t.py::test_a", "passed", "")], False, "every case passed"),
+        ([("t.py::test_a", "failed", "NameError: name 'x' is not defined")], False, "failed: NameError"),
+        ([("t.py::test_a", "error", "Failed: DID NOT RAISE X")], False, "error: "),
+        ([("t.py", "error", "it cannot be collected")], False, "every case passed"),
+        ([("t.py::test_ab", "failed", "Failed: DID NOT RAISE X")], False, "every case passed"),
+        ([], False, "every case passed"),
+    ],
+    ids=["caught", "one case", "escaped", "crash", "fixture", "uncollected", "another test", "nothing"],
+)
+def test_judge(cases: list[tuple[str, str, str]], caught: bool, why: str) -> None:
+    """Only a failure of the named test itself, for the named reason, is a catch."""
+    found = mutants.judge(ONE, [Case(id=i, outcome=o, message=m) for i, o, m in cases])  # type: ignore[arg-type]  # words
+
+    assert (found.caught, why in found.why) == (caught, True), found
+
+
+def test_judge_wants_every_named_test() -> None:
+    """Where two tests must notice, one alone is no catch."""
+    two = replace(ONE, tests=("t.py::test_a", "t.py::test_b"))
+    noticed = Case(id="t.py::test_a", outcome="failed", message="DID NOT RAISE")
+
+    assert not mutants.judge(two, [noticed, replace(noticed, id="t.py::test_b", outcome="passed")]).caught
+    assert mutants.judge(two, [noticed, replace(noticed, id="t.py::test_b")]).caught
+
+
+# -- real mutants -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> list[Case]:
+    """What the tests of the mutants below do without a change."""
+    return mutants.baseline([smoke(control) for control in SMOKE])
+
+
+@needs_git
+@pytest.mark.parametrize("control", SMOKE)
+def test_mutant_is_caught(unchanged: list[Case], control: str) -> None:
+    """A control that is removed in a copy is missed, in the copy alone."""
+    verdict = mutants.attempt(smoke(control), unchanged)
+
+    assert verdict.caught, verdict
+
+
+@needs_git
+@pytest.mark.parametrize(
+    ("new", "why"),
+    [("    if not_a_name:", "failed: NameError"), ('    if pattern.startswith(("|",)):', "every case passed")],
+    ids=["crash", "no change"],
+)
+def test_mutant_is_not_caught(unchanged: list[Case], new: str, why: str) -> None:
+    """Control: a mutant that dies, and one that still has its control, count as not caught."""
+    honest = smoke("core-handler")
+    verdict = mutants.attempt(replace(honest, edits=(replace(honest.edits[0], new=new),)), unchanged)
+
+    assert (verdict.caught, verdict.skipped) == (False, False)
+    assert why in verdict.why
+
+
+@needs_git
+def test_broken_tree_is_no_baseline(unchanged: list[Case]) -> None:
+    """A test that fails without the change as well proves nothing, nor does one that is skipped."""
+    mutation = smoke("core-handler")
+    (test,) = mutation.tests
+    failing = [replace(case, outcome="failed", message="anyway") for case in unchanged if case.id == test]
+    skipped = [replace(case, outcome="skipped", message="needs root") for case in unchanged if case.id == test]
+
+    assert "without the change too: anyway" in mutants.attempt(mutation, failing).why
+    assert mutants.attempt(mutation, skipped).skipped
+    assert not mutants.attempt(mutation, []).caught
+
+
+def test_edit_must_fit() -> None:
+    """A text that is not there, or there twice, is refused before anything is written."""
+    for old in ("no such text in it", "import"):
+        with pytest.raises(ValueError, match="times; see attacks/catalogue"):
+            mutants.apply(Edit(file="zones/labels.py", old=old, new=""), ROOT)
