@@ -84,8 +84,9 @@ def _mutate(controls: Sequence[str], known: Sequence[Case], jobs: int, screen: S
         if all(mutation.control != name for mutation in wanted):
             screen.say(f"  NO MUTATION of {name}: add one to attacks/catalogue")
     screen.say(f"  {len(wanted)} changes; first, what the tests that must notice do without them")
-    unchanged = mutants.baseline(wanted, known)
-    return mutants.attempt_all(wanted, unchanged, jobs=jobs, on_verdict=screen.verdict)
+    with mutants.copied() as tree:
+        unchanged = mutants.baseline(wanted, tree, known)
+        return mutants.attempt_all(wanted, tree, unchanged, jobs=jobs, on_verdict=screen.verdict)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,12 @@ class WrongTreeError(Exception):
 
 
 def run(
-    root: Path, tests: Sequence[str], *, timeout_s: float, on_case: Callable[[Case], None] = lambda case: None
+    root: Path,
+    tests: Sequence[str],
+    *,
+    timeout_s: float,
+    on_case: Callable[[Case], None] = lambda case: None,
+    stop: threading.Event | None = None,
 ) -> list[Case]:
     """Run tests of the tree at *root*, those marked heavy too, and return what each case did.
 
@@ -66,6 +72,7 @@ def run(
         tests: Files, or ``file::function[parameters]``.
         timeout_s: Longest run; the cases that had no turn are then errors.
         on_case: Called with each case as it ends.
+        stop: Ends the run before its time when it is set.
 
     Raises:
         WrongTreeError: A package is imported from elsewhere.
@@ -77,7 +84,7 @@ def run(
         record.touch()
         process = _start(root, tests, record, log)
         try:
-            for document in _documents(record, process, time.monotonic() + timeout_s):
+            for document in _documents(record, process, time.monotonic() + timeout_s, stop or threading.Event()):
                 if document["event"] == "collected":
                     _check_origins(document["origins"], root)
                     awaited = document["ids"]
@@ -111,12 +118,13 @@ def environment(root: Path) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def _documents(record: Path, process: subprocess.Popen[bytes], deadline: float) -> Iterator[dict[str, Any]]:
+def _documents(
+    record: Path, process: subprocess.Popen[bytes], deadline: float, stop: threading.Event
+) -> Iterator[dict[str, Any]]:
     """Yield what is written down, as it is, until the process has ended or the time is over."""
     with record.open(encoding="utf-8") as file:
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None and time.monotonic() < deadline and not stop.wait(_POLL_S):
             yield from _lines(file)
-            time.sleep(_POLL_S)
         yield from _lines(file)
 
 

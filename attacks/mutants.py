@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: A mutant may break what a test waits for.
 _TIMEOUT_S = 400.0
 _BASELINE_TIMEOUT_S = 1800.0
+#: Most characters of a failure that are shown.
+_SHORT = 200
 #: One test bed at a time: its control groups and addresses are the host's.
 _BEDS = threading.Lock()
 #: Says where the processes that a custodian starts take the product from: this one, and one behind the boundary.
@@ -65,15 +67,21 @@ def copied(root: Path = ROOT) -> Iterator[Path]:
     """
     listing = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, capture_output=True, check=True).stdout.decode().split("\0")
-    directory = Path(tempfile.mkdtemp(prefix="rgm"))
-    try:
-        # Sandboxes of other uids read it.
-        directory.chmod(0o755)
+    with _directory() as directory:
         for name in filter(None, names):
             source, target = root / name, directory / name
             if source.is_file() and not source.is_symlink():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
+        yield directory
+
+
+@contextlib.contextmanager
+def _directory() -> Iterator[Path]:
+    """Make a directory that sandboxes of other uids can read, and remove it."""
+    directory = Path(tempfile.mkdtemp(prefix="rgm"))
+    try:
+        directory.chmod(0o755)
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -106,19 +114,27 @@ def apply(edit: Edit, root: Path) -> None:
     path.write_text(text.replace(edit.old, edit.new), encoding="utf-8")
 
 
-def baseline(mutations: Sequence[Mutation], known: Sequence[Case] = ()) -> list[Case]:
-    """Return what the catalogue's tests do in a copy without any change; those in *known* are not run again."""
+def baseline(mutations: Sequence[Mutation], tree: Path, known: Sequence[Case] = ()) -> list[Case]:
+    """Return what the tests of mutations do in *tree* as it is; those in *known* are not run again.
+
+    Args:
+        tree: A copy from :func:`copied`.
+    """
     tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests)
     missing = [test for test in tests if not any(is_of(case, test) for case in known)]
     if not missing:
         return list(known)
-    with copied() as root:
-        check_copy(root)
-        return [*known, *run(root, missing, timeout_s=_BASELINE_TIMEOUT_S)]
+    check_copy(tree)
+    return [*known, *run(tree, missing, timeout_s=_BASELINE_TIMEOUT_S)]
 
 
-def attempt(mutation: Mutation, unchanged: Sequence[Case]) -> Verdict:
-    """Make one mutant and say whether it is caught."""
+def attempt(mutation: Mutation, tree: Path, unchanged: Sequence[Case], stop: threading.Event | None = None) -> Verdict:
+    """Make one mutant in a copy of *tree* and say whether it is caught.
+
+    Args:
+        unchanged: From :func:`baseline`.
+        stop: Ends the tests when it is set; the verdict is then worth nothing.
+    """
     for test in mutation.tests:
         before = [case for case in unchanged if is_of(case, test)]
         if lacking := [case.message for case in before if case.outcome == "skipped"]:
@@ -131,19 +147,20 @@ def attempt(mutation: Mutation, unchanged: Sequence[Case]) -> Verdict:
         if any(test.startswith("tests/hosts/") for test in mutation.tests):
             stack.enter_context(_BEDS)
             started = time.monotonic()
-        root = stack.enter_context(copied())
+        root = stack.enter_context(_directory())
+        shutil.copytree(tree, root, dirs_exist_ok=True)
         for edit in mutation.edits:
             apply(edit, root)
-        cases = run(root, mutation.tests, timeout_s=_TIMEOUT_S)
+        cases = run(root, mutation.tests, timeout_s=_TIMEOUT_S, stop=stop)
         if any(case.outcome == "error" for case in cases):
             # On a busy machine a cluster may not start in time, which says nothing about the mutant.
-            cases = run(root, mutation.tests, timeout_s=_TIMEOUT_S)
+            cases = run(root, mutation.tests, timeout_s=_TIMEOUT_S, stop=stop)
     return judge(mutation, cases, time.monotonic() - started)
 
 
 def judge(mutation: Mutation, cases: Sequence[Case], seconds: float = 0.0) -> Verdict:
     """Say whether what the tests did with a mutant is that they caught it: each named one, and for the reason."""
-    noticed: list[Case] = []
+    noticed: list[tuple[str, str]] = []
     for test in mutation.tests:
         own = [case for case in cases if is_of(case, test)]
         right = [case for case in own if case.outcome == "failed" and re.search(mutation.reason, case.message)]
@@ -151,32 +168,59 @@ def judge(mutation: Mutation, cases: Sequence[Case], seconds: float = 0.0) -> Ve
             did = next((case for case in own if case.outcome != "passed"), None)
             why = f"{did.outcome}: {in_short(did.message)}" if did else "every case passed"
             return Verdict(mutation=mutation, caught=False, by=test, why=why, seconds=seconds)
-        noticed.append(right[0])
-    by, why = noticed[0].id, in_short(noticed[0].message)
+        noticed.append((right[0].id, _around(mutation.reason, right[0].message)))
+    by, why = noticed[0]
     return Verdict(mutation=mutation, caught=True, by=by, why=why, seconds=seconds)
+
+
+def _around(reason: str, message: str) -> str:
+    """Return the part of a failure's text in which its reason stands."""
+    found = re.search(reason, message)
+    start = found.start() if found else 0
+    return in_short(message if start < _SHORT // 2 else f"... {message[start - _SHORT // 4 :]}")
 
 
 def in_short(text: str) -> str:
     """Return a text in one line, shortened for people."""
     line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
+    return line if len(line) <= _SHORT else f"{line[: _SHORT - 3]}..."
 
 
 def attempt_all(
-    mutations: Sequence[Mutation], unchanged: Sequence[Case], *, jobs: int, on_verdict: Callable[[Verdict], None]
+    mutations: Sequence[Mutation],
+    tree: Path,
+    unchanged: Sequence[Case],
+    *,
+    jobs: int,
+    on_verdict: Callable[[Verdict], None],
 ) -> list[Verdict]:
     """Make every mutant, *jobs* at a time, and return the verdicts in the catalogue's order.
 
     Args:
+        tree: A copy from :func:`copied`.
+        unchanged: From :func:`baseline`.
+        jobs: How many at one time.
         on_verdict: Called with each as it falls, from one thread at a time.
     """
-    guard = threading.Lock()
+    guard, stop = threading.Lock(), threading.Event()
+    took_s = {
+        mutation: sum(case.seconds for case in unchanged for test in mutation.tests if is_of(case, test))
+        for mutation in mutations
+    }
 
     def one(mutation: Mutation) -> Verdict:
-        verdict = attempt(mutation, unchanged)
+        verdict = attempt(mutation, tree, unchanged, stop)
         with guard:
             on_verdict(verdict)
         return verdict
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, mutations))
+        # The longest first, so that none is left to run alone at the end.
+        running = {m: pool.submit(one, m) for m in sorted(mutations, key=lambda m: -took_s[m])}
+        try:
+            return [running[mutation].result() for mutation in mutations]
+        except BaseException:
+            # Whoever interrupts the run does not wait for all that is left of it.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

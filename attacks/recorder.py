@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-#: Enough of a failure to see what it was.
-_TEXT_CHARACTERS = 4000
+#: Enough of a failure to see what it was, and to find a reason in.
+_TEXT_CHARACTERS = 16_000
 _PACKAGES = ("ray_gpu", "zones", "tests", "testbed")
 
 

@@ -113,8 +113,9 @@ def _caught(verdict: Verdict) -> str:
 
 
 def _link(case: str) -> str:
-    file, _, name = case.partition("::")
-    return f"[{_cell(name)}](../{file})"
+    test, _, parameters = case.partition("[")
+    file, _, name = test.partition("::")
+    return f"[{name}](../{file})" + (f", {_cell(parameters.removesuffix(']'))}" if parameters else "")
 
 
 def _section(cases: Sequence[Case]) -> Iterator[str]:

@@ -18,6 +18,8 @@ _WORDS: dict[Kind, tuple[str, str]] = {
     "positive": ("real", "NOT REAL"),
     "check": ("holds", "FAILS"),
 }
+#: Where the output goes to a file, whose reader scrolls.
+_FILE_COLUMNS = 160
 
 
 class Screen:
@@ -25,6 +27,8 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console.width = _FILE_COLUMNS
         self._cases: list[Case] = []
 
     def section(self, title: str) -> None:

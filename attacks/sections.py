@@ -19,19 +19,21 @@ DIRECTORIES = ("tests/attack", "tests/proofs", "tests/sandbox", "tests/hosts")
 #: The parts of the suite, and which files are theirs; the first that fits, and the last fits all.
 SECTIONS: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
-        "Canaries": re.compile(r"canar|quiet"),
+        "Canaries": re.compile(r"canar|quiet|leak"),
         "Escape battery": re.compile(r"tests/sandbox/|escape|battery"),
-        "Lateral movement": re.compile(r"lateral|rogue|tests/hosts/|test_nodes|test_node_identity|test_ports"),
+        "Lateral movement": re.compile(
+            r"lateral|rogue|client_relay|tests/hosts/|test_nodes|test_node_identity|test_ports"
+        ),
         "Tenants": re.compile(r"tenant|tests/gpu/"),
         "Into the zone": re.compile(
-            r"into|result|hostile_node|test_values|remote_error|test_frames|test_endpoints|relay"
+            r"into|result|hostile_node|test_values|remote_error|test_frames|test_endpoints|lying"
         ),
         "Keys": re.compile(r"keys|vault|envelope|revo|lease|test_key"),
-        "Out of the zone": re.compile(r"out_of|bypass|notebook|source|policy|ledger|labels|job/|shards|gateway|offers"),
+        "Out of the zone": re.compile(r"out_of|bypass|notebook|source|policy|ledger|labels|job/|shards|gateway"),
         "What a host lacks": re.compile(r""),
     }
 )
-_POSITIVE_NAME = re.compile(r"test_(control|positive)_|_(without|outside|unconfined)(_|$)")
+_POSITIVE_NAME = re.compile(r"test_(control|positive|honest)_|_(without|outside|unconfined)(_|$)")
 _POSITIVE_DOC = re.compile(r"(the )?(positive )?control( of|:| is|\b.*: the)", re.IGNORECASE)
 
 

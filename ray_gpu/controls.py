@@ -58,7 +58,8 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_ledger.py::",
     "tests/zones/test_keys.py::",
 )
-_OWN_UID, _ENDPOINTS = "tests/attack/test_gateway_uid.py::", "tests/test_endpoints.py::"
+_OWN_UID, _END = "tests/attack/test_gateway_uid.py::", "tests/attack/test_lease_end.py::"
+_ENDPOINTS = "tests/test_endpoints.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -247,8 +248,9 @@ _ALL = (
     Control(
         id="lease-end", where="keeper", promise="P2", told="built in", code="ray_gpu/custodian.py::Custodian",
         keeps_off="Plaintext and keys from outliving their lease.",
-        attacks=(_CANARIES + "test_gone_with_the_lease", _LAUNCH + "test_end_leaves_nothing"),
-        positives=(_CANARIES + "test_keeper_and_sandbox_hold_it",)),
+        attacks=(_CANARIES + "test_gone_with_the_lease", _LAUNCH + "test_end_leaves_nothing",
+                 _END + "test_lease_ends_with_its_actor"),
+        positives=(_CANARIES + "test_keeper_and_sandbox_hold_it", _END + "test_lease_lasts_while_its_actor_does")),
     Control(
         id="private-memory", where="keeper", promise="P6", told="built in", code="ray_gpu/frames.py::SealedSocket",
         keeps_off="A sandbox from changing bytes while its keeper seals or opens them.",
@@ -319,7 +321,9 @@ _ALL = (
     Control(
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",
-        attacks=(_SHARDS + "test_no_neighbour_in_a_shard", _SHARDS + "test_no_position")),
+        attacks=(_SHARDS + "test_no_neighbour_in_a_shard", _SHARDS + "test_no_position",
+                 _SHARDS + "test_shuffles_move_rows"),
+        positives=(_SHARDS + "test_shuffles_move_rows",)),
     Control(
         id="strip", where="zone", promise="P5", told="built in", code="zones/shards.py::strip",
         keeps_off="A node from metadata, categories and values beneath nulls.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,16 +121,23 @@ def test_judge_wants_every_named_test() -> None:
 
 
 @pytest.fixture(scope="module")
-def unchanged() -> list[Case]:
+def tree() -> Iterator[Path]:
+    """A copy of this checkout, of which every mutant is a copy."""
+    with mutants.copied() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def unchanged(tree: Path) -> list[Case]:
     """What the tests of the mutants below do without a change."""
-    return mutants.baseline([smoke(control) for control in SMOKE])
+    return mutants.baseline([smoke(control) for control in SMOKE], tree)
 
 
 @needs_git
 @pytest.mark.parametrize("control", SMOKE)
-def test_mutant_is_caught(unchanged: list[Case], control: str) -> None:
+def test_mutant_is_caught(tree: Path, unchanged: list[Case], control: str) -> None:
     """A control that is removed in a copy is missed, in the copy alone."""
-    verdict = mutants.attempt(smoke(control), unchanged)
+    verdict = mutants.attempt(smoke(control), tree, unchanged)
 
     assert verdict.caught, verdict
 
@@ -140,26 +148,26 @@ def test_mutant_is_caught(unchanged: list[Case], control: str) -> None:
     [("    if not_a_name:", "failed: NameError"), ('    if pattern.startswith(("|",)):', "every case passed")],
     ids=["crash", "no change"],
 )
-def test_mutant_is_not_caught(unchanged: list[Case], new: str, why: str) -> None:
+def test_mutant_is_not_caught(tree: Path, unchanged: list[Case], new: str, why: str) -> None:
     """Control: a mutant that dies, and one that still has its control, count as not caught."""
     honest = smoke("core-handler")
-    verdict = mutants.attempt(replace(honest, edits=(replace(honest.edits[0], new=new),)), unchanged)
+    verdict = mutants.attempt(replace(honest, edits=(replace(honest.edits[0], new=new),)), tree, unchanged)
 
     assert (verdict.caught, verdict.skipped) == (False, False)
     assert why in verdict.why
 
 
 @needs_git
-def test_broken_tree_is_no_baseline(unchanged: list[Case]) -> None:
+def test_broken_tree_is_no_baseline(tree: Path, unchanged: list[Case]) -> None:
     """A test that fails without the change as well proves nothing, nor does one that is skipped."""
     mutation = smoke("core-handler")
     (test,) = mutation.tests
     failing = [replace(case, outcome="failed", message="anyway") for case in unchanged if case.id == test]
     skipped = [replace(case, outcome="skipped", message="needs root") for case in unchanged if case.id == test]
 
-    assert "without the change too: anyway" in mutants.attempt(mutation, failing).why
-    assert mutants.attempt(mutation, skipped).skipped
-    assert not mutants.attempt(mutation, []).caught
+    assert "without the change too: anyway" in mutants.attempt(mutation, tree, failing).why
+    assert mutants.attempt(mutation, tree, skipped).skipped
+    assert not mutants.attempt(mutation, tree, []).caught
 
 
 def test_edit_must_fit() -> None:

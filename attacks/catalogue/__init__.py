@@ -9,7 +9,7 @@ from attacks.catalogue.mutation import Mutation
 MUTATIONS: tuple[Mutation, ...] = (*host.MUTATIONS, *built_in.MUTATIONS)
 
 
-def tests_of() -> dict[str, tuple[str, ...]]:
+def caught_by() -> dict[str, tuple[str, ...]]:
     """Return, by control, the tests that notice when it is gone."""
     found: dict[str, dict[str, None]] = {}
     for mutation in MUTATIONS:

@@ -58,7 +58,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     mutation(
         "lease-end", "keeper and sandbox outlive their lease",
         Edit(file=_CUSTODIAN, old="        _kill(running)\n        self._release", new="        self._release"),
-        _CANARIES + "test_gone_with_the_lease", r"assert \[.+\] == \[\]",
+        "tests/attack/test_lease_end.py::test_lease_ends_with_its_actor", r"assert \[\[.+\] == \[\]",
     ),
     mutation(
         "private-memory", "messages are sealed from, and opened into, memory that others can map",
@@ -145,13 +145,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "replay", "a shard is taken twice",
         Edit(file="zones/replay.py", old="if slot.call <= self._finished or full or (seen is not None and slot.attempt <= seen):",
              new="if full:"),
-        _ENVELOPE + "test_replay_is_refused_in_any_order", "DID NOT RAISE",
+        _ENVELOPE + "test_replay_is_refused_in_any_order", r"False = refused\(",
     ),
     mutation(
         "shuffle", "rows leave in the source's order",
         Edit(file="zones/plan.py", old="return permutation(_units(rows, _block_rows(obligations)), seed)",
              new="return np.arange(_units(rows, _block_rows(obligations)), dtype=np.int64)"),
-        _SHARDS + "test_no_neighbour_in_a_shard", r"assert ",
+        _SHARDS + "test_shuffles_move_rows", r"\d+\)? < 20",
     ),
     mutation(
         "strip", "category values leave with the rows",
@@ -174,7 +174,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             Edit(file="ray_gpu/remote_error.py", old='_NEVER = {"SystemExit", "KeyboardInterrupt", "GeneratorExit"}', new="_NEVER = {0}"),
             Edit(file="ray_gpu/remote_error.py", old="issubclass(kind, Exception))", new="issubclass(kind, BaseException))"),
         ),
-        "tests/test_remote_error.py::test_what_would_end_the_notebook_stays_remote", r"assert .*(SystemExit|KeyboardInterrupt|GeneratorExit)",
+        "tests/test_remote_error.py::test_what_would_end_the_notebook_stays_remote", r"False = isinstance\((SystemExit|KeyboardInterrupt)",
     ),
     mutation(
         "level-first", "a node that is weaker than policy asks for gets data",
