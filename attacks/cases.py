@@ -77,14 +77,46 @@ def run(
     Raises:
         WrongTreeError: A package is imported from elsewhere.
     """
+    stop, deadline = stop or threading.Event(), time.monotonic() + timeout_s
     cases: list[Case] = []
-    awaited: list[str] = list(tests)
+    left = list(tests)
+    while left:
+        found, awaited, said = _run_once(root, left, deadline, stop, on_case)
+        cases += found
+        unknown = [name for name in left if not any(_belongs(one, name) for one in awaited)]
+        left = [name for name in (*awaited, *unknown) if not any(_settles(case, name) for case in found)]
+        if left:
+            # A test that hangs takes its process along; what comes after it has another.
+            cases.append(Case(id=left.pop(0), outcome="error", message="pytest ended before it did", text=said))
+            on_case(cases[-1])
+        if left and (stop.is_set() or time.monotonic() > deadline):
+            cases += [Case(id=name, outcome="error", message="it had no turn: the time was over") for name in left]
+            left = []
+    return cases
+
+
+def _belongs(one: str, name: str) -> bool:
+    """Whether the id of a case is one of those that *name*, a file or a test, stands for."""
+    return name in (one, one.partition("[")[0], one.partition("::")[0])
+
+
+def _settles(case: Case, name: str) -> bool:
+    """Whether a case says what became of *name*: its own, one of its parameters', or that its file is broken."""
+    return is_of(case, name) or case.id == name.partition("::")[0]
+
+
+def _run_once(
+    root: Path, tests: Sequence[str], deadline: float, stop: threading.Event, on_case: Callable[[Case], None]
+) -> tuple[list[Case], list[str], str]:
+    """Run one pytest; return what was recorded, the ids of all that should have been, and its last words."""
+    cases: list[Case] = []
+    awaited = list(tests)
     with tempfile.TemporaryDirectory(prefix="rga") as directory:
         record, log = Path(directory) / "record", Path(directory) / "log"
         record.touch()
         process = _start(root, tests, record, log)
         try:
-            for document in _documents(record, process, time.monotonic() + timeout_s, stop or threading.Event()):
+            for document in _documents(record, process, deadline, stop):
                 if document["event"] == "collected":
                     _check_origins(document["origins"], root)
                     awaited = document["ids"]
@@ -93,12 +125,7 @@ def run(
                     on_case(cases[-1])
         finally:
             _end(process)
-        said = log.read_text("utf-8", "replace")[-_LAST_WORDS:]
-    for name in awaited:
-        if not any(is_of(case, name) or case.id == name.partition("::")[0] for case in cases):
-            cases.append(Case(id=name, outcome="error", message="it had no turn: pytest ended before", text=said))
-            on_case(cases[-1])
-    return cases
+        return cases, awaited, log.read_text("utf-8", "replace")[-_LAST_WORDS:]
 
 
 def _start(root: Path, tests: Sequence[str], record: Path, log: Path) -> subprocess.Popen[bytes]:

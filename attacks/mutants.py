@@ -28,8 +28,8 @@ _TIMEOUT_S = 400.0
 _BASELINE_TIMEOUT_S = 1800.0
 #: Most characters of a failure that are shown.
 _SHORT = 200
-#: One test bed at a time: its control groups and addresses are the host's.
-_BEDS = threading.Lock()
+#: Tests that start clusters or a test bed; one at a time, since two that start together take the same ports.
+_CLUSTERS = ("tests/attack/", "tests/hosts/", "tests/job/", "tests/proofs/", "tests/test_node")
 #: Says where the processes that a custodian starts take the product from: this one, and one behind the boundary.
 _LOOK = """
 import subprocess, sys, ray_gpu
@@ -121,11 +121,11 @@ def baseline(mutations: Sequence[Mutation], tree: Path, known: Sequence[Case] = 
         tree: A copy from :func:`copied`.
     """
     tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests)
-    missing = [test for test in tests if not any(is_of(case, test) for case in known)]
-    if not missing:
-        return list(known)
+    # An error says nothing about a test; it has another try.
+    sound = [case for case in known if case.outcome != "error"]
+    missing = [test for test in tests if not any(is_of(case, test) for case in sound)]
     check_copy(tree)
-    return [*known, *run(tree, missing, timeout_s=_BASELINE_TIMEOUT_S)]
+    return [*sound, *run(tree, missing, timeout_s=_BASELINE_TIMEOUT_S)]
 
 
 def attempt(mutation: Mutation, tree: Path, unchanged: Sequence[Case], stop: threading.Event | None = None) -> Verdict:
@@ -144,9 +144,6 @@ def attempt(mutation: Mutation, tree: Path, unchanged: Sequence[Case], stop: thr
             return Verdict(mutation=mutation, caught=False, by=test, why=f"fails without the change too: {did}")
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        if any(test.startswith("tests/hosts/") for test in mutation.tests):
-            stack.enter_context(_BEDS)
-            started = time.monotonic()
         root = stack.enter_context(_directory())
         shutil.copytree(tree, root, dirs_exist_ok=True)
         for edit in mutation.edits:
@@ -214,13 +211,19 @@ def attempt_all(
             on_verdict(verdict)
         return verdict
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(max(1, jobs - 1)) as together:
         # The longest first, so that none is left to run alone at the end.
-        running = {m: pool.submit(one, m) for m in sorted(mutations, key=lambda m: -took_s[m])}
+        ordered = sorted(mutations, key=lambda m: -took_s[m])
+        running = {m: (alone if jobs == 1 or _starts_cluster(m) else together).submit(one, m) for m in ordered}
         try:
             return [running[mutation].result() for mutation in mutations]
         except BaseException:
             # Whoever interrupts the run does not wait for all that is left of it.
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (alone, together):
+                pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _starts_cluster(mutation: Mutation) -> bool:
+    return any(test.startswith(_CLUSTERS) for test in mutation.tests)

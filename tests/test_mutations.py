@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attacks import mutants
+from attacks import cases, mutants
 from attacks.cases import Case
 from attacks.catalogue import MUTATIONS
 from attacks.catalogue.mutation import Edit, Mutation
@@ -84,7 +84,7 @@ ONE = Mutation(control="x", what="x", edits=(), tests=("t.py::test_a",), reason=
 
 
 @pytest.mark.parametrize(
-    ("cases", "caught", "why"),
+    ("did", "caught", "why"),
     [
         ([("t.py::test_a", "failed", "Failed: DID NOT RAISE X")], True, "DID NOT RAISE"),
         (
@@ -101,9 +101,9 @@ ONE = Mutation(control="x", what="x", edits=(), tests=("t.py::test_a",), reason=
     ],
     ids=["caught", "one case", "escaped", "crash", "fixture", "uncollected", "another test", "nothing"],
 )
-def test_judge(cases: list[tuple[str, str, str]], caught: bool, why: str) -> None:
+def test_judge(did: list[tuple[str, str, str]], caught: bool, why: str) -> None:
     """Only a failure of the named test itself, for the named reason, is a catch."""
-    found = mutants.judge(ONE, [Case(id=i, outcome=o, message=m) for i, o, m in cases])  # type: ignore[arg-type]  # words
+    found = mutants.judge(ONE, [Case(id=i, outcome=o, message=m) for i, o, m in did])  # type: ignore[arg-type]  # words
 
     assert (found.caught, why in found.why) == (caught, True), found
 
@@ -143,18 +143,14 @@ def test_mutant_is_caught(tree: Path, unchanged: list[Case], control: str) -> No
 
 
 @needs_git
-@pytest.mark.parametrize(
-    ("new", "why"),
-    [("    if not_a_name:", "failed: NameError"), ('    if pattern.startswith(("|",)):', "every case passed")],
-    ids=["crash", "no change"],
-)
-def test_mutant_is_not_caught(tree: Path, unchanged: list[Case], new: str, why: str) -> None:
-    """Control: a mutant that dies, and one that still has its control, count as not caught."""
+def test_crash_is_no_catch(tree: Path, unchanged: list[Case]) -> None:
+    """Control: a mutant that dies, for which the same test fails as well, counts as not caught."""
     honest = smoke("core-handler")
-    verdict = mutants.attempt(replace(honest, edits=(replace(honest.edits[0], new=new),)), tree, unchanged)
+    dying = replace(honest, edits=(replace(honest.edits[0], new="    if not_a_name:"),))
+    verdict = mutants.attempt(dying, tree, unchanged)
 
     assert (verdict.caught, verdict.skipped) == (False, False)
-    assert why in verdict.why
+    assert "failed: NameError" in verdict.why
 
 
 @needs_git
@@ -175,3 +171,50 @@ def test_edit_must_fit() -> None:
     for old in ("no such text in it", "import"):
         with pytest.raises(ValueError, match="times; see attacks/catalogue"):
             mutants.apply(Edit(file="zones/labels.py", old=old, new=""), ROOT)
+
+
+# -- the runner -------------------------------------------------------------------------------------
+
+HANGS = """
+import os
+
+def test_before() -> None:
+    '''It passes.'''
+
+def test_ends_the_process() -> None:
+    '''It takes pytest along.'''
+    os._exit(1)
+
+def test_after() -> None:
+    '''It has its turn.'''
+
+def test_fails() -> None:
+    '''It fails.'''
+    assert [1] == [], "why"
+"""
+
+
+@needs_git
+def test_a_process_that_ends_takes_no_other_test_along(tree: Path) -> None:
+    """The test that ended pytest is an error, those after it run, and each comes with its sentence."""
+    (tree / "tests/zones/test_hangs.py").write_text(HANGS)
+
+    found = cases.run(tree, ["tests/zones/test_hangs.py"], timeout_s=120)
+
+    assert {case.id.partition("::")[2]: (case.outcome, case.doc) for case in found} == {
+        "test_before": ("passed", "It passes."),
+        "test_ends_the_process": ("error", ""),
+        "test_after": ("passed", "It has its turn."),
+        "test_fails": ("failed", "It fails."),
+    }
+    assert [case.outcome for case in cases.run(tree, ["tests/zones/no_such.py"], timeout_s=120)] == ["error"]
+
+
+@needs_git
+def test_tests_of_another_tree_are_refused(tree: Path, tmp_path: Path) -> None:
+    """A tree whose product is not its own is not tested as if it were."""
+    (tmp_path / "attacks").symlink_to(tree / "attacks")
+    (tmp_path / "test_x.py").write_text("def test_x() -> None: ...")
+
+    with pytest.raises(cases.WrongTreeError, match="elsewhere"):
+        cases.run(tmp_path, ["test_x.py"], timeout_s=120)
