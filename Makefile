@@ -5,13 +5,14 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint attack bench testbed up down status gpu lock clean
+.PHONY: help demo test lint attack bench bench-tls testbed up down status gpu lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
 	@echo "make test    every check: lint, types, import contracts, tests"
 	@echo "make attack  every attack beside its positive control, every control removed once; writes docs/attacks.md"
 	@echo "make bench   measure against plain Ray"
+	@echo "make bench-tls measure what Ray's TLS costs the data path, on several hosts, as root"
 	@echo "make up      start the embedded cluster and leave it running; also: make status, make down"
 	@echo "make testbed build several hosts on this machine, as root, until Ctrl-C"
 	@echo "make lint    the checks that run nothing"
@@ -36,6 +37,10 @@ attack: .venv/ready
 
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks
+
+bench-tls: .venv/ready
+	@scripts/testbed.sh
+	@$(BIN)/python -m benchmarks.tls
 
 testbed: .venv/ready
 	@scripts/testbed.sh

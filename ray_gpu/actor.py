@@ -1,10 +1,9 @@
 """The Ray actor that stands for a lease on a GPU node. This module does I/O.
 
 It is fixed code and knows neither payload nor key: it asks the node's custodian for an
-offer, hands the grant on, opens the data endpoint, and passes every accepted connection
-to the custodian by ``SCM_RIGHTS``. Its life is the lease's: the custodian ends the lease
-when the actor's Unix connection closes, and :meth:`GpuActor.watch` returns when the
-custodian closes it.
+offer, hands the grant on, and says where the custodian listens for data. Its life is the
+lease's: the custodian ends the lease when the actor's Unix connection closes, and
+:meth:`GpuActor.watch` returns when the custodian closes it.
 
 The class is plain Python and imported by name in Ray's workers, so nothing of it is kept
 in Ray's function table; :mod:`ray_gpu.relay` makes it an actor. Where it runs is read from
@@ -18,7 +17,6 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -30,10 +28,6 @@ from zones.errors import ClusterError
 CUSTODIAN_VARIABLE = "RAY_GPU_CUSTODIAN"
 #: Id of the node.
 NODE_VARIABLE = "RAY_GPU_NODE"
-#: The node's own address; endpoints listen there and nowhere else.
-ADDRESS_VARIABLE = "RAY_GPU_ADDRESS"
-#: Ports for endpoints, ``"lowest-highest"``.
-PORTS_VARIABLE = "RAY_GPU_ENDPOINT_PORTS"
 
 #: Offers and grants are small; anything larger is no offer or grant.
 MAX_DOCUMENT_BYTES = 1 << 16
@@ -51,10 +45,8 @@ class GpuActor:
         with contextlib.suppress(OSError):
             self._custodian = unix_connect(os.environ[CUSTODIAN_VARIABLE])
             self._custodian.settimeout(CUSTODIAN_TIMEOUT_S)
-        # Requests and hand-overs share one connection, so that its end means the actor's end.
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._listener: socket.socket | None = None
 
     def offer(self, lease_id: str) -> dict[str, Any]:
         """Return the node's id and the custodian's answer, unread: ``{"node": ..., "reply": {...}}``.
@@ -71,7 +63,7 @@ class GpuActor:
             return {"node": node, "reply": error_reply(lonely)}
 
     def grant(self, document: bytes) -> dict[str, Any]:
-        """Hand a grant to the custodian and open the endpoint if it accepts.
+        """Hand a grant to the custodian, which opens the data endpoint if it accepts.
 
         Args:
             document: msgpack map, at most ``MAX_DOCUMENT_BYTES``; must hold ``lease``. Opaque otherwise.
@@ -81,7 +73,7 @@ class GpuActor:
 
         Raises:
             ValueError: *document* is too long or no map.
-            OSError: The custodian is gone, or no endpoint port is free.
+            OSError: The custodian is gone.
         """
         if len(document) > MAX_DOCUMENT_BYTES:
             raise ValueError(f"a grant has at most {MAX_DOCUMENT_BYTES} bytes; shorten it")
@@ -89,9 +81,7 @@ class GpuActor:
         if not isinstance(request, dict) or not isinstance(request.get("lease"), str):
             raise ValueError("a grant is a map that names its lease; send it again")
         reply = self._ask(request | {"op": "grant"})
-        if reply.get("ok") is not True:
-            return {"endpoint": None, "reply": reply}
-        return {"endpoint": self._open_endpoint(request["lease"]), "reply": reply}
+        return {"endpoint": reply.pop("endpoint", None), "reply": reply}
 
     def watch(self) -> str:
         """Block until the custodian's connection or this actor closes; return what ended it.
@@ -110,65 +100,15 @@ class GpuActor:
         return "the actor was closed"
 
     def close(self) -> None:
-        """Close the endpoint and the custodian's connection, which ends the lease. Idempotent."""
+        """Close the custodian's connection, which ends the lease. Idempotent."""
         self._closed.set()
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                # Wakes the thread in accept(); closing alone would leave it there.
-                self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
         if self._custodian is not None:
             self._custodian.close()
 
-    def _ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._custodian is None:
             raise ConnectionError("there is no custodian on this node; start it, then place the lease again")
         with self._lock:
-            send_message(self._custodian, request, fds)
+            send_message(self._custodian, request)
             reply, _ = recv_message(self._custodian, max_bytes=MAX_DOCUMENT_BYTES)
         return reply
-
-    def _open_endpoint(self, lease_id: str) -> list[Any]:
-        if self._listener is not None:
-            raise ValueError("this lease has an endpoint already; release it and place another")
-        host = os.environ[ADDRESS_VARIABLE]
-        lowest, highest = (int(port) for port in os.environ[PORTS_VARIABLE].split("-"))
-        self._listener = _listen(host, range(lowest, highest + 1))
-        accepting = threading.Thread(target=self._accept, args=(self._listener, lease_id), daemon=True)
-        accepting.start()
-        return [host, self._listener.getsockname()[1]]
-
-    def _accept(self, listener: socket.socket, lease_id: str) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                # Sealed pieces are written whole; waiting to fill packets would only delay them.
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                try:
-                    # A refusal closes the custodian's copy, and with ours the connection: the peer sees it.
-                    self._ask({"op": "connection", "lease": lease_id}, [connection.fileno()])
-                except OSError:
-                    self.close()
-                    return
-
-
-def _listen(host: str, ports: range) -> socket.socket:
-    """Listen on the first free port of *ports*.
-
-    Raises:
-        OSError: None is free.
-    """
-    for port in ports:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(16)
-        except OSError:
-            listener.close()
-            continue
-        return listener
-    raise OSError(f"no endpoint port of {host}:{ports.start}-{ports.stop - 1} is free; end leases or widen the range")

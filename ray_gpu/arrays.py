@@ -16,6 +16,8 @@ import pyarrow as pa
 
 #: Name of the device when NumPy computes.
 STAND_IN = "numpy stand-in (no GPU)"
+#: GPU memory is scrubbed in pieces from this size down to what the driver hands out at least, bytes.
+SCRUB_BYTES, SMALLEST_SCRUB_BYTES = 1 << 30, 2 << 20
 
 
 @functools.cache
@@ -45,6 +47,30 @@ def device() -> str:
     if cupy is None:
         return STAND_IN
     return str(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
+
+
+def scrub() -> int | None:
+    """Write zeros to all memory of every GPU that is free; return how many bytes, or ``None`` without a GPU.
+
+    What was taken stays this process's until it ends, so that no byte is left out.
+    """
+    cupy = _cupy()
+    if cupy is None:
+        return None
+    runtime, total = cupy.cuda.runtime, 0
+    for number in range(runtime.getDeviceCount()):
+        runtime.setDevice(number)
+        size = SCRUB_BYTES
+        while size >= SMALLEST_SCRUB_BYTES:
+            try:
+                runtime.memset(runtime.malloc(size), 0, size)
+            except runtime.CUDARuntimeError:
+                # No piece of this size is left; smaller ones may be.
+                size //= 2
+                continue
+            total += size
+        runtime.deviceSynchronize()
+    return total
 
 
 def to_host(value: Any) -> Any:

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import json
 import os
-import resource
 import secrets
 import select
 import signal
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from ray_gpu.sandbox import harden
 from ray_gpu.sandbox import profile as profiles
 from zones.errors import ClusterError, ZoneError
 
@@ -201,8 +201,8 @@ def serve(make: Callable[[Callable[[str], None]], Service], fds: str) -> int:
     def told(*_: object) -> None:
         raise _Told
 
-    # A custodian's core would hold the node's identity, whatever the limit of whoever started this.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # It holds logins, whatever the limits of whoever started this.
+    harden.keep_memory()
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     service: Service | None = None

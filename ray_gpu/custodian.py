@@ -1,8 +1,8 @@
 """The custodian of one GPU node: its identity, its offers and grants, its leases. This module does I/O.
 
 Trusted by the zone as far as its promise goes: it opens each lease's key once, for exactly the granted
-terms, starts keeper and sandbox, ends them, and signs what happened. It trusts nothing that an actor
-says: an actor can ask for offers, hand over grants and connections, and die.
+terms, starts keeper and sandbox, listens for the lease's data, ends all of it, and signs what happened.
+It trusts nothing that an actor says: an actor can ask for offers, hand over grants, and die.
 
 Rules:
 
@@ -33,8 +33,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_gpu.sandbox import boundary, memory
-from ray_gpu.wire import close_fds, error_reply, recv_message, send_message, unix_listen
+from ray_gpu.endpoint import Endpoint
+from ray_gpu.handover import take_secret
+from ray_gpu.sandbox import boundary, harden, memory
+from ray_gpu.sandbox.scrub import Tenancy
+from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
 from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
@@ -64,6 +67,11 @@ class NodeSettings:
     uid_count: int
     #: Uid allowed to connect besides our own: the caged actors'.
     actor_uid: int
+    #: The node's own address, and the ports there for data.
+    address: str
+    endpoint_ports: range
+    #: Ids of the controls that this node lacks around its sandboxes.
+    degradations: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,10 +82,13 @@ class Lease:
     keeper: subprocess.Popen[bytes]
     sandbox: subprocess.Popen[bytes]
     control: socket.socket
+    endpoint: Endpoint
     device: str = ""
+    #: What was done against another zone's leftovers in GPU memory before it started.
+    scrub: str
     #: Ids of the controls that it lacks, those included that keeper and sandbox found missing themselves.
     degradations: tuple[str, ...] = ()
-    started: int = 0
+    started: int = field(default_factory=lambda: int(time.time()))
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -90,8 +101,9 @@ class Custodian:
         self._vault = vault
         self._policy = policy
         self._boot = secrets.token_hex(16)
+        self._tenancy = Tenancy(boundary.gpu_devices())
         stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
-        self._degradations = (*boundary.degradations(), *stand_in)
+        self._degradations = (*boundary.degradations(), *stand_in, *settings.degradations)
         self._lock = threading.Lock()
         self._offers: dict[str, tuple[Offer, ExchangeKey]] = {}
         self._used: set[str] = set()
@@ -113,8 +125,8 @@ class Custodian:
             if boundary.peer_uid(sock) not in {0, os.geteuid(), self._settings.actor_uid}:
                 return
             while True:
-                request, fds = recv_message(sock, max_bytes=64 << 10, max_fds=1)
-                send_message(sock, self._answer(request, fds, leases))
+                request, _ = recv_message(sock, max_bytes=64 << 10)
+                send_message(sock, self._answer(request, leases))
         except (OSError, ZoneError):
             return
         finally:
@@ -122,7 +134,7 @@ class Custodian:
             for lease in leases:
                 self._end(lease)
 
-    def _answer(self, request: dict[str, Any], fds: list[int], leases: set[str]) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any], leases: set[str]) -> dict[str, Any]:
         try:
             lease = check_id(str(request.get("lease")), what="lease")
             if request.get("op") == "offer":
@@ -134,14 +146,9 @@ class Custodian:
                 raise GrantRefusedError("this actor has no offer for the lease; ask for a new lease")
             if request.get("op") == "grant":
                 return {"ok": True, **self.grant(lease, request)}
-            if request.get("op") == "connection" and fds:
-                self._hand_over(lease, fds[0])
-                return {"ok": True}
             raise GrantRefusedError(f"custodian knows no request {request.get('op')!r}")
         except Exception as error:  # noqa: BLE001 - whatever an actor's words cause, it gets an answer
             return error_reply(error)
-        finally:
-            close_fds(fds)
 
     def offer(self, lease: str) -> dict[str, Any]:
         """Return a signed offer for *lease*: document, signature and certificate.
@@ -169,10 +176,10 @@ class Custodian:
         return {"offer": offer.document(), "signature": signature, "certificate": self._identity.certificate_pem}
 
     def grant(self, lease: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Check a grant, open its key, start keeper and sandbox.
+        """Check a grant, open its key, start keeper and sandbox, and listen for the lease's data.
 
         Raises:
-            GrantRefusedError: See the module's rules.
+            GrantRefusedError: See the module's rules; or no data port is free.
             SandboxLevelError: This node is weaker than the grant accepts.
             VaultError: Vault did not open the key.
         """
@@ -192,7 +199,8 @@ class Custodian:
         for process in (running.keeper, running.sandbox):
             threading.Thread(target=self._watch, args=(lease, process), daemon=True).start()
         threading.Thread(target=self._serve_keeper, args=(lease, running), daemon=True).start()
-        return {"device": running.device, "offer": offer.document()}
+        running.endpoint.serve(lambda fd: send_message(running.control, {"op": "connection"}, [fd]))
+        return {"device": running.device, "offer": offer.document(), "endpoint": running.endpoint.address}
 
     def _take_offer(self, lease: str, grant: Grant) -> tuple[Offer, ExchangeKey]:
         """Use up the offer of *lease*; whatever follows, it cannot be used again."""
@@ -226,7 +234,25 @@ class Custodian:
 
     def _start(self, grant: Grant, key: LeaseKey) -> Lease:
         """Start keeper and sandbox; return when both are ready."""
-        uid = self._settings.uid_base + 2 * (next(self._started) % (self._settings.uid_count // 2))
+        with contextlib.ExitStack() as undo:
+            endpoint = Endpoint(self._settings.address, self._settings.endpoint_ports)
+            undo.callback(endpoint.close)
+            uid = self._settings.uid_base + 2 * (next(self._started) % (self._settings.uid_count // 2))
+            scrubbed = self._tenancy.enter(grant.zone, uid)
+            undo.callback(self._tenancy.leave, grant.zone)
+            lease = self._launch(grant, uid, endpoint, scrubbed)
+            try:
+                lease.device = self._introduce(lease, key)
+            except (OSError, ZoneError) as error:
+                _kill(lease)
+                raise GrantRefusedError(
+                    f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
+                    "see the custodian's log"
+                ) from None
+            undo.pop_all()
+        return lease
+
+    def _launch(self, grant: Grant, uid: int, endpoint: Endpoint, scrubbed: str) -> Lease:
         control, keeper_control = socket.socketpair()
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
@@ -243,16 +269,7 @@ class Custodian:
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
         os.close(slots)
-        lease = Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, started=int(time.time()))
-        try:
-            lease.device = self._introduce(lease, key)
-        except (OSError, ZoneError) as error:
-            _kill(lease)
-            raise GrantRefusedError(
-                f"node {self._settings.node} could not start a sandbox ({type(error).__name__}); "
-                "see the custodian's log"
-            ) from None
-        return lease
+        return Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, endpoint=endpoint, scrub=scrubbed)
 
     def _introduce(self, lease: Lease, key: LeaseKey) -> str:
         """Give the keeper its key and wait until it and the sandbox are ready; return the device's name."""
@@ -276,12 +293,6 @@ class Custodian:
         lease.degradations = tuple(str(name) for name in ready["degradations"])
         return str(ready["device"])
 
-    def _hand_over(self, lease: str, fd: int) -> None:
-        running = self._leases.get(lease)
-        if running is None:
-            raise GrantRefusedError("no such lease runs on this node")
-        send_message(running.control, {"op": "connection"}, [fd])
-
     def _serve_keeper(self, lease: str, running: Lease) -> None:
         """Sign a receipt when the keeper reports the lease's statistics."""
         with contextlib.suppress(OSError, ZoneError):
@@ -297,6 +308,7 @@ class Custodian:
             "grant": running.grant.digest(),
             "node": self._settings.node,
             "device": running.device,
+            "scrub": running.scrub,
             "degradations": list(running.degradations),
             "exit": "closed by the zone",
             "started": running.started,
@@ -321,6 +333,7 @@ class Custodian:
         if running is None:
             return
         _kill(running)
+        self._tenancy.leave(running.grant.zone)
         self._release(running.grant)
         running.ended.set()
 
@@ -335,6 +348,7 @@ class Custodian:
 
 
 def _kill(lease: Lease) -> None:
+    lease.endpoint.close()
     lease.control.close()
     for process in (lease.sandbox, lease.keeper):
         boundary.kill(process)
@@ -367,17 +381,20 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Run a custodian. ``argv``: path of its JSON settings file, readable by it alone."""
+    """Run a custodian. ``argv``: path of its JSON settings file. Its secret id comes by standard input."""
     import json  # noqa: PLC0415 - only the entry point reads files
 
+    harden.keep_memory()
     document = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     try:
         vault = Vault(document["vault"], ca_file=document.get("vault_ca"))
-        vault.login_approle(document["role_id"], document["secret_id"])
+        vault.login_approle(document["role_id"], take_secret())
+        vault.check_clock()
         identity = NodeIdentity.enrol(document["node"], vault)
         policy = PoolPolicy.load(Path(document["policies"]), document["pool"])
     except ZoneError as error:
         sys.exit(f"the custodian of {document['node']} did not start: {type(error).__name__}: {error.message}")
+    lowest, highest = map(int, document["endpoint_ports"].split("-"))
     settings = NodeSettings(
         node=document["node"],
         pool=document["pool"],
@@ -386,6 +403,9 @@ def main(argv: list[str]) -> None:
         uid_base=document["uid_base"],
         uid_count=document["uid_count"],
         actor_uid=document["actor_uid"],
+        address=document["address"],
+        endpoint_ports=range(lowest, highest + 1),
+        degradations=tuple(document.get("degradations", ())),
     )
     custodian = Custodian(settings, identity=identity, vault=vault, policy=policy)
 

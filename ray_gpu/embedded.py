@@ -17,15 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_gpu import background, node_identity, nodes, raylet, services
+from ray_gpu import background, client_relay, node_identity, nodes, raylet, services
+from ray_gpu.ports import NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
 from ray_gpu.vault_declaration import Declaration, NodeSpec, PersonSpec
 from ray_gpu.vault_server import VaultServer
 from ray_gpu.vault_setup import AppRole, setup
-from zones.config import zone_names
+from zones.config import load_zone, zone_names
 from zones.errors import ClusterError, UnknownNameError
-from zones.model import check_id
+from zones.model import Carrier, check_id
 
 #: Uids as root: Ray cages, then two for each lease. Below 65534: a container may have no more.
 CAGE_UID, LEASE_UID, LEASE_UIDS_PER_NODE = 61001, 62000, 1600
@@ -52,6 +53,14 @@ class Plan:
     net: int = 1
     #: Whether to write the shipped data sets.
     data: bool = True
+    #: How the zone reaches Ray; ``None`` for what its zone.yaml says, and where that says nothing ``"edge"`` as root
+    #: and ``"client"`` otherwise.
+    carrier: Carrier | None = None
+
+
+def _usual_carrier() -> Carrier:
+    """Return ``client``, which needs no root, for whoever is not root; without grpcio there is ``edge`` alone."""
+    return Carrier.EDGE if os.geteuid() == 0 or not raylet.has_ray_client() else Carrier.CLIENT
 
 
 def shipped_policies() -> Path:
@@ -68,9 +77,12 @@ class Supervisor:
         self._layout = Layout(Path(plan.state))
         self.state_file = self._layout.supervisor
         self._log_start = self._layout.log.stat().st_size if self._layout.log.exists() else 0
+        self._carrier = plan.carrier or load_zone(Path(plan.policies), plan.zone).carrier or _usual_carrier()
         self._vault: VaultServer | None = None
         self._cluster: nodes.Cluster | None = None
+        self._relay: client_relay.ClientRelay | None = None
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._base_port = 0
 
     def start(self) -> dict[str, Any]:
         """Start everything; return what others need to know."""
@@ -85,11 +97,19 @@ class Supervisor:
         layout.vault_ca.chmod(0o644)
         self._say("setting up keys, identities and policies; revoking the root token")
         roles = self._setup_vault(self._vault)
-        self._say("starting three raylets, two custodians, the gateway and its relay")
+        self._base_port = plan.base_port or nodes.free_base_port()
+        raylets = "three" if self._carrier is Carrier.EDGE else "two"
+        self._say(f"starting {raylets} raylets, two custodians, the gateway and its relay")
         for index, node in enumerate(GPU_NODES):
             self._start_custodian(index, node, roles["nodes"][node])
         self._start_gateway(roles["gateway"])
+        if self._carrier is Carrier.CLIENT:
+            self._relay = self._client_relay(roles["nodes"][self._zone_node])
+            self._relay.start_relay()
         self._start_cluster(roles["nodes"])
+        if self._relay is not None:
+            # Not before the head is whole: what Ray Client's server lacks then, it tries again after long pauses.
+            self._relay.start_forwarder()
         self._await_sockets()
         if data is not None and data.wait() != 0:
             raise ClusterError(f"the data sets could not be written; see {layout.log}", node="", reason="data")
@@ -101,17 +121,19 @@ class Supervisor:
         assert self._cluster is not None
         return {
             "zone": self._plan.zone,
+            "carrier": self._carrier.value,
             "degradations": list(self._degradations()),
             "sandbox_degradations": list(boundary.degradations()),
             "address": self._cluster.address,
-            "processes": {name: process.pid for name, process in self._processes.items()},
+            "processes": {name: process.pid for name, process in self._processes.items()}
+            | (self._relay.processes() if self._relay else {}),
             "nodes": {node.spec.name: node.process.pid for node in self._cluster.nodes},
         }
 
     def _degradations(self) -> tuple[str, ...]:
         own = () if os.geteuid() == 0 else ("self-enforced",)
         # Known before the cluster runs: the gateway is started first, and must refuse what is not accepted.
-        cage = raylet.degradations()
+        cage = raylet.degradations(shared_network=True)
         return ("embedded-vault", *own, *cage)
 
     def _start_data(self) -> subprocess.Popen[bytes] | None:
@@ -129,7 +151,7 @@ class Supervisor:
             zones=(self._plan.zone,),
             nodes=(
                 *(
-                    NodeSpec(name=node, role="gpu", addresses=(self._address(index),))
+                    NodeSpec(name=node, role="gpu", addresses=self._certified(index))
                     for index, node in enumerate(GPU_NODES)
                 ),
                 NodeSpec(name=self._zone_node, role="zone", addresses=(self._address(len(GPU_NODES)),)),
@@ -149,17 +171,24 @@ class Supervisor:
 
     def _identify(self, roles: Mapping[str, AppRole], spec: raylet.NodeSpec, uid: int) -> raylet.Credentials:
         """Get a node's certificate and the cluster's token from Vault, as a host of its own does."""
-        assert self._vault is not None
-        role = roles[spec.name]
-        identity = node_identity.obtain(
-            self._vault.client(), role.role_id, role.secret_id, node=spec.name, addresses=[spec.address]
-        )
-        directory = self._layout.root / "ray" / spec.name
-        files = node_identity.write(identity, directory, uid=uid if os.geteuid() == 0 else None)
+        identity = self._obtain(roles[spec.name], spec.name)
+        files = node_identity.write(identity, self._ray_dir(spec.name), uid=uid if os.geteuid() == 0 else None)
         return raylet.Credentials(files=files.paths(), environment=files.environment())
+
+    def _obtain(self, role: AppRole, name: str) -> node_identity.RayIdentity:
+        assert self._vault is not None
+        addresses = self._certified([*GPU_NODES, self._zone_node].index(name))
+        return node_identity.obtain(self._vault.client(), role.role_id, role.secret_id, node=name, addresses=addresses)
+
+    def _ray_dir(self, name: str) -> Path:
+        return self._layout.root / "ray" / name
 
     def _address(self, index: int) -> str:
         return f"127.0.{self._plan.net}.{index + 1}"
+
+    def _certified(self, index: int) -> tuple[str, ...]:
+        """Return what a node's certificate names. The first GPU node is Ray's head as well."""
+        return node_identity.certified_addresses([self._address(index)], head=index == 0)
 
     def _login(self, role: AppRole) -> services.VaultLogin:
         assert self._vault is not None
@@ -181,6 +210,8 @@ class Supervisor:
             uid_base=LEASE_UID + index * LEASE_UIDS_PER_NODE,
             uid_count=LEASE_UIDS_PER_NODE,
             actor_uid=CAGE_UID + index,
+            address=self._address(index),
+            endpoint_ports=NodePorts.of(self._base_port, index).endpoints,
             policies=self._plan.policies,
         )
 
@@ -208,31 +239,48 @@ class Supervisor:
             )
             for index, node in enumerate(GPU_NODES)
         ]
-        specs.append(
-            raylet.NodeSpec(
-                name=self._zone_node,
-                address=self._address(len(specs)),
-                role="zone",
-                zone=plan.zone,
-                labels={},
-                socket_dir=layout.relay_dir(plan.zone),
+        if self._carrier is Carrier.EDGE:
+            specs.append(
+                raylet.NodeSpec(
+                    name=self._zone_node,
+                    address=self._address(len(specs)),
+                    role="zone",
+                    zone=plan.zone,
+                    labels={},
+                    socket_dir=layout.relay_dir(plan.zone),
+                )
             )
-        )
         self._cluster = nodes.Cluster.start(
             layout.root / "ray",
             specs,
             identify=functools.partial(self._identify, roles),
             uid_base=CAGE_UID,
-            base_port=plan.base_port or nodes.free_base_port(),
+            base_port=self._base_port,
         )
 
+    def _client_relay(self, role: AppRole) -> client_relay.ClientRelay:
+        """Return the relay of a zone without a node. The first of the GPU nodes is its head."""
+        spec = client_relay.RelaySpec(
+            zone=self._plan.zone,
+            head=(self._address(0), NodePorts.of(self._base_port, 0).client),
+            uid=CAGE_UID + len(GPU_NODES),
+            credentials=self._ray_dir(self._zone_node),
+            identify=functools.partial(self._obtain, role, self._zone_node),
+            log=self._layout.log,
+        )
+        return client_relay.ClientRelay(self._layout, spec)
+
     def _await_sockets(self) -> None:
-        """Wait until custodians and gateway listen; whatever ended meanwhile is named."""
+        """Wait until custodians and gateway listen, and a client relay is there; whatever ended meanwhile is named."""
         layout = self._layout
         sockets = [layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET for node in GPU_NODES]
-        sockets.append(layout.gateway_socket(self._plan.zone))
+        sockets.append(gateway := layout.gateway_socket(self._plan.zone))
         services.await_until(
-            lambda: all(services.listens(path) for path in sockets),
+            # A relay in a node's cage ends with its node, which _check_all names; this one may be at its second try.
+            lambda: (
+                all(services.listens(path) for path in sockets)
+                and (self._relay is None or services.gateway_is_ready(gateway))
+            ),
             check=self._check_all,
             timeout_s=START_TIMEOUT_S,
             failure=ClusterError(
@@ -243,7 +291,9 @@ class Supervisor:
         )
 
     def check(self) -> None:
-        """Do nothing: what has ended shows in ``ray-gpu status``, and the rest goes on without it."""
+        """Start a client relay again; what else has ended shows in ``ray-gpu status``, and the rest goes on."""
+        if self._relay is not None:
+            self._relay.check()
 
     def _check_all(self) -> None:
         """Raise if a process that should run has ended.
@@ -251,6 +301,7 @@ class Supervisor:
         Raises:
             ClusterError: Names it.
         """
+        self.check()
         for name, process in self._processes.items():
             if process.poll() is not None:
                 why = services.last_words(self._layout.log, self._log_start)
@@ -267,6 +318,8 @@ class Supervisor:
         gateway = self._processes.pop("gateway", None)
         if gateway is not None:
             services.end(gateway, first_child=True)
+        if self._relay is not None:
+            self._relay.stop()
         for process in self._processes.values():
             services.end(process)
         self._processes.clear()
@@ -339,7 +392,8 @@ def down(layout: Layout) -> bool:
 
 def main(argv: list[str]) -> int:
     """Be the supervisor. ``argv``: the plan as JSON, and descriptors for :func:`background.serve`."""
-    plan = Plan(**json.loads(argv[0]))
+    document = json.loads(argv[0])
+    plan = Plan(**{**document, "carrier": document["carrier"] and Carrier(document["carrier"])})
     return background.serve(lambda say: Supervisor(plan, say), argv[1])
 
 

@@ -7,18 +7,21 @@ Rules:
 2. A header is believed only after the body opened: it is part of the context.
 3. A slot opens once (:class:`zones.envelope.ReplayGuard`).
 4. Buffers are kept and reused; a body moves in pieces of at most 1 MiB.
-5. Whoever waits may derive the keys of the messages that come next meanwhile
+5. A message that has begun must end in time: who sends a byte now and then holds nobody for ever.
+6. Whoever waits may derive the keys of the messages that come next meanwhile
    (:meth:`SealedSocket.get_ready`). A wrong guess costs that time and nothing else: what was
    prepared serves one message with exactly its header, or none.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import socket
 import struct
 import threading
+import time
 
 from ray_gpu.wire import PeerClosedError
 from zones.envelope import (
@@ -41,7 +44,21 @@ from zones.envelope import (
 from zones.errors import EnvelopeError
 from zones.model import Direction, Kind, Slot
 
+#: A side that hears nothing authentic for this long while it waits for a message is alone, seconds.
+SILENCE_LIMIT_S = 10.0
+#: What is opened of a large message buys the rest of it time at this rate, bytes per second. Slower connections than
+#: that are none; and whoever held back a message and lets it drip keeps a lease for its size at this rate, no longer.
+PROVEN_BYTES_PER_S = 1 << 20
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+#: A message that has begun is there after so long, and a second more for each of so many bytes: no network that anybody
+#: computes over is slower. Seconds, bytes.
+MESSAGE_TIMEOUT_S, SLOWEST_BYTES_PER_S = 20.0, 64 << 10
+#: How often a thread that waits for a message to begin or to end wakes and looks, seconds.
+_WAKE_S = 5
+
+
+class StalledError(TimeoutError):
+    """The peer began a message and did not end it in time."""
 
 
 class PlainBuffer:
@@ -110,10 +127,16 @@ class SealedSocket:
         self._start = self._end = 0
         self._plain = PlainBuffer()
         self._opened = memoryview(b"")
+        #: How long to wait for a message to begin, ``None`` for ever, and when the one that has begun must be there.
+        self._timeout_s: float | None = None
+        self._deadline = 0.0
         self._prepared: tuple[Slot, int, Sealer] | None = None
         self._expected: tuple[bytes, Header, Slot, Opener] | None = None
         #: Padded sizes of the last messages: the likeliest of the next.
         self._sent_padded = self._received_padded = MIN_PADDED_BYTES
+        #: Until when the message that is waited for must be there, on the monotonic clock; infinite when none is.
+        #: Bytes alone do not move it: whoever holds the connection can make those up.
+        self.deadline = math.inf
         #: Bytes put on and taken from the connection, headers included.
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -184,8 +207,21 @@ class SealedSocket:
         return Sealer(self._key, self._grant_digest, slot, padded_bytes)
 
     def _flush(self, view: memoryview) -> None:
-        self._sock.sendall(view)
         self.sent_bytes += len(view)
+        sent = self._send_some(view)
+        if sent == len(view):
+            return
+        deadline = time.monotonic() + MESSAGE_TIMEOUT_S + len(view) / SLOWEST_BYTES_PER_S
+        while sent < len(view):
+            if time.monotonic() > deadline:
+                raise StalledError("the peer does not take a message in time")
+            sent += self._send_some(view[sent:])
+
+    def _send_some(self, view: memoryview) -> int:
+        try:
+            return self._sock.send(view)
+        except BlockingIOError:
+            return 0
 
     def receive(self, *, keep: bool = True, most_bytes: int = MAX_PADDED_BYTES) -> tuple[Header, memoryview]:
         """Receive and open one message.
@@ -200,11 +236,16 @@ class SealedSocket:
         Raises:
             EnvelopeError: The message did not open, or its slot was seen before.
             ConnectionError: The connection ended.
+            StalledError: The message began and did not end in time.
+            OSError: None began within the time that :meth:`settimeout` set.
         """
+        self._deadline = self._due() if self._end > self._start else 0.0
+        self.deadline = time.monotonic() + SILENCE_LIMIT_S
         header, slot, opener = self._opener(self._head(), most_bytes)
         target = self._target(header.padded_bytes, keep=keep)
         self._open_body(opener, header.padded_bytes, target)
         self._guard.accept(slot)
+        self.deadline = math.inf
         self.received_bytes += HEADER_BYTES + opener.body_bytes
         self._received_padded = header.padded_bytes
         return header, split_payload(target[: header.padded_bytes])
@@ -241,10 +282,29 @@ class SealedSocket:
         return self._arrived[start : self._start]
 
     def _receive_into(self, view: memoryview) -> int:
-        received = self._sock.recv_into(view)
-        if not received:
-            raise PeerClosedError("peer closed the connection")
-        return received
+        while True:
+            try:
+                received = self._sock.recv_into(view)
+            except BlockingIOError:
+                self._wait_on()
+                continue
+            if not received:
+                raise PeerClosedError("peer closed the connection")
+            if not self._deadline:
+                self._deadline = self._due()
+            elif time.monotonic() > self._deadline:
+                raise StalledError("a message began and did not end in time")
+            return received
+
+    def _due(self) -> float:
+        return time.monotonic() + (self._timeout_s or MESSAGE_TIMEOUT_S)
+
+    def _wait_on(self) -> None:
+        """Return if there is reason to wait on, after the kernel's timeout."""
+        if self._deadline and time.monotonic() > self._deadline:
+            raise StalledError("a message began and did not end in time")
+        if not self._deadline and self._timeout_s is not None:
+            raise TimeoutError("no message came in time")
 
     def _target(self, padded_bytes: int, *, keep: bool) -> memoryview:
         if keep:
@@ -256,6 +316,8 @@ class SealedSocket:
 
     def _open_body(self, opener: Opener, padded_bytes: int, target: memoryview) -> None:
         left, filled = opener.body_bytes, 0
+        if left > PIECE_BYTES:
+            self._deadline += left / SLOWEST_BYTES_PER_S
         if self._end - self._start == left:
             # All of it came with its header, as a small message does.
             view = self._arrived[self._start : self._end]
@@ -263,7 +325,10 @@ class SealedSocket:
             filled = opener.update_into(view, target)
         while left:
             view = self._some(left)
-            filled += opener.update_into(view, target[filled:])
+            opened = opener.update_into(view, target[filled:])
+            # Each part was authentic, or this had raised.
+            self.deadline += opened / PROVEN_BYTES_PER_S
+            filled += opened
             left -= len(view)
         tail = opener.finalize()
         target[filled : filled + len(tail)] = tail
@@ -275,13 +340,19 @@ class SealedSocket:
         self._guard.finish(call)
 
     def settimeout(self, seconds: float | None) -> None:
-        """Bound how long one receive or send may block, seconds; ``None`` for ever. Over it, they raise ``OSError``."""
+        """Bound how long to wait until a message begins, and again until it has ended.
+
+        Args:
+            seconds: ``None``: a message may begin whenever it likes, and must end within ``MESSAGE_TIMEOUT_S``.
+                What is sent has that time in any case.
+        """
         # The kernel's own timeouts: Python's would ask poll() before every receive and every send.
-        whole = int(seconds or 0)
-        limit = struct.pack("@ll", whole, int(((seconds or 0) - whole) * 1_000_000))
+        self._timeout_s = seconds
         self._sock.settimeout(None)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
+        for option, limit in ((socket.SO_RCVTIMEO, seconds or _WAKE_S), (socket.SO_SNDTIMEO, _WAKE_S)):
+            whole = int(limit)
+            packed = struct.pack("@ll", whole, int((limit - whole) * 1_000_000))
+            self._sock.setsockopt(socket.SOL_SOCKET, option, packed)
 
     def shutdown(self) -> None:
         """End the connection in both directions, so that a thread that waits on it wakes."""

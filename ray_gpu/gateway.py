@@ -33,16 +33,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_gpu import job, source
+from ray_gpu.handover import take_secret
 from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.leases import HEARTBEAT_S, LeaseOpener
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.request import Mode, Request, parse
-from ray_gpu.sandbox import boundary
+from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import share_encoded, share_table, share_value
 from ray_gpu.watchdog import Watchdog
@@ -76,17 +77,17 @@ class Settings:
     vault: str
     vault_ca: str | None
     role_id: str
-    secret_id: str
+    secret_id: str = field(repr=False)
     #: Degradations of the zone's own side that whoever starts the gateway knows of.
     degradations: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: Path) -> Settings:
-        """Read settings from a JSON file."""
+    def read(cls, path: Path, secret_id: str) -> Settings:
+        """Read settings from a JSON file, which has everything but the secret id."""
         document = json.loads(path.read_text(encoding="utf-8"))
         for name in ("policies", "data_dir", "ledger", "socket_path", "relay_socket"):
             document[name] = Path(document[name])
-        return cls(**{**document, "degradations": tuple(document["degradations"])})
+        return cls(**{**document, "degradations": tuple(document["degradations"])}, secret_id=secret_id)
 
 
 class Gateway:
@@ -97,6 +98,7 @@ class Gateway:
         zone = load_zone(settings.policies, settings.zone)
         self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
         self._vault.login_approle(settings.role_id, settings.secret_id)
+        self._vault.check_clock()
         self._check_login()
         self._relay = RelayLink(self._on_lost, self._on_draining)
         self._sessions: dict[str, Session] = {}
@@ -338,6 +340,12 @@ class Connection:
     def _on_ready(self, _: dict[str, Any], __: list[int]) -> None:
         self._send({"ok": True, "ready": self._gateway.ready})
 
+    def _on_nodes(self, _: dict[str, Any], __: list[int]) -> None:
+        """Show the cluster's nodes to whoever runs this gateway, who has no session; they say nothing of the zone."""
+        if boundary.peer_uid(self._sock) not in {0, os.geteuid()}:
+            raise GatewayError("without a session only root of this host sees the nodes; attach first")
+        self._send({"ok": True, "nodes": self._gateway.nodes()})
+
     def _on_attach(self, message: dict[str, Any], _: list[int]) -> None:
         if self._session is not None:
             raise GatewayError("this connection has a session already; open another connection for another session")
@@ -418,9 +426,10 @@ class Connection:
 
 
 def main(argv: list[str]) -> None:
-    """Run a gateway. ``argv``: path of its JSON settings file, readable by it alone."""
+    """Run a gateway. ``argv``: path of its JSON settings file. Its secret id comes by standard input."""
+    harden.keep_memory()
     try:
-        gateway = Gateway(Settings.read(Path(argv[0])))
+        gateway = Gateway(Settings.read(Path(argv[0]), take_secret()))
     except ZoneError as error:
         sys.exit(f"the gateway did not start: {type(error).__name__}: {error.message}")
 

@@ -18,6 +18,18 @@ def _address(text: str) -> str:
     return text
 
 
+def _network(text: str) -> str:
+    try:
+        found = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise ValueError(f"a network is written like 192.0.2.0/24, or an address for one host: {error}") from None
+    if found.prefixlen == 0:
+        raise ValueError("0.0.0.0/0 is every host there is; name the cluster's")
+    if found.is_loopback or found.is_link_local or found.is_multicast:
+        raise ValueError(f"{text} has no host of a cluster in it")
+    return str(found)
+
+
 def _absolute(text: str) -> str:
     if not Path(text).is_absolute():
         raise ValueError(f"a path is absolute, not {text!r}")
@@ -25,6 +37,8 @@ def _absolute(text: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+#: Of IPv4.
+Network = Annotated[str, AfterValidator(_network)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 
 

@@ -6,6 +6,7 @@ leases prove what they are, the intent is on disk, and only then does the first 
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_gpu.frames import StalledError
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.request import Mode, Request
@@ -23,7 +25,15 @@ from ray_gpu.source import Source
 from ray_gpu.spending import Spending
 from zones import plan, shards
 from zones.envelope import HEADER_BYTES, Header, padded_size, sealed_size
-from zones.errors import EnvelopeError, LeaseLostError, ValueRefusedError, ZoneError
+from zones.errors import (
+    AnswerRefusedError,
+    EnvelopeError,
+    LeaseLostError,
+    ResultTooLargeError,
+    RowCountError,
+    ValueRefusedError,
+    ZoneError,
+)
 from zones.model import Kind
 
 #: Shards that are on the way in one lease at once.
@@ -34,6 +44,8 @@ PROGRESS_INTERVAL_S = 0.05
 MAX_ATTEMPTS = 4
 #: Most bytes that travel as one shard when a call wants all rows at once.
 MAX_WHOLE_BYTES = 60 << 20
+#: Most bytes that the results of one call take in the gateway, which serves others too: a quarter of the memory.
+MAX_RESULT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 #: How long a further lease may take to be placed before a call goes on without it, seconds.
 EXTRA_LEASE_TIMEOUT_S = 15.0
 #: How long a call that lost a lease and found no room goes on with the others before it looks again, seconds.
@@ -109,24 +121,44 @@ def run(session: Session, request: Request, source: Source | None, events: Event
     """
     allowed = session.decide(request, source)
     if source is None:
-        lease = session.leases.take(
+        return _alone(session, request, allowed, cancelled)
+    return ShardRun(session, request, allowed, source, events, cancelled).run()
+
+
+def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
+    """Run a function on arguments alone. What one node answers that cannot be believed, another is asked as well."""
+    leases, doubted = session.leases, ""
+    while True:
+        lease = leases.take(
             session.terms(allowed, request), allowed.decision, request.work.options, check=cancelled.check
         )
         try:
             return call(session, request, allowed, lease, cancelled)
-        except LeaseLostError:
-            session.leases.check_open()
-            raise
+        except (LeaseLostError, AnswerRefusedError) as error:
+            leases.check_open()
+            refused = isinstance(error, AnswerRefusedError)
+            if doubted or not (refused or lease.lied) or not leases.others(lease):
+                if refused and doubted not in ("", lease.node):
+                    leases.trust(doubted)
+                raise _named(error, lease) from None
+            leases.distrust(lease, f"its answer was refused: {error.message}" if refused else lease.lost)
+            doubted = lease.node
         finally:
-            session.leases.give(lease)
-    return ShardRun(session, request, allowed, source, events, cancelled).run()
+            leases.give(lease)
+
+
+def _named(error: ZoneError, lease: Lease) -> ZoneError:
+    """Return an error that also says whose answer it is about."""
+    if isinstance(error, AnswerRefusedError):
+        return AnswerRefusedError(f"node {lease.node}, lease {lease.id}: {error.message}")
+    return error
 
 
 def call(session: Session, request: Request, allowed: Allowed, lease: Lease, cancelled: Cancel) -> Result:
     """Run a function once on arguments alone: one sealed message out, one back."""
     cancelled.watch(lease)
     spending = session.standing(allowed, lease)
-    number = prepare(request, lease, spending)
+    number = prepare(session, request, lease, spending)
     spending.draw(1, _wire_bytes(len(request.arguments)))
     try:
         current = lease.next_call()
@@ -143,12 +175,12 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
             raise EnvelopeError
     except (OSError, EnvelopeError) as error:
         cancelled.check()
-        raise _lost(lease, error) from None
+        raise _lost(session, lease, error) from None
     outcome = open_outcome(payload)
     return Result(encoded=[outcome.encoded], printed=outcome.printed, report={"nodes": {lease.node: 1}})
 
 
-def prepare(request: Request, lease: Lease, spending: Spending) -> int:
+def prepare(session: Session, request: Request, lease: Lease, spending: Spending) -> int:
     """Send the function unless the lease has it; return the number that it is known by there."""
     known = lease.functions.get(request.work.digest)
     if known is not None:
@@ -158,7 +190,7 @@ def prepare(request: Request, lease: Lease, spending: Spending) -> int:
     try:
         lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.work.function)
     except OSError as error:
-        raise _lost(lease, error) from None
+        raise _lost(session, lease, error) from None
     lease.functions[request.work.digest] = number
     return number
 
@@ -169,16 +201,28 @@ def _receive(lease: Lease) -> tuple[Header, memoryview]:
     Raises:
         EnvelopeError: Something else came, or it did not open.
     """
-    header, payload = lease.link.receive()
+    header, payload = lease.link.receive(most_bytes=padded_size(SLOT_BYTES))
     if header.kind is not Kind.RESULT:
         raise EnvelopeError
     return header, payload
 
 
-def _lost(lease: Lease, error: BaseException) -> LeaseLostError:
-    lease.lost = lease.lost or ("a message did not open" if isinstance(error, EnvelopeError) else "connection lost")
+def _lost(session: Session, lease: Lease, error: BaseException) -> LeaseLostError:
+    """Give a lease up. What only a liar sends is held against its node, unless the lease was lost already."""
+    why = {
+        EnvelopeError: "a message did not open",
+        StalledError: "a message began and did not end",
+        _DoubtedError: f"its answer was refused: {error}",
+    }.get(type(error))
+    if why and not lease.lost:
+        session.leases.distrust(lease, why)
+    lease.lost = lease.lost or "connection lost"
     lease.link.shutdown()
     return lease.error(lease.lost)
+
+
+class _DoubtedError(Exception):
+    """An answer cannot be believed before another node has said the same."""
 
 
 def _wire_bytes(payload_bytes: int) -> int:
@@ -232,6 +276,11 @@ class ShardRun:
         self._nodes: dict[str, int] = {}
         self._sent_bytes = self._done_rows = 0
         self._told = 0.0
+        self._held_bytes = 0
+        #: Which node's answer stands for each shard and attempt.
+        self._accepted: dict[tuple[int, int], str] = {}
+        #: Which node first gave an answer to a shard that cannot be believed.
+        self._doubts: dict[int, str] = {}
         #: Leases that work on this call now.
         self._serving = 0
         self._failure: BaseException | None = None
@@ -360,14 +409,15 @@ class ShardRun:
                     self._take(lease, current, flying)
             lease.finish(current)
             tally.outcome = "done" if self._failure is None else "failed"
-        except (OSError, EnvelopeError) as error:
-            self._put_back(flying)
-            raise _lost(lease, error) from None
+        except (OSError, EnvelopeError, _DoubtedError) as error:
+            lost = _lost(self._session, lease, error)
+            self._put_back(flying + self._disowned(lease))
+            raise lost from None
         except ZoneError as error:
             tally.outcome = "failed"
             if flying:
                 # Answers that nobody waits for are on their way: no other call may use this lease.
-                _lost(lease, error)
+                _lost(self._session, lease, error)
             raise
         finally:
             spending.settle(tally.outcome, rows=tally.rows)
@@ -384,7 +434,7 @@ class ShardRun:
     def _begin(self, lease: Lease, spending: Spending) -> int:
         """Send function and arguments; return the call number that the lease knows the call by."""
         spending.draw(1, _wire_bytes(len(self._request.arguments)))
-        function = prepare(self._request, lease, spending)
+        function = prepare(self._session, self._request, lease, spending)
         current = lease.next_call()
         lease.link.send(lease.link.slot(Kind.ARGUMENTS, call=current, shard=function), self._request.arguments)
         return current
@@ -400,6 +450,19 @@ class ShardRun:
             if self._pending and len(flying) < IN_FLIGHT and not (self._failure or leaves):
                 return self._pending.popleft()
         return (-1, -1) if flying else None
+
+    def _disowned(self, lease: Lease) -> deque[tuple[int, int]]:
+        """Forget what a node that lied has answered to this call, and return its shards: others do them again."""
+        with self._lock:
+            found = [item for item, node in self._accepted.items() if lease.lied and node == lease.node]
+            for index, attempt in found:
+                del self._accepted[index, attempt]
+                self._parts.pop(index, None)
+                self._encoded.pop(index, None)
+                self._done_rows -= self._plan.shard_rows(index)
+            if found:
+                del self._nodes[lease.node]
+        return deque(found)
 
     def _put_back(self, flying: deque[tuple[int, int]]) -> None:
         """Queue a lost lease's shards again, each as a new attempt."""
@@ -437,18 +500,58 @@ class ShardRun:
         index, attempt = flying[0]
         if (header.call, header.shard, header.attempt) != (current, index, attempt):
             raise EnvelopeError
-        flying.popleft()
         rows = self._plan.shard_rows(index)
         expected = RowsExpected(rows) if self._request.mode is Mode.MAP else None
         try:
             outcome = open_outcome(payload, expected=expected)
+            self._hold(len(payload))
+        except (AnswerRefusedError, RowCountError) as error:
+            self._doubt(lease, index, error)
+            flying.popleft()
+            return
         except ZoneError as error:
+            flying.popleft()
             self._fail(error)
             return
-        self._accept(lease, index, rows, outcome)
+        flying.popleft()
+        self._accept(lease, (index, attempt), rows, outcome)
 
-    def _accept(self, lease: Lease, index: int, rows: int, outcome: Outcome) -> None:
+    def _doubt(self, lease: Lease, index: int, error: ZoneError) -> None:
+        """Take an answer that no honest node gives, unless the function is the cause: let another node say so.
+
+        Raises:
+            _DoubtedError: Another node can be asked; this lease is not to be used any more.
+        """
         with self._lock:
+            asked = self._doubts.get(index)
+            self._doubts[index] = lease.node
+        if asked is None and self._session.leases.others(lease):
+            raise _DoubtedError(error.message)
+        if asked not in (None, lease.node):
+            self._session.leases.trust(str(asked))
+        self._fail(_named(error, lease))
+
+    def _hold(self, size: int) -> None:
+        """Count what a result takes here. Nodes could send as much for each shard as fits a slot.
+
+        Raises:
+            ResultTooLargeError: The results of this call take more than the gateway gives to one call.
+        """
+        with self._lock:
+            self._held_bytes += size
+            held = self._held_bytes
+        if held > MAX_RESULT_BYTES:
+            raise ResultTooLargeError(
+                f"the results of this call take more than {MAX_RESULT_BYTES >> 20} MiB; return less for each shard, "
+                "or call the function on parts of the data",
+                size_bytes=held,
+                limit_bytes=MAX_RESULT_BYTES,
+            )
+
+    def _accept(self, lease: Lease, item: tuple[int, int], rows: int, outcome: Outcome) -> None:
+        index = item[0]
+        with self._lock:
+            self._accepted[item] = lease.node
             if self._request.mode is Mode.MAP:
                 self._parts[index] = outcome.value
             else:

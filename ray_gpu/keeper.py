@@ -10,7 +10,7 @@ statistics), the sandbox's socket, the shared memory.
 Threads: one reader (connection to sandbox), one writer (sandbox to connection), one per candidate
 connection until the first one proves that it holds the lease's key. The process ends, and with it
 the lease, when the connection, the sandbox or the custodian is gone, at ``not_after``, or after
-10 s without an authentic message.
+10 s without an authentic message, whatever else comes: whoever is between can hold the connection open.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
-from ray_gpu.frames import SealedSocket
+from ray_gpu.frames import SILENCE_LIMIT_S, SealedSocket
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SLOT_BYTES, SlotMap
 from ray_gpu.wire import Inbox, PeerClosedError, recv_message, send_message
@@ -36,12 +37,15 @@ from zones.envelope import MIN_PADDED_BYTES, Header, LeaseKey
 from zones.errors import EnvelopeError, ZoneError
 from zones.model import Direction, Kind
 
-#: A lease without an authentic message for this long is over, seconds.
-SILENCE_LIMIT_S = 10.0
+#: A lease to whose keeper nobody has proven himself by then is over, seconds.
+CONNECT_LIMIT_S = 15.0
 #: A connection that has not proven itself by then is dropped, seconds.
 KNOCK_TIMEOUT_S = 5.0
-#: Connections that may try to prove themselves at once.
-MAX_CANDIDATES = 8
+#: Connections that may try to prove themselves at once. One more takes the place of the oldest: whoever has the key
+#: proves it at once, and whoever has not shall not keep it out by holding a place.
+MAX_CANDIDATES = 32
+#: How often the clock is looked at, seconds.
+CLOCK_INTERVAL_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,20 +78,21 @@ class Keeper:
         #: Out slots that the sandbox does not know to be free yet: told with its next message, or once all are taken.
         self._taken: list[int] = []
         self._link: SealedSocket | None = None
-        self._candidates = threading.Semaphore(MAX_CANDIDATES)
+        #: Connections that have not proven themselves, oldest first.
+        self._candidates: deque[SealedSocket] = deque()
+        self._candidates_lock = threading.Lock()
+        self._connect_by = time.monotonic() + CONNECT_LIMIT_S
         #: Signed receipts that the custodian sent; the main thread puts them here.
         self.receipts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.calls = 0
         self.shards = 0
 
+    def deadline(self) -> float:
+        """Return until when the zone must have been heard, on the monotonic clock."""
+        return self._connect_by if self._link is None else self._link.deadline
+
     def connect(self, sock: socket.socket) -> None:
         """Let one candidate connection prove that it holds the key; the first that does is the lease's."""
-        if not self._candidates.acquire(blocking=False):
-            sock.close()
-            return
-        threading.Thread(target=self._knock, args=(sock,), daemon=True).start()
-
-    def _knock(self, sock: socket.socket) -> None:
         link = SealedSocket(
             sock,
             key=self._key(),
@@ -95,17 +100,32 @@ class Keeper:
             lease=self._start["lease"],
             outgoing=Direction.BACK,
         )
+        link.settimeout(KNOCK_TIMEOUT_S)
+        with self._candidates_lock:
+            if self._chosen.locked():
+                link.close()
+                return
+            if len(self._candidates) >= MAX_CANDIDATES:
+                self._candidates.popleft().shutdown()
+            self._candidates.append(link)
+        threading.Thread(target=self._knock, args=(link,), daemon=True).start()
+
+    def _knock(self, link: SealedSocket) -> None:
         try:
-            link.settimeout(KNOCK_TIMEOUT_S)
             header, _ = link.receive(most_bytes=MIN_PADDED_BYTES)
-            if header.kind is not Kind.HELLO or not self._chosen.acquire(blocking=False):
-                raise EnvelopeError
+            proven = header.kind is Kind.HELLO
         except (ZoneError, OSError):
+            proven = False
+        with self._candidates_lock:
+            # Not there: a newer one has taken its place.
+            waiting = link in self._candidates
+            if waiting:
+                self._candidates.remove(link)
+            chosen = proven and waiting and self._chosen.acquire(blocking=False)
+        if chosen:
+            self._serve(link)
+        else:
             link.close()
-            return
-        finally:
-            self._candidates.release()
-        self._serve(link)
 
     def _key(self) -> LeaseKey:
         return LeaseKey.from_bytes(self._start["key"])
@@ -241,7 +261,7 @@ def main(argv: list[str]) -> None:
     gc.freeze()
     keeper = Keeper(start, custodian, sandbox, memory)
     send_message(custodian, {"op": "ready", "device": start["device"], "degradations": start["degradations"]})
-    threading.Thread(target=_watch_clock, args=(start["not_after"],), daemon=True).start()
+    threading.Thread(target=_watch_clock, args=(keeper, start["not_after"]), daemon=True).start()
     try:
         while True:
             message, fds = recv_message(custodian, max_fds=1)
@@ -253,9 +273,12 @@ def main(argv: list[str]) -> None:
         leave("custodian is gone")
 
 
-def _watch_clock(not_after: int) -> None:
-    """End the lease when its time is over, whatever else hangs."""
-    time.sleep(max(0.0, not_after - time.time()))
+def _watch_clock(keeper: Keeper, not_after: int) -> None:
+    """End the lease when its time is over, or the zone has been silent for too long, whatever else hangs."""
+    while (left_s := not_after - time.time()) > 0:
+        if time.monotonic() > keeper.deadline():
+            leave("the zone is silent")
+        time.sleep(min(left_s, CLOCK_INTERVAL_S))
     leave("lease expired")
 
 

@@ -37,6 +37,8 @@ LAPSE_MARGIN_S = 5.0
 WAKE_S = 0.25
 #: Ending a lease takes keeper, relay and Vault a moment each; each of them has its own limit below this, seconds.
 FINISH_TIMEOUT_S = 60.0
+#: Why a lease could not be had.
+NO_LEASE = (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError)
 
 
 class LeasePool:
@@ -67,6 +69,10 @@ class LeasePool:
         self.closed = False
         #: Threads that end leases.
         self._finishing: list[threading.Thread] = []
+        #: Nodes that sent what no honest node sends, and what that was: passed over while the pool has others.
+        self.distrusted: dict[str, str] = {}
+        #: Each lease that did so.
+        self.lies: list[dict[str, str]] = []
 
     def check_open(self) -> None:
         """Raise if the session was closed.
@@ -85,7 +91,7 @@ class LeasePool:
             if not self._has_more_room(terms):
                 return None
             return self.take(terms, decision, options, timeout_s=timeout_s, check=check)
-        except (PlacementError, ClusterError, LeaseLostError, GrantRefusedError, VaultError):
+        except NO_LEASE:
             return None
 
     def take(
@@ -111,6 +117,7 @@ class LeasePool:
             PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        may_open = True
         while True:
             with self._lock:
                 check()
@@ -120,44 +127,58 @@ class LeasePool:
                 for lease in same:
                     if lease.lock.acquire(blocking=False):
                         return lease
-                if len(same) + self._opening < options.concurrency:
+                further = bool(same) or self._opening > 0
+                opening = (may_open or not further) and len(same) + self._opening < options.concurrency
+                if opening:
                     self._opening += 1
-                    break
-                if deadline is not None and time.monotonic() > deadline:
+                elif deadline is not None and time.monotonic() > deadline:
                     raise PlacementError(
                         "every lease of this session is in use; wait for its other calls, or give it "
                         "more with .options(concurrency=...)",
                         pool=terms.pool,
                         reason="in use",
                     )
-                self._waiting += 1
-                self._room.wait(timeout=WAKE_S)
-                self._waiting -= 1
-        return self._open(terms, decision, options, timeout_s)
+                else:
+                    self._waiting += 1
+                    self._room.wait(timeout=WAKE_S)
+                    self._waiting -= 1
+            if opening:
+                try:
+                    return self._open(terms, decision, options, timeout_s, patient=not further)
+                except NO_LEASE:
+                    # What the session has, or is about to have, serves this call as well, later.
+                    if not further or deadline is not None:
+                        raise
+                    may_open = False
 
     def has_room_for(self, terms: LeaseTerms, leases: int) -> bool:
         """Tell whether a call finds so many leases at once: idle ones, and free shares of nodes. A hint."""
         idle = sum(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases))
-        return idle >= leases or self._opener.rooms.has_room(terms.pool, terms.gpu_milli, leases=leases - idle)
+        return idle >= leases or self._opener.rooms.has_room(
+            terms.pool, terms.gpu_milli, leases=leases - idle, distrusted=self.distrusted
+        )
 
     def _has_more_room(self, terms: LeaseTerms) -> bool:
         """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
         if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
             return True
         self._reclaim()
-        return self._opener.rooms.has_room(terms.pool, terms.gpu_milli)
+        return self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted)
 
-    def _open(self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None) -> Lease:
+    def _open(
+        self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None, *, patient: bool
+    ) -> Lease:
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
-            if not self._opener.rooms.has_room(terms.pool, terms.gpu_milli):
+            if not self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted):
                 self._reclaim()
             lease = self._opener.open(
                 terms,
                 decision,
                 timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
-                patient=timeout_s is None,
+                patient=patient and timeout_s is None,
+                distrusted=self.distrusted,
             )
             lease.lock.acquire()
             with self._lock:
@@ -213,6 +234,45 @@ class LeasePool:
             if lease.id == lease_id and not lease.lost:
                 lease.lost = reason or "the GPU actor died"
                 lease.link.shutdown()
+
+    def distrust(self, lease: Lease, why: str) -> None:
+        """End a lease that sent what no honest node sends, and pass its node over from now on."""
+        with self._lock:
+            if not lease.lied:
+                lease.lied = True
+                self.lies.append({"lease": lease.id, "node": lease.node, "reason": why})
+            self.distrusted = {**self.distrusted, lease.node: why}
+            same = [other for other in self._leases if other.node == lease.node and other is not lease]
+        lease.lost = lease.lost or why
+        lease.link.shutdown()
+        for other in same:
+            if other.lock.acquire(blocking=False):
+                other.lost = other.lost or f"another lease of its node lied: {why}"
+                other.lock.release()
+
+    def trust(self, node: str) -> None:
+        """Take back what was held against a node: another one gave the same answer, so the function is the cause."""
+        with self._lock:
+            self.distrusted = {name: why for name, why in self.distrusted.items() if name != node}
+
+    def others(self, lease: Lease) -> bool:
+        """Tell whether another node could say what it makes of the same work: a lease of it is here, or it has room."""
+        terms = lease.terms
+        without = {**self.distrusted, lease.node: "asked already"}
+        deadline = time.monotonic() + FINISH_TIMEOUT_S
+        with self._lock:
+            while self._opening and time.monotonic() < deadline:
+                # Where that lease will be, is not known yet.
+                self._room.wait(timeout=WAKE_S)
+            here = [other for other in self._leases if not other.lost and other.terms == terms]
+        if any(other.node not in without for other in here):
+            return True
+        rooms = self._opener.rooms
+        if not rooms.passed_over(terms.pool, without):
+            return False
+        if not rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without):
+            self._reclaim()
+        return rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without)
 
     def yield_idle(self) -> None:
         """Give back the leases that no call has used for a moment: another session has no room."""

@@ -14,10 +14,11 @@ import contextlib
 import ipaddress
 import secrets
 import socket
-import struct
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
@@ -27,6 +28,7 @@ from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.rooms import Rooms
 from zones.config import endpoint_allowed
+from zones.envelope import LeaseKey
 from zones.errors import (
     ClusterError,
     EnvelopeError,
@@ -53,10 +55,24 @@ from zones.vault import lease_name
 
 #: The keeper's hello must be there by then, seconds.
 HELLO_TIMEOUT_S = 10.0
+#: A keeper that hangs up before its hello is asked again for so long, and after this pause, seconds.
+HELLO_AGAIN_S, HELLO_PAUSE_S = 3.0, 0.1
 #: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
 HEARTBEAT_S = 3.0
+#: How long a relay may be told to wait for room, seconds.
+PLACEMENT_TIMES_S = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0, 3600.0)
+#: Answers that nobody waits for any more, and that may still come before a receipt.
+MAX_LEFT_OVER = 8
+#: What a custodian states of a lease at least, and of which type.
+RECEIPT_FIELDS = {
+    **dict.fromkeys(("lease", "grant", "node", "device", "exit"), str),
+    **dict.fromkeys(("started", "ended", "calls", "shards", "received_bytes", "sent_bytes"), int),
+    "degradations": list,
+}
 #: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
 STALL_LIMIT_S = 20
+#: What a keeper says of itself, and a custodian's receipt, have no more bytes.
+MAX_DOCUMENT_BYTES = 64 << 10
 #: Memory limit of keeper and sandbox together, bytes.
 DEFAULT_MEMORY_BYTES = 4 << 30
 
@@ -89,6 +105,8 @@ class Lease:
     plain: PlainBuffer = field(default_factory=PlainBuffer)
     idle_since: float = 0.0
     lost: str = ""
+    #: Whether its node or its sandbox sent what none of ours sends; :attr:`lost` says what.
+    lied: bool = False
     _control_lock: threading.Lock = field(default_factory=threading.Lock)
     _calls: int = 0
     _controls: int = 0
@@ -147,7 +165,15 @@ class LeaseOpener:
         #: What the relay says of the nodes' room.
         self.rooms = Rooms(relay)
 
-    def open(self, terms: LeaseTerms, decision: Decision, *, timeout_s: float, patient: bool = True) -> Lease:
+    def open(
+        self,
+        terms: LeaseTerms,
+        decision: Decision,
+        *,
+        timeout_s: float,
+        patient: bool = True,
+        distrusted: Mapping[str, str] = MappingProxyType({}),
+    ) -> Lease:
         """Place an actor, grant it a lease, and return the lease once its hello satisfied *decision*.
 
         Nothing has left while a lease is opened, so a node that fails meanwhile is passed over for another.
@@ -155,6 +181,7 @@ class LeaseOpener:
         Args:
             timeout_s: Longest wait for room.
             patient: Whether to wait for room on the others when a node failed.
+            distrusted: Nodes to pass over as well while there are others, and why.
 
         Raises:
             PlacementError: No GPU node with room within *timeout_s*.
@@ -164,7 +191,7 @@ class LeaseOpener:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            avoid = self.rooms.passed_over(terms.pool)
+            avoid = self.rooms.passed_over(terms.pool, distrusted)
             try:
                 return self._open(terms, decision, max(0.0, deadline - time.monotonic()), avoid=sorted(avoid))
             except (ClusterError, LeaseLostError) as error:
@@ -192,8 +219,9 @@ class LeaseOpener:
             return self._grant(lease, offer, terms, decision, not_after)
         except (OSError, EnvelopeError) as error:
             self._abandon(lease, node)
+            what = "went away" if isinstance(error, OSError) else "sent what is no hello"
             raise LeaseLostError(
-                f"node {node or 'unknown'} went away while a lease was opened; run the call again",
+                f"node {node or 'unknown'} {what} while lease {lease} was opened; run the call again",
                 node=node,
                 reason=type(error).__name__,
             ) from None
@@ -202,6 +230,7 @@ class LeaseOpener:
             raise
 
     def _place(self, lease: str, terms: LeaseTerms, timeout_s: float, avoid: list[str]) -> Offer:
+        timeout_s = _coarse(timeout_s)
         answer = self._relay.request(
             {
                 "op": "place",
@@ -213,18 +242,35 @@ class LeaseOpener:
             },
             timeout_s=timeout_s + 30,
         )
-        offer = _parse_offer(answer.get("offer"))
-        verify_node_signature(
-            str(answer.get("certificate")),
-            self._node_ca,
-            node=offer.node,
-            message=canonical({"lease": lease, **offer.document()}),
-            signature_hex=str(answer.get("signature")),
-            now=int(time.time()),
-        )
+        offer = self._believed_offer(lease, answer)
         if offer.pool != terms.pool:
             raise GrantRefusedError(f"node {offer.node} is of pool {offer.pool}, not {terms.pool}; see cluster labels")
         _check_level(offer.node, (*self._degradations, *offer.degradations), terms)
+        return offer
+
+    def _believed_offer(self, lease: str, answer: dict[str, Any]) -> Offer:
+        """Return the offer in the relay's answer.
+
+        Raises:
+            LeaseLostError: It is malformed, or not signed by the node that it names. Others may do better.
+        """
+        try:
+            offer = _parse_offer(answer.get("offer"))
+            verify_node_signature(
+                str(answer.get("certificate")),
+                self._node_ca,
+                node=offer.node,
+                message=canonical({"lease": lease, **offer.document()}),
+                signature_hex=str(answer.get("signature")),
+                now=int(time.time()),
+            )
+        except GrantRefusedError as error:
+            node = str(answer.get("node"))[:40]
+            raise LeaseLostError(
+                f"node {node} made an offer for lease {lease} that is not to be believed: {error.message}",
+                node=node,
+                reason="offer",
+            ) from None
         return offer
 
     def _grant(self, lease: str, offer: Offer, terms: LeaseTerms, decision: Decision, not_after: int) -> Lease:
@@ -242,62 +288,82 @@ class LeaseOpener:
             policy_digest=decision.policy_digest,
             not_after=not_after,
         )
+        try:
+            shared = exchange.shared(offer.exchange_key)
+        except GrantRefusedError:
+            raise EnvelopeError from None
         data_key, wrapped = self._keys.make(offer.node, lease, grant.digest())
-        key = derive_lease_key(data_key, exchange.shared(offer.exchange_key), grant.digest())
+        key = derive_lease_key(data_key, shared, grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
-        link = SealedSocket(
-            self._connect(answer.get("endpoint")),
-            key=key,
-            grant_digest=grant.digest(),
-            lease=lease,
-            outgoing=Direction.OUT,
-        )
-        hello = self._hello(link)
-        _check_level(offer.node, tuple(hello["degradations"]), terms)
-        if hello["node"] != offer.node or hello["pool"] != offer.pool:
-            raise GrantRefusedError("the keeper's hello names another node; end the session and attach again")
+        link, device, degradations = self._introduce(answer.get("endpoint"), key, grant)
+        _check_level(offer.node, degradations, terms)
         return Lease(
             id=lease,
             node=offer.node,
-            device=str(hello["device"]),
-            degradations=tuple(hello["degradations"]),
+            device=device,
+            degradations=degradations,
             terms=terms,
             not_after=not_after,
             link=link,
             idle_since=time.monotonic(),
         )
 
+    def _introduce(self, endpoint: Any, key: LeaseKey, grant: Grant) -> tuple[SealedSocket, str, tuple[str, ...]]:
+        """Connect to the keeper and prove that we hold the key; return the link and what the keeper says of itself.
+
+        Strangers who crowd the endpoint may push a connection out before it has said its word: then we try again.
+        """
+        deadline = time.monotonic() + HELLO_AGAIN_S
+        while True:
+            sock = self._connect(endpoint)
+            link = SealedSocket(sock, key=key, grant_digest=grant.digest(), lease=grant.lease, outgoing=Direction.OUT)
+            try:
+                return link, *self._hello(link, grant)
+            except ConnectionError:
+                link.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(HELLO_PAUSE_S)
+            except BaseException:
+                link.close()
+                raise
+
     def _connect(self, endpoint: Any) -> socket.socket:
         """Connect to where the relay says the actor listens, if zone.yaml allows that address and port."""
         try:
             host, port = ipaddress.ip_address(str(endpoint[0])), int(endpoint[1])
-        except (TypeError, ValueError, LookupError):
+        except (TypeError, ArithmeticError, ValueError, LookupError):
             raise GrantRefusedError("the relay named no usable endpoint; see ray-gpu status") from None
         if not endpoint_allowed(self._zone.endpoints, str(host), port):
             raise GrantRefusedError(f"the relay named {host} port {port}, which zone.yaml's endpoints do not allow")
         sock = socket.create_connection((str(host), port), timeout=HELLO_TIMEOUT_S)
         # A node that vanishes, or takes nothing more, must not hold a call for ever.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT_S * 1000)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALL_LIMIT_S, 0))
         return sock
 
-    def _hello(self, link: SealedSocket) -> dict[str, Any]:
+    def _hello(self, link: SealedSocket, grant: Grant) -> tuple[str, tuple[str, ...]]:
+        """Return what the keeper says of itself: its device, and the ids of the controls that it lacks.
+
+        Raises:
+            EnvelopeError: It is no hello of the granted node.
+        """
         link.settimeout(HELLO_TIMEOUT_S)
         link.send(link.slot(Kind.HELLO, call=0), b"")
-        header, payload = link.receive()
+        header, payload = link.receive(most_bytes=MAX_DOCUMENT_BYTES)
         if header.kind is not Kind.HELLO:
             raise EnvelopeError
         link.settimeout(None)
-        hello = msgpack.unpackb(payload)
-        if not isinstance(hello, dict):
+        hello = _document(payload)
+        degradations = hello.get("degradations")
+        if not isinstance(degradations, list) or (hello.get("node"), hello.get("pool")) != (grant.node, grant.pool):
             raise EnvelopeError
-        return hello
+        return str(hello.get("device"))[:80], tuple(str(name)[:40] for name in degradations)
 
     def close(self, lease: Lease) -> dict[str, Any] | None:
         """End a lease and return the custodian's verified receipt, or ``None`` when the lease was lost."""
         receipt = None
         if not lease.lost:
-            with contextlib.suppress(OSError, ZoneError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ZoneError):
                 receipt = self._receipt(lease)
         lease.lost = lease.lost or "closed"
         lease.link.shutdown()
@@ -308,18 +374,20 @@ class LeaseOpener:
     def _receipt(self, lease: Lease) -> dict[str, Any]:
         lease.link.settimeout(HELLO_TIMEOUT_S)
         lease.control({"close": True})
-        while True:
+        for _ in range(MAX_LEFT_OVER):
             header, payload = lease.link.receive()
             if header.kind is Kind.CONTROL:
                 break
-        signed = msgpack.unpackb(payload)
-        receipt = dict(signed["receipt"])
+        if header.kind is not Kind.CONTROL or len(payload) > MAX_DOCUMENT_BYTES:
+            raise EnvelopeError
+        signed = _document(payload)
+        receipt = _checked_receipt(signed.get("receipt"))
         verify_node_signature(
-            str(signed["certificate"]),
+            str(signed.get("certificate")),
             self._node_ca,
             node=lease.node,
             message=canonical(receipt),
-            signature_hex=str(signed["signature"]),
+            signature_hex=str(signed.get("signature")),
             now=int(time.time()),
         )
         if receipt["lease"] != lease.id or receipt["node"] != lease.node:
@@ -334,10 +402,53 @@ class LeaseOpener:
             self._keys.shred(node, lease)
 
 
+def _coarse(timeout_s: float) -> float:
+    """Return the next longer of a few times, seconds: the digits of a time that a notebook chose could carry data."""
+    return next((time_s for time_s in PLACEMENT_TIMES_S if time_s >= timeout_s), PLACEMENT_TIMES_S[-1])
+
+
+def _document(payload: memoryview) -> dict[str, Any]:
+    """Return the map that a keeper sent.
+
+    Raises:
+        EnvelopeError: It is none.
+    """
+    try:
+        document = msgpack.unpackb(payload, ext_hook=_no_extension)
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise EnvelopeError
+    return document
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError("extension types are refused")
+
+
+def _checked_receipt(document: Any) -> dict[str, Any]:
+    """Return a receipt, which holds plain values alone: it goes into the ledger as it is.
+
+    Raises:
+        EnvelopeError: It is none.
+    """
+    if not isinstance(document, dict) or not all(map(_is_plain, document.values())):
+        raise EnvelopeError
+    if any(type(document.get(name)) is not kind for name, kind in RECEIPT_FIELDS.items()):
+        raise EnvelopeError
+    return document
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (str, int) or (type(value) is list and all(type(item) is str for item in value))
+
+
 def _parse_offer(document: Any) -> Offer:
     try:
         fields = dict(document)
-        fields["degradations"] = tuple(str(item) for item in fields["degradations"])
+        fields["degradations"] = tuple(str(item)[:40] for item in fields["degradations"])
+        if any(type(value) is not str for name, value in fields.items() if name != "degradations"):
+            raise TypeError("an offer's fields are text")
         offer = Offer(**fields)
         check_id(offer.node, what="node")
         return offer

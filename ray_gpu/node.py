@@ -19,17 +19,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
-from ray_gpu import background, head_probe, node_identity, raylet, services
-from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
-from ray_gpu.ports import PORTS, NodePorts
+from ray_gpu import background, cage_net, head_probe, node_identity, raylet, services
+from ray_gpu.host_file import AbsolutePath, Address, Network, VaultPart, read_login
+from ray_gpu.mounts import IN_MEMORY, file_system
+from ray_gpu.ports import PORTS, NodePorts, Role
 from ray_gpu.state import Layout
-from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
 from zones.vault import Vault
@@ -40,7 +41,8 @@ CAGE_UID, LEASE_UID, LEASE_UIDS = 61001, 62000, 3200
 RUN_DIR = Path("/run/ray-gpu-nodes")
 DEFAULT_CONFIG = Path("/etc/ray-gpu/node.yaml")
 _MODULE = "ray_gpu.node"
-
+#: A node's role as the firewall calls it.
+_ROLES = {"head": Role.HEAD, "gpu": Role.GPU, "zone": Role.EDGE_ZONE}
 
 _Port = Annotated[int, Field(ge=1024, le=65000)]
 
@@ -53,6 +55,8 @@ class NodeFile(FileModel):
     address: Address
     #: Address of Ray's head; a head's own.
     head: Address
+    #: Whom the cage may reach, on Ray's ports, and who may reach it: the cluster's other hosts and no others.
+    cluster: list[Network] = Field(min_length=1)
     vault: VaultPart
     pool: Id | None = None
     num_gpus: int = Field(default=0, ge=0, le=64)
@@ -74,6 +78,8 @@ class NodeFile(FileModel):
                 raise ValueError(f"a node of role {self.role} has no {name}")
         if (self.role == "head") != (self.address == self.head):
             raise ValueError("the head's address is its own address, and no other node's")
+        if self.role != "head" and not any(IPv4Address(self.head) in IPv4Network(net) for net in self.cluster):
+            raise ValueError(f"cluster lacks the head's address, {self.head}; the node could not reach it")
         return self
 
 
@@ -112,6 +118,7 @@ class Service:
     def __init__(self, start: Start, say: Callable[[str], None]) -> None:
         self._start = start
         self._config = read_config(Path(start.config))
+        self._ports = NodePorts(gcs=self._config.gcs_port, first=self._config.first_port)
         self._say = say
         self._layout = Layout(Path(self._config.state))
         root = _root(self._config)
@@ -125,10 +132,12 @@ class Service:
     def start(self) -> dict[str, Any]:
         """Start the node; return its condition once it has joined the cluster."""
         config = self._config
+        _check_in_memory(config.node)
         role_id, secret_id = read_login(config.vault)
         self._say(f"getting certificate and token for {config.node} from {config.vault.address}")
         vault = Vault(config.vault.address, ca_file=config.vault.ca)
-        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=[config.address])
+        addresses = node_identity.certified_addresses([config.address], head=config.role == "head")
+        identity = node_identity.obtain(vault, role_id, secret_id, node=config.node, addresses=addresses)
         uid = CAGE_UID if os.geteuid() == 0 else None
         files = node_identity.write(identity, RUN_DIR / config.node / "ray", uid=uid)
         if config.role != "head":
@@ -166,7 +175,10 @@ class Service:
             uid_base=LEASE_UID,
             uid_count=LEASE_UIDS,
             actor_uid=CAGE_UID,
+            address=config.address,
+            endpoint_ports=self._ports.endpoints,
             policies=config.policies,
+            degradations=list(raylet.degradations()),
         )
         socket = self._socket_dir() / raylet.CUSTODIAN_SOCKET
         self._await("the custodian", lambda: services.listens(socket))
@@ -178,7 +190,7 @@ class Service:
             self._say(f"people can attach once the gateway of zone {zone} runs: ray-gpu gateway start")
             return
         # A gateway that served before this node does so all the time: only it knows that this node's relay is there.
-        self._await("the gateway", lambda: _gateway_is_ready(layout.gateway_socket(zone)))
+        self._await("the gateway", lambda: services.gateway_is_ready(layout.gateway_socket(zone)))
 
     def _await(self, what: str, there: Callable[[], bool]) -> None:
         failure = ClusterError(
@@ -206,11 +218,12 @@ class Service:
             labels={"ray-gpu-pool": config.pool} if config.pool else {},
             socket_dir=self._socket_dir(),
             autoscaler=self._autoscaler(),
+            network=self._network() if raylet.can_have_network() else None,
         )
         node = self._node = raylet.start_node(
             spec,
             gcs=f"{config.head}:{config.gcs_port}",
-            ports=NodePorts(gcs=config.gcs_port, first=config.first_port),
+            ports=self._ports,
             uid=CAGE_UID,
             credentials=credentials,
         )
@@ -227,6 +240,17 @@ class Service:
                 reason=error.reason,
             ) from None
         return node
+
+    def _network(self) -> cage_net.CageNetwork:
+        """Return what the cage reaches: Ray's ports of the cluster, and by SSH the hosts that it shall start."""
+        config, scaling = self._config, self._start.autoscaling_config
+        return cage_net.CageNetwork.of(
+            _ROLES[config.role],
+            config.address,
+            config.cluster,
+            ssh=_workers(Path(scaling)) if scaling else (),
+            ports=self._ports,
+        )
 
     def _autoscaler(self) -> raylet.Autoscaler | None:
         """Copy what ``ray up`` left for the autoscaler to where the cage's uid can read it."""
@@ -264,13 +288,23 @@ class Service:
             self._node.stop()
 
 
-def _gateway_is_ready(path: Path) -> bool:
-    try:
-        with unix_connect(str(path)) as sock:
-            send_message(sock, {"op": "ready"})
-            return recv_message(sock)[0].get("ready") is True
-    except (OSError, MalformedMessageError):
-        return False
+def _check_in_memory(node: str) -> None:
+    """Refuse a disk where Ray's token, key and session belong: they would outlive the host.
+
+    Raises:
+        ClusterError: There is no tmpfs.
+    """
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+    # In a cage the session has a tmpfs of its own.
+    for path in (str(RUN_DIR), *(["/dev/shm"] if "uncaged-ray" in raylet.degradations() else [])):
+        place, kind = file_system(path, mounts)
+        if kind not in IN_MEMORY:
+            raise ClusterError(
+                f"{path} is on {place}, which is {kind}: Ray's token and key would lie on a disk (session-on-disk); "
+                f"mount a tmpfs there: mount -t tmpfs tmpfs {path}",
+                node=node,
+                reason="session-on-disk",
+            )
 
 
 def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -295,7 +329,7 @@ def start(what: Start, say: Callable[[str], None] = lambda _: None) -> dict[str,
 
 def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, say: Callable[[str], None]) -> None:
     """Wait for the GPU hosts that the head's autoscaler starts by SSH, and say of which nothing came."""
-    addresses = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"]["worker_ips"]
+    addresses = _workers(autoscaling_config)
     say(f"waiting for {len(addresses)} GPU hosts")
     # Their own node.yaml could say another port, but none of `ray-gpu firewall` lets through.
     port = NodePorts(gcs=config.gcs_port, first=config.first_port).last_to_open
@@ -304,6 +338,12 @@ def _await_hosts(autoscaling_config: Path, config: NodeFile, timeout_s: float, s
             f"GPU host {address} has NOT joined; the others serve. Run `ray-gpu node start` on it: it says what it "
             "lacks, and joins once it has that"
         )
+
+
+def _workers(autoscaling_config: Path) -> list[str]:
+    """Return the addresses of the GPU hosts that the autoscaler starts."""
+    found: list[str] = yaml.safe_load(autoscaling_config.read_text(encoding="utf-8"))["provider"].get("worker_ips", [])
+    return found
 
 
 def running(config: NodeFile) -> dict[str, Any] | None:

@@ -24,6 +24,9 @@ from zones.vault import Vault
 RAY_PKI = "pki-ray"
 #: KV version 2 mount with the cluster's token, and the token's name in it.
 RAY_KV, RAY_TOKEN = "kv-ray", "token"
+#: What the head's certificate names besides the head's own addresses, and no other node's does. There Ray Client's
+#: server speaks to itself, and there a relay without a network finds the head at the end of its tunnel.
+HEAD_LOOPBACK = "127.0.0.1"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -88,6 +91,11 @@ class RayFiles:
         }
 
 
+def certified_addresses(addresses: Sequence[str], *, head: bool) -> tuple[str, ...]:
+    """Return what a node's certificate names: its own addresses, and for Ray's head ``HEAD_LOOPBACK``."""
+    return (*addresses, *((HEAD_LOOPBACK,) if head else ()))
+
+
 def joined_addresses(addresses: Iterable[str]) -> str:
     """Return IP addresses in the one spelling and order that Vault's policies and a node's requests share.
 
@@ -134,9 +142,14 @@ def fetch(vault: Vault, *, node: str, addresses: Sequence[str]) -> RayIdentity:
 
 
 def obtain(vault: Vault, role_id: str, secret_id: str, *, node: str, addresses: Sequence[str]) -> RayIdentity:
-    """Log in as a node, :func:`fetch` its identity, and log out; closes *vault*. Raises as :func:`fetch`."""
+    """Log in as a node, :func:`fetch` its identity, and log out; closes *vault*.
+
+    Raises:
+        VaultError: The clocks differ; otherwise as :func:`fetch`.
+    """
     try:
         vault.login_approle(role_id, secret_id)
+        vault.check_clock()
         identity = fetch(vault, node=node, addresses=addresses)
         vault.revoke()
     finally:

@@ -23,7 +23,7 @@ class Cluster:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         #: Ids of missing controls.
-        self.degradations = degradations()
+        self.degradations = degradations(shared_network=True)
 
     @classmethod
     def start(
@@ -93,7 +93,11 @@ def free_base_port(first: int = 22000, *, last: int = 31000) -> int:
         ClusterError: There is none.
     """
     for base in range(first, last + 1, 1000):
-        if _claim(base) and not any(_taken(port) for index in range(3) for port in NodePorts.of(base, index).fixed()):
+        if (
+            base != _RAYS_OWN
+            and _claim(base)
+            and not any(_taken(port) for index in range(3) for port in NodePorts.of(base, index).fixed())
+        ):
             return base
     raise ClusterError(
         f"no port range between {first} and {last + 999} is free; stop another cluster (ray-gpu down)",
@@ -102,6 +106,8 @@ def free_base_port(first: int = 22000, *, last: int = 31000) -> int:
     )
 
 
+#: Ray Client's server takes ports from here on, on the head, one for each relay, for itself.
+_RAYS_OWN = 23000
 #: Port ranges that are this process's.
 _claims: set[int] = set()
 
@@ -132,7 +138,7 @@ def _taken(port: int) -> bool:
 
 
 def _check_free(ports: NodePorts, spec: NodeSpec, *, first: bool) -> None:
-    taken = [port for port in ports.fixed() if _taken(port) and (first or port != ports.gcs)]
+    taken = [port for port in ports.fixed() if _taken(port) and (first or port not in (ports.gcs, ports.client))]
     if taken:
         raise ClusterError(
             f"port {taken[0]} of node {spec.name} is taken; stop its owner (ray-gpu down) or move the base port",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray_gpu.answers import MAX_MEMBERS, MAX_TEXT_BYTES, read_outcome
 from zones import values
-from zones.errors import RemoteFunctionError, RowCountError, ValueRefusedError, from_wire
+from zones.errors import AnswerRefusedError, RemoteFunctionError, RowCountError, ValueRefusedError, from_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,14 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
 
     Raises:
         RemoteFunctionError: The user's function raised.
-        ValueRefusedError: The value is not plain data, or is larger than allowed.
+        ValueRefusedError: The sandbox says that the value is not plain data, or is larger than allowed.
+        AnswerRefusedError: The answer is none that a sandbox of ours gives.
         RowCountError: A ``map`` result has another number of rows than its shard.
     """
-    meta, encoded = read_outcome(payload)
+    try:
+        meta, encoded = read_outcome(payload)
+    except ValueRefusedError as malformed:
+        raise AnswerRefusedError(malformed.message) from None
     printed = _cut(meta.get("printed", ""))
     status = meta.get("status")
     if status == "error":
@@ -52,8 +56,11 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
         error = from_wire({"error": meta.get("error"), "message": text, "fields": meta.get("fields")})
         raise error if isinstance(error, ValueRefusedError) else ValueRefusedError(text)
     if status != "ok":
-        raise ValueRefusedError("the sandbox answered with something that is no result; run the call again")
-    value = values.decode(encoded, zero_copy=True)
+        raise AnswerRefusedError("the sandbox answered with something that is no result; run the call again")
+    try:
+        value = values.decode(encoded, zero_copy=True)
+    except ValueRefusedError as malformed:
+        raise AnswerRefusedError(malformed.message) from None
     if expected is not None:
         _check_rows(value, expected.rows)
     return Outcome(value=value, encoded=encoded, printed=printed)

@@ -3,9 +3,12 @@
 Rules:
 
 1. What :func:`flows` does not declare is dropped, by the host that would send it, by the router, and by the host that
-   would receive it. Each of the three alone is enough, but for uids, which only the sending host knows.
+   would receive it. Each of the three alone is enough, but for who on a host it is, which only that host knows.
 2. Nothing goes into a zone of kind ``client-zone``, from zone to zone, or between a zone and SSH.
-3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints.
+3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints, and only the forwarder's
+   leaves a ``client-zone`` host for Ray.
+4. Ray's ports lead into a host's cage, which has a network of its own (:mod:`ray_gpu.cage_net`), and it alone opens
+   connections to those of others. The host itself has no part in it but to ask whether somebody is there.
 
 Syntax of the rules: nftables 1.0, ``man nft``.
 """
@@ -20,8 +23,13 @@ from itertools import product
 
 from zones.errors import UnknownNameError
 
-#: Uid of gateways, where they have one of their own.
-GATEWAY_UID = 61100
+#: Uids of gateways and of forwarders, where they have one of their own.
+GATEWAY_UID, FORWARDER_UID = 61100, 61101
+_PROCESSES = {GATEWAY_UID: "gateway", FORWARDER_UID: "forwarder"}
+#: The host's end of the link to its cage.
+CAGE_LINK = "ray-cage"
+#: Lowest and highest of some ports.
+Span = tuple[int, int]
 #: Each node's share of the port range, from ``base_port + 10`` on.
 _PORTS_PER_NODE = 200
 
@@ -39,6 +47,11 @@ class NodePorts:
         return cls(gcs=base_port, first=base_port + 10 + index * _PORTS_PER_NODE)
 
     @property
+    def client(self) -> int:
+        """Port of Ray Client's server: the head's, from which every node of a cluster counts."""
+        return self.gcs + 1
+
+    @property
     def last_to_open(self) -> int:
         """Port of the runtime-env agent: a raylet joins the cluster once its agents are up."""
         return self.first + 2
@@ -50,7 +63,7 @@ class NodePorts:
 
     def fixed(self) -> list[int]:
         """Return the ports that must be free at start."""
-        return [self.gcs, *range(self.first, self.first + 6)]
+        return [self.gcs, self.client, *range(self.first, self.first + 6)]
 
     def flags(self) -> list[str]:
         """Return ``ray start`` flags that leave no port to chance."""
@@ -62,7 +75,7 @@ class NodePorts:
 
 #: Ports of a node that has a host to itself.
 PORTS = NodePorts.of(26000, 0)
-SSH, VAULT, RAY_CLIENT = 22, 8200, 10001
+SSH, VAULT = 22, 8200
 #: Name of the table, in the family ``inet``. Other tables are left alone.
 TABLE = "ray_gpu"
 
@@ -82,18 +95,36 @@ class Role(enum.Enum):
         return self in (Role.EDGE_ZONE, Role.CLIENT_ZONE)
 
 
+class End(enum.Enum):
+    """Which network of a host opens a connection, or takes it."""
+
+    HOST = "the host"
+    CAGE = "the cage"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """Connections over TCP that hosts of one role may open to those of another. What answers them needs no flow."""
 
     source: Role
     destination: Role
-    #: Lowest and highest port.
-    ports: tuple[int, int]
+    ports: Span
     #: What runs over it.
     purpose: str
-    #: The one uid that may open them at the source; ``None`` for any.
+    opened_by: End = End.HOST
+    taken_by: End = End.HOST
+    #: The one uid of the host that may open them; ``None`` for any.
     uid: int | None = None
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """IP versions, as nftables calls them: a cage has IPv4 alone."""
+        return ("ip",) if End.CAGE in (self.opened_by, self.taken_by) else ("ip", "ip6")
+
+    @property
+    def opener(self) -> str:
+        """Who may open them, in words."""
+        return self.opened_by.value if self.uid is None else f"uid {self.uid}, the {_PROCESSES[self.uid]}"
 
     def port_text(self) -> str:
         """Return ``"22"`` or ``"26020-26119"``."""
@@ -116,14 +147,28 @@ def flows(ports: NodePorts = PORTS) -> tuple[Flow, ...]:
     return (*_administration(), *_vault(), *_ray(ports), *_data(ports))
 
 
-def _one(port: int) -> tuple[int, int]:
+def cage_serves(role: Role, ports: NodePorts = PORTS) -> tuple[Span, ...]:
+    """Return the ports of a host's cage that others connect to."""
+    found = {flow.ports for flow in flows(ports) if flow.destination is role and flow.taken_by is End.CAGE}
+    # A port that somebody may also ask for by itself is in a range of others already.
+    return tuple(sorted(s for s in found if not any(s != o and o[0] <= s[0] and s[1] <= o[1] for o in found)))
+
+
+def cage_opens(role: Role, ports: NodePorts = PORTS) -> tuple[Span, ...]:
+    """Return the ports of others' cages that a host's cage connects to."""
+    found = {f.ports for f in flows(ports) if f.source is role and f.opened_by is f.taken_by is End.CAGE}
+    return tuple(sorted(found))
+
+
+def _one(port: int) -> Span:
     return port, port
 
 
 def _administration() -> Iterator[Flow]:
     for destination in (Role.HEAD, Role.GPU):
         yield Flow(source=Role.OPERATOR, destination=destination, ports=_one(SSH), purpose="SSH: ray up, ray down")
-    yield Flow(source=Role.HEAD, destination=Role.GPU, ports=_one(SSH), purpose="SSH: the autoscaler starts nodes")
+    purpose = "SSH: the autoscaler starts nodes"
+    yield Flow(source=Role.HEAD, destination=Role.GPU, ports=_one(SSH), purpose=purpose, opened_by=End.CAGE)
 
 
 def _vault() -> Iterator[Flow]:
@@ -141,11 +186,32 @@ def _ray(ports: NodePorts) -> Iterator[Flow]:
     for source, destination in product(members, members):
         if source is destination is not Role.GPU:  # one head; and no zone reaches another
             continue
-        if destination is Role.HEAD:
-            yield Flow(source=source, destination=destination, ports=_one(ports.gcs), purpose="Ray: GCS")
-        for span, purpose in services:
-            yield Flow(source=source, destination=destination, ports=span, purpose=purpose)
-    yield Flow(source=Role.CLIENT_ZONE, destination=Role.HEAD, ports=_one(RAY_CLIENT), purpose="Ray Client: the relay")
+        gcs = [(_one(ports.gcs), "Ray: GCS")] if destination is Role.HEAD else []
+        for span, purpose in (*gcs, *services):
+            yield _to_cage(source, destination, span, purpose, End.CAGE)
+    for source in (Role.GPU, Role.EDGE_ZONE):
+        yield _to_cage(source, Role.HEAD, _one(ports.gcs), "node start: is it the head?")
+    yield _to_cage(Role.HEAD, Role.GPU, _one(ports.last_to_open), "ray up: has the node joined?")
+    yield _to_cage(Role.CLIENT_ZONE, Role.HEAD, _one(ports.client), "Ray Client: the relay", uid=FORWARDER_UID)
+
+
+def _to_cage(
+    source: Role,
+    destination: Role,
+    ports: Span,
+    purpose: str,
+    opened_by: End = End.HOST,
+    uid: int | None = None,
+) -> Flow:
+    return Flow(
+        source=source,
+        destination=destination,
+        ports=ports,
+        purpose=purpose,
+        opened_by=opened_by,
+        taken_by=End.CAGE,
+        uid=uid,
+    )
 
 
 def _data(ports: NodePorts) -> Iterator[Flow]:
@@ -160,14 +226,25 @@ def _data(ports: NodePorts) -> Iterator[Flow]:
         )
 
 
-def allowed(source: Role, destination: Role, port: int, uid: int, *, ports: NodePorts = PORTS) -> bool:
-    """Say whether a process with this *uid* on a host may open a TCP connection to another host."""
+def allowed(source: Role, destination: Role, port: int, opener: int | End, *, version: int = 4) -> bool:
+    """Say whether somebody on a host may open a TCP connection to another host.
+
+    Args:
+        source: The host's role.
+        destination: The other host's.
+        port: Of the other host.
+        opener: A uid of the host, or its cage.
+        version: Of IP.
+    """
+    end, uid = (opener, None) if isinstance(opener, End) else (End.HOST, opener)
     return any(
         flow.source is source
         and flow.destination is destination
         and flow.ports[0] <= port <= flow.ports[1]
+        and flow.opened_by is end
         and flow.uid in (None, uid)
-        for flow in flows(ports)
+        and (version == 4 or "ip6" in flow.families)
+        for flow in flows()
     )
 
 
@@ -175,10 +252,11 @@ def markdown_table(ports: NodePorts = PORTS) -> str:
     """Return the declaration as the table in docs/ports.md."""
     rows = [
         f"| {flow.source.value} | {flow.destination.value} | {flow.port_text()} | {flow.purpose} | "
-        f"{'any' if flow.uid is None else f'{flow.uid}, the gateway'} |"
+        f"{flow.opener} | {flow.taken_by.value} |"
         for flow in flows(ports)
     ]
-    return "\n".join(["| from | to | TCP ports | for | uid |", "|---|---|---|---|---|", *rows, ""])
+    head = "| from | to | TCP ports | for | opened by | taken by |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows, ""])
 
 
 # -- nftables ---------------------------------------------------------------------------------------
@@ -204,26 +282,38 @@ def rules_of(role: str, hosts: Sequence[FirewallHost]) -> str:
 
 
 def host_rules(role: Role, hosts: Sequence[FirewallHost], *, ports: NodePorts = PORTS) -> str:
-    """Return the nftables file for every host of *role*: what it accepts, and what it may open."""
-    accepted = [
-        f"{family} saddr {peers} {_service(flow)}"
-        for flow in flows(ports)
-        if flow.destination is role
-        for family, peers in _addresses(flow.source, hosts).items()
-    ]
-    opened = [
-        f"{family} daddr {peers} {'' if flow.uid is None else f'meta skuid {flow.uid} '}{_service(flow)}"
-        for flow in flows(ports)
-        if flow.source is role
-        for family, peers in _addresses(flow.destination, hosts).items()
-    ]
+    """Return the nftables file for every host of *role*: what it accepts, what it may open, and both for its cage."""
+    taken: dict[End, list[str]] = {end: [] for end in End}
+    opened: dict[End, list[str]] = {end: [] for end in End}
+    for flow in flows(ports):
+        if flow.destination is role:
+            taken[flow.taken_by] += _rules(flow, "saddr", _addresses(flow.source, hosts))
+        if flow.source is role:
+            opened[flow.opened_by] += _rules(flow, "daddr", _addresses(flow.destination, hosts))
+    # What is for the cage comes in here only where there is no cage: then it is told so, as by any closed port.
+    closed = [rule.replace(" accept ", " reject with tcp reset ") for rule in taken[End.CAGE]]
     return _table(
         f"a host of role {role.value}",
-        _chain("input", [_ANSWERS, "iif lo accept", _NEIGHBOURS, "jump site_input", *accepted]),
-        _chain("output", [_ANSWERS, "oif lo accept", _NEIGHBOURS, "jump site_output", *opened]),
-        "\tchain site_input {\n\t}",
-        "\tchain site_output {\n\t}",
+        _chain("input", [_ANSWERS, "iif lo accept", _NEIGHBOURS, "jump site_input", *taken[End.HOST], *closed]),
+        _chain("output", [_ANSWERS, "oif lo accept", _NEIGHBOURS, "jump site_output", *opened[End.HOST]]),
+        _chain("forward", [_ANSWERS, "jump site_forward", *_jumps(taken[End.CAGE], opened[End.CAGE])]),
+        _plain_chain("from_cage", opened[End.CAGE]),
+        _plain_chain("to_cage", taken[End.CAGE]),
+        *(_plain_chain(f"site_{hook}", []) for hook in ("input", "output", "forward")),
     )
+
+
+def _jumps(taken: Sequence[str], opened: Sequence[str]) -> list[str]:
+    """Return what a host passes on: what its cage opens or takes, if it has a cage."""
+    into = [f'oifname "{CAGE_LINK}" jump to_cage'] if taken else []
+    out = [f'iifname "{CAGE_LINK}" jump from_cage'] if opened else []
+    return [*into, *out]
+
+
+def _rules(flow: Flow, side: str, peers: dict[str, str]) -> list[str]:
+    """Return a host's rules that let a flow pass; *side* is where its peers stand in a packet."""
+    uid = f"meta skuid {flow.uid} " if flow.uid is not None and side == "daddr" else ""
+    return [f"{family} {side} {peers[family]} {uid}{_service(flow)}" for family in flow.families if family in peers]
 
 
 def router_rules(hosts: Sequence[FirewallHost], *, ports: NodePorts = PORTS) -> str:
@@ -231,15 +321,14 @@ def router_rules(hosts: Sequence[FirewallHost], *, ports: NodePorts = PORTS) -> 
     passed = []
     for flow in flows(ports):
         sources, destinations = _addresses(flow.source, hosts), _addresses(flow.destination, hosts)
-        for family in sorted(sources.keys() & destinations.keys()):
+        for family in sorted(sources.keys() & destinations.keys() & set(flow.families)):
             ends = f"{family} saddr {sources[family]} {family} daddr {destinations[family]}"
             passed.append(f"{ends} {_service(flow)}")
     return _table(
         "the router between the hosts",
         _chain("forward", [_ANSWERS, "jump site_forward", *passed]),
         _chain("input", [_ANSWERS, "iif lo accept", _NEIGHBOURS, "jump site_input"]),
-        "\tchain site_forward {\n\t}",
-        "\tchain site_input {\n\t}",
+        *(_plain_chain(f"site_{hook}", []) for hook in ("forward", "input")),
     )
 
 
@@ -257,8 +346,11 @@ def _addresses(role: Role, hosts: Iterable[FirewallHost]) -> dict[str, str]:
 
 
 def _chain(hook: str, rules: Iterable[str]) -> str:
-    lines = [f"\tchain {hook} {{", f"\t\ttype filter hook {hook} priority filter; policy drop;"]
-    return "\n".join([*lines, *(f"\t\t{rule}" for rule in rules), "\t}"])
+    return _plain_chain(hook, [f"type filter hook {hook} priority filter; policy drop;", *rules])
+
+
+def _plain_chain(name: str, rules: Iterable[str]) -> str:
+    return "\n".join([f"\tchain {name} {{", *(f"\t\t{rule}" for rule in rules), "\t}"])
 
 
 def _table(whose: str, *chains: str) -> str:

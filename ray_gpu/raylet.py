@@ -1,7 +1,8 @@
 """One Ray node in its cage: what it is, how it starts, how it ends. This module does I/O and starts processes.
 
 A node is ``ray start --block`` behind :mod:`ray_gpu.sandbox.boundary`, with a uid, PID
-namespace, /dev/shm and session directory (tmpfs) of its own. It can read Python, this
+namespace, /dev/shm and session directory (tmpfs) of its own, and on a host of its own a
+network (:mod:`ray_gpu.cage_net`). It can read Python, this
 project's two packages, its credentials for Ray and one directory with one Unix socket, and
 nothing else: whatever Ray is made to run there finds nothing worth having. A zone's node
 runs the relay in the same cage, since a Ray driver must share PID namespace and uid with
@@ -16,6 +17,7 @@ Call :func:`start_node` on the main thread: a cage dies with the thread that sta
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_gpu import actor, cage
+from ray_gpu import actor, cage, cage_net
 from ray_gpu.ports import NodePorts
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
@@ -106,6 +108,8 @@ class NodeSpec:
     socket_dir: Path
     #: What the autoscaler on Ray's head works with; only for a head that ``ray up`` started.
     autoscaler: Autoscaler | None = None
+    #: What its cage reaches, where it has a network of its own; ``None`` where it shares the host's.
+    network: cage_net.CageNetwork | None = None
 
     def all_labels(self) -> dict[str, str]:
         """Return every label of the node."""
@@ -126,6 +130,8 @@ class Node:
     inside: Sequence[int] = ()
     #: What it says while it starts.
     words: cage.LastWords
+    #: The network of its cage, once it was connected.
+    connected: Sequence[cage_net.CageNetwork] = ()
 
     def alive(self) -> bool:
         """Whether the node's processes run."""
@@ -138,6 +144,8 @@ class Node:
     def stop(self) -> None:
         """End every process of the node, and return when they are gone."""
         cage.stop(self.process, self.inside or cage.first_processes(self.process))
+        for network in self.connected:
+            cage_net.remove(network)
         if self.leftover is not None:
             shutil.rmtree(self.leftover, ignore_errors=True)
 
@@ -221,16 +229,16 @@ class _Plan:
             "RAY_LOG_TO_STDERR": "1",
             "RAY_LOG_TO_DRIVER": "0",
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(_HEADLESS_S),
-            # The head answers before another node is started. One try a second, instead of 20.
-            **({} if self.is_head else {"RAY_NUM_REDIS_GET_RETRIES": "5"}),
+            # The head answers before another node is started, and knows itself a little later: one try a second.
+            **({} if self.is_head else {"RAY_NUM_REDIS_GET_RETRIES": "20"}),
             # Upon SIGTERM Ray lets nothing new onto the node and ends once it is idle. Others have nothing to wait for.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_LONGEST_DRAIN_S if self.drains else 0),
+            # For each client relay the head starts a driver, which takes a busy one long. Seconds.
+            **({"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"} if self.is_head else {}),
             # Version 2 does not start the workers of a provider `local`.
             **({"RAY_enable_autoscaler_v2": "0"} if self.spec.autoscaler else {}),
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),
             actor.NODE_VARIABLE: self.spec.name,
-            actor.ADDRESS_VARIABLE: self.spec.address,
-            actor.PORTS_VARIABLE: self.ports.endpoints,
         }
 
     def ray_command(self) -> list[str]:
@@ -248,6 +256,8 @@ class _Plan:
             # Ray ignores the environment variable of the same name.
             no_spill = json.dumps({"automatic_object_spilling_enabled": False})
             head = ["--head", f"--port={self.ports.gcs}", "--include-dashboard=false"]
+            # Where Ray can, it opens this one port on the head, whether a zone's carrier needs it or not.
+            head += [f"--ray-client-server-port={self.ports.client}"] if has_ray_client() else []
             scaler = self.spec.autoscaler
             head += [f"--autoscaling-config={scaler.config}"] if scaler else ["--no-monitor"]
             return [*command, *head, f"--system-config={no_spill}"]
@@ -263,13 +273,28 @@ class _Plan:
         return [sys.executable, "-m", "ray_gpu.cage", str(self.session), json.dumps(relay), *self.ray_command()]
 
 
+def has_ray_client() -> bool:
+    """Whether Ray Client can work here: on the head, and in a zone whose carrier is ``client``."""
+    return importlib.util.find_spec("grpc") is not None
+
+
 def _can_cage() -> bool:
     return boundary.survey().mode != "none"
 
 
-def degradations() -> tuple[str, ...]:
-    """Return the ids of the controls that nodes started here lack."""
-    return () if _can_cage() else ("uncaged-ray",)
+def degradations(*, shared_network: bool = False) -> tuple[str, ...]:
+    """Return the ids of the controls that nodes started here lack.
+
+    Args:
+        shared_network: Whether they share the host's network wherever they are, as several on one host do.
+    """
+    network = () if can_have_network() and not shared_network else ("shared-network",)
+    return (*(() if _can_cage() else ("uncaged-ray",)), *network)
+
+
+def can_have_network() -> bool:
+    """Tell whether a cage here can have a network of its own."""
+    return boundary.survey().mode == "root" and not cage_net.lacking()
 
 
 def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credentials: Credentials) -> Node:
@@ -304,14 +329,28 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
         # alone. An empty tmpfs below them can be listed and holds nothing else of a checkout.
         tmpfs=_TMPFS_BYTES | {str(root): 1 << 12 for root in roots} if caged else {},
         env=plan.environment(),
+        network=spec.network is None,
     )
     extra = credentials.files if caged else (*credentials.files, *roots, *_PLAIN_PATHS)
     if spec.autoscaler:
         extra += (spec.autoscaler.config, spec.autoscaler.key)
     profile = dataclasses.replace(profile, bind_ro=(*profile.bind_ro, *extra))
-    words = cage.LastWords()
+    return _launch(plan, profile, leftover=None if caged else session)
+
+
+def _launch(plan: _Plan, profile: boundary.Profile, *, leftover: Path | None) -> Node:
+    """Start a node's program, in a network of its own where the node shall have one."""
+    words, network = cage.LastWords(), plan.spec.network
+    connected: list[cage_net.CageNetwork] = []
+
+    def connect(pid: int) -> None:
+        assert network is not None
+        cage_net.connect(network, pid)
+        connected.append(network)
+
+    prepare, output = (connect if network else None), words.write_fd
     try:
-        process = boundary.launch(plan.init_command(), profile, stdout=words.write_fd, stderr=words.write_fd)
+        process = boundary.launch(plan.init_command(), profile, stdout=output, stderr=output, prepare=prepare)
     finally:
         words.listen()
-    return Node(spec=spec, ports=ports, process=process, leftover=None if caged else session, words=words)
+    return Node(spec=plan.spec, ports=plan.ports, process=process, leftover=leftover, words=words, connected=connected)

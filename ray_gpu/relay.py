@@ -1,7 +1,11 @@
 """The zone's only Ray driver: places GPU actors and carries small control messages. This module does I/O.
 
-It runs in the cage of the zone's raylet, holds nothing worth having, and is not trusted:
+It runs in a cage, holds nothing worth having, and is not trusted:
 the gateway gives it no data, and takes from it only msgpack primitives, never a pickle.
+
+The zone's carrier says how it reaches Ray. With ``edge`` it is a driver beside the zone's own raylet, whose cage it
+shares. With ``client`` no raylet is in the zone: its cage has no network, and it speaks Ray Client (``ray://``)
+through a tunnel to the head (:mod:`ray_gpu.forwarder`), where Ray runs the driver for it.
 
 Messages (:mod:`ray_gpu.wire`, at most 64 KiB) on the gateway's Unix socket. The relay
 connects, sends ``{"event": "ready"}``, then answers requests in any order, each reply
@@ -20,28 +24,31 @@ ping     (nothing more)                                 (nothing more)
 ``labels`` are Ray label selectors (``{"ray-gpu-node": "!in(gpu-1)"}``) on top of the pool's.
 ``{"event": "lost", "lease": ..., "reason": ...}`` says that an actor died without being released, and
 ``{"event": "draining", "nodes": [...]}`` which nodes are about to be restarted: whenever that changes.
-The relay ends when its gateway does; its actors end with it.
+The relay ends when its gateway does, and with carrier ``client`` also when the head is lost; its actors end with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgpack
 import ray
-from ray._private import state as ray_state
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from ray_gpu.accounts import Accounts
 from ray_gpu.actor import MAX_DOCUMENT_BYTES, GpuActor
+from ray_gpu.forwarder import Tunnel
 from ray_gpu.wire import PeerClosedError, error_reply, recv_message, send_message, unix_connect
 from zones.errors import GatewayError, LeaseLostError, PlacementError, ZoneError
 from zones.model import check_id
@@ -63,6 +70,10 @@ _MAX_PLACE_S = 3600.0
 _GRANT_TIMEOUT_S = 90.0
 #: How often the relay looks which nodes drain, seconds.
 _DRAIN_INTERVAL_S = 0.5
+#: Such a question takes milliseconds, and waits for the actor that answers it. Seconds.
+_ACCOUNTS_TIMEOUT_S = 60.0
+#: Resource that Ray's head alone has, a little of which keeps an actor there.
+_ON_HEAD = {"node:__internal_head__": 0.001}
 #: The gateway may come up after its node does.
 _CONNECT_TIMEOUT_S = 120.0
 
@@ -77,11 +88,43 @@ class _Lease:
     released: bool = False
 
 
-class Relay:
-    """Serves one gateway over one connection."""
+class _Accounts(Protocol):
+    """As :class:`Accounts`, wherever the answers come from."""
 
-    def __init__(self, gateway: socket.socket) -> None:
+    def nodes(self) -> list[dict[str, Any]]: ...
+
+    def draining(self) -> list[str]: ...
+
+
+class _AccountsOnHead:
+    """Asks an actor on the head, which comes back when it dies."""
+
+    def __init__(self) -> None:
+        # Whoever looks for free GPUs waits for the answer, and nobody shall wait behind another.
+        options = {"num_cpus": 0, "resources": _ON_HEAD, "max_restarts": -1, "max_task_retries": -1}
+        made: Any = ray.remote(Accounts)
+        self._actor: Any = made.options(**options, max_concurrency=16, enable_task_events=False).remote()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ray.get(self._actor.nodes.remote(), timeout=_ACCOUNTS_TIMEOUT_S)
+        return found
+
+    def draining(self) -> list[str]:
+        found: list[str] = ray.get(self._actor.draining.remote(), timeout=_ACCOUNTS_TIMEOUT_S)
+        return found
+
+
+class Relay:
+    """Serves one gateway over one connection.
+
+    Args:
+        gateway: The connection.
+        accounts: Tells of the cluster's nodes.
+    """
+
+    def __init__(self, gateway: socket.socket, accounts: _Accounts) -> None:
         self._gateway = gateway
+        self._accounts = accounts
         self._send_lock = threading.Lock()
         self._lease_lock = threading.Lock()
         self._leases: dict[str, _Lease] = {}
@@ -93,7 +136,7 @@ class Relay:
             "place": self._place,
             "grant": self._grant,
             "release": self._release,
-            "nodes": lambda _: {"nodes": _nodes()},
+            "nodes": lambda _: {"nodes": self._accounts.nodes()},
             "ping": lambda _: {},
         }
 
@@ -113,10 +156,17 @@ class Relay:
         told: list[str] = []
         while True:
             with contextlib.suppress(RayError, RuntimeError):
-                if (found := _draining()) != told:
+                if (found := self._ask_draining()) != told:
                     self._send({"event": "draining", "nodes": found})
                     told = found
             time.sleep(_DRAIN_INTERVAL_S)
+
+    def _ask_draining(self) -> list[str]:
+        try:
+            return self._accounts.draining()
+        except ConnectionError as error:
+            # Ray Client's own words: the connection stands, and Ray's driver behind it is gone.
+            _lost_head(str(error))
 
     def _answer(self, request: dict[str, Any]) -> None:
         try:
@@ -144,7 +194,7 @@ class Relay:
             answer = _result(lease.actor.offer.remote(lease_id), max(0.0, deadline - time.monotonic()))
         except GetTimeoutError:
             self._end(lease_id)
-            raise _no_room(pool, gpus, selector) from None
+            raise _no_room(self._accounts.nodes(), pool, gpus, selector) from None
         except BaseException:
             self._end(lease_id)
             raise
@@ -232,9 +282,9 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return error_reply(error)
 
 
-def _no_room(pool: str, gpus: float, selector: dict[str, str]) -> PlacementError:
+def _no_room(nodes: list[dict[str, Any]], pool: str, gpus: float, selector: dict[str, str]) -> PlacementError:
     """Say which GPUs the pool has and how many are free, from Ray's own accounts."""
-    members = [node for node in _nodes() if node["alive"] and node["labels"].get(POOL_LABEL) == pool]
+    members = [node for node in nodes if node["alive"] and node["labels"].get(POOL_LABEL) == pool]
     if members:
         rooms = ", ".join(f"{node['name']} has {node['gpus_free']:g} of {node['gpus']:g} free" for node in members)
     else:
@@ -247,26 +297,11 @@ def _no_room(pool: str, gpus: float, selector: dict[str, str]) -> PlacementError
     )
 
 
-def _nodes() -> list[dict[str, Any]]:
-    # ray.util.state needs ray[default]; this is what it reads from.
-    free = ray_state.available_resources_per_node()  # type: ignore[no-untyped-call]  # Ray has no types here
-    return [
-        {
-            "id": node["NodeID"],
-            "name": node["NodeName"],
-            "alive": node["Alive"],
-            "labels": dict(node.get("Labels") or {}),
-            "gpus": float(node["Resources"].get("GPU", 0.0)),
-            "gpus_free": float(free.get(node["NodeID"], {}).get("GPU", 0.0)),
-        }
-        for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
-    ]
-
-
-def _draining() -> list[str]:
-    """Return the names of the nodes that Ray places nothing on any more."""
-    found = ray_state.state.get_draining_nodes()
-    return sorted(node["NodeName"] for node in ray.nodes() if node["NodeID"] in found) if found else []  # type: ignore[no-untyped-call]  # Ray has no types here
+def _lost_head(why: str) -> NoReturn:
+    """End the relay: with the head its actors are gone, and whoever started it starts it again."""
+    sys.stderr.write(f"relay: lost the head: {why[:_MAX_REASON_CHARS]}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _await(connect: Callable[[], _T]) -> _T:
@@ -285,23 +320,44 @@ def _await(connect: Callable[[], _T]) -> _T:
             time.sleep(0.02)
 
 
+def _join_as_driver(address: str, node_address: str, node_port: int) -> _Accounts:
+    """Become a driver beside a raylet, once that serves."""
+    _await(lambda: socket.create_connection((node_address, node_port)).close())
+    ray.init(address=address, _node_ip_address=node_address, log_to_driver=False, configure_logging=False)
+    return Accounts()
+
+
+def _join_as_client(forwarder: str) -> _Accounts:
+    """Have the head run a driver for us. It is tried again for as long as a head takes to start."""
+    tunnel = Tunnel(forwarder, lambda: _lost_head("the connection ended"))
+    _await(tunnel.probe)
+    # It tells at length what it passes to the head; the gateway's log is for what goes wrong.
+    logging.getLogger("ray.client_builder").setLevel(logging.WARNING)
+    try:
+        ray.init(f"ray://127.0.0.1:{tunnel.port}", log_to_driver=False)
+    except ConnectionError as error:
+        sys.exit(
+            f"the relay did not start: the head answers, and does not take its certificate or token ({error}); if the "
+            "Ray token was rotated since the head started, restart the head first (`ray down`, `ray up`)"
+        )
+    return _AccountsOnHead()
+
+
 def main() -> None:
     """Run the relay until its gateway closes the connection."""
     parser = argparse.ArgumentParser(prog="python -m ray_gpu.relay", description="the zone's Ray driver")
     parser.add_argument("--socket", required=True, help="the gateway's Unix socket for its relay")
-    parser.add_argument("--address", required=True, help="host:port of Ray's GCS")
-    parser.add_argument("--node-address", required=True, help="address of the raylet beside this process")
-    parser.add_argument("--node-port", required=True, type=int, help="port that answers once that raylet serves")
+    parser.add_argument("--client", metavar="SOCKET", help="speak Ray Client; the forwarder's Unix socket")
+    parser.add_argument("--address", help="host:port of Ray's GCS")
+    parser.add_argument("--node-address", help="address of the raylet beside this process")
+    parser.add_argument("--node-port", type=int, help="port that answers once that raylet serves")
     options = parser.parse_args()
-    _await(lambda: socket.create_connection((options.node_address, options.node_port)).close())
-    ray.init(
-        address=options.address,
-        _node_ip_address=options.node_address,
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    if options.client:
+        accounts = _join_as_client(options.client)
+    else:
+        accounts = _join_as_driver(options.address, options.node_address, options.node_port)
     gateway = _await(lambda: unix_connect(options.socket))
-    Relay(gateway).serve()
+    Relay(gateway, accounts).serve()
     with contextlib.suppress(RayError):
         ray.shutdown()
     # Places that still wait for room would keep the interpreter alive.

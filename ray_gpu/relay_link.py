@@ -9,19 +9,34 @@ from __future__ import annotations
 
 import itertools
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-from ray_gpu.wire import MalformedMessageError, recv_message, send_message
-from zones.errors import GatewayError, PlacementError, ZoneError, from_wire
+from ray_gpu.wire import recv_message, send_message
+from zones.errors import (
+    ClusterError,
+    GatewayError,
+    GrantRefusedError,
+    LeaseLostError,
+    PlacementError,
+    SandboxLevelError,
+    VaultError,
+    ZoneError,
+    from_wire,
+)
 
 #: Largest message either way, bytes.
 MAX_RELAY_BYTES = 64 << 10
 #: Every request but ``place`` is answered within this time, seconds.
 ANSWER_TIMEOUT_S = 45.0
+#: What relay, actor and custodian may report. Anything else, such as a refusal of policy, they cannot know of.
+REPORTABLE = (
+    ClusterError, GatewayError, GrantRefusedError, LeaseLostError, PlacementError, SandboxLevelError, VaultError,
+)  # fmt: skip
 
 
 class RelayLink:
@@ -54,7 +69,10 @@ class RelayLink:
             while True:
                 message, _ = recv_message(sock, max_bytes=MAX_RELAY_BYTES)
                 self._handle(message)
-        except (OSError, MalformedMessageError):
+        except Exception as error:  # noqa: BLE001 - whatever a lying relay's words cause, nobody waits for it any more
+            if not isinstance(error, OSError):
+                sys.stderr.write(f"the relay sent what is no message of ours ({type(error).__name__})\n")
+        finally:
             self._drop(sock)
 
     def _handle(self, message: dict[str, Any]) -> None:
@@ -78,7 +96,10 @@ class RelayLink:
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             future.set_exception(
-                GatewayError("the relay is gone; start the zone's node again (`ray-gpu node start`, or `ray-gpu up`)")
+                GatewayError(
+                    "the relay is gone; with carrier edge start the zone's node again (`ray-gpu node start`, or "
+                    "`ray-gpu up`), with carrier client wait: it comes back once the head answers"
+                )
             )
 
     @property
@@ -103,8 +124,9 @@ class RelayLink:
             sock = self._sock
             if sock is None:
                 raise GatewayError(
-                    "no relay is connected, so no GPU node can be reached; start the zone's node (`ray-gpu node "
-                    "start`, or `ray-gpu up`)"
+                    "no relay is connected, so no GPU node can be reached; with carrier edge start the zone's node "
+                    "(`ray-gpu node start`, or `ray-gpu up`), with carrier client wait: it comes back once the head "
+                    "answers"
                 )
             self._waiting[identifier] = future
             send_message(sock, {**message, "id": identifier})
@@ -122,7 +144,8 @@ def _checked(answer: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     if error is None and answer.get("ok", True):
         return answer
     if isinstance(error, dict):
-        raise from_wire(error)
+        told = from_wire(error)
+        raise told if isinstance(told, REPORTABLE) else ZoneError(f"the relay reports: {told.message[:1024]}")
     text = str(error)[:1024]
     if request["op"] == "place":
         raise PlacementError(

@@ -6,6 +6,8 @@ The relay is not trusted: what it says here decides only where to ask and how lo
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ray_gpu.relay_link import RelayLink
@@ -36,10 +38,15 @@ class Rooms:
         recent = {name: entry for name, entry in list(self._failed.items()) if entry[0] > now}
         self._failed = recent | {node[:40]: (now + PASS_OVER_S, why[:200])}
 
-    def passed_over(self, pool: str) -> dict[str, str]:
-        """Return the nodes that failed lately and why, unless that is all the pool has: then they are tried again."""
+    def passed_over(self, pool: str, distrusted: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+        """Return the nodes that failed lately and why, unless that is all the pool has: then they are tried again.
+
+        Args:
+            pool: Pool that is asked.
+            distrusted: Nodes that count as failed, and why.
+        """
         now = time.monotonic()
-        failed = {node: why for node, (until, why) in list(self._failed.items()) if until > now}
+        failed = {node: why for node, (until, why) in list(self._failed.items()) if until > now} | dict(distrusted)
         if not failed:
             return {}
         try:
@@ -47,14 +54,17 @@ class Rooms:
         except _UNREADABLE:
             return {}
 
-    def has_room(self, pool: str, gpu_milli: int, *, leases: int = 1) -> bool:
+    def has_room(
+        self, pool: str, gpu_milli: int, *, leases: int = 1, distrusted: Mapping[str, str] = MappingProxyType({})
+    ) -> bool:
         """Tell whether Ray counts free GPU shares on nodes that work. A hint: true when nobody can tell.
 
         Args:
             gpu_milli: Thousandths of a GPU, for each lease.
             leases: How many shares there must be; none is free for 0.
+            distrusted: Nodes that do not count while there are others.
         """
-        avoid = self.passed_over(pool)
+        avoid = self.passed_over(pool, distrusted)
         try:
             members = [node for node in self._members(pool) if node["name"] not in avoid]
             return sum(int((float(node["gpus_free"]) * 1000 + 0.5) // gpu_milli) for node in members) >= leases

@@ -14,28 +14,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_gpu.background import STOP_TIMEOUT_S, plain_environment, write_private
+from ray_gpu.handover import secret_file
 from ray_gpu.ports import GATEWAY_UID
 from ray_gpu.raylet import CUSTODIAN_SOCKET, RELAY_SOCKET
 from ray_gpu.sandbox import boundary
 from ray_gpu.sandbox import profile as profiles
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.errors import ClusterError
 
 _PR_SET_PDEATHSIG = 1
 
 
-def spawn(command: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
-    """Start one of our own unconfined processes; it ends with us."""
-    with log.open("ab") as output:
+def spawn(command: Sequence[str], *, log: Path, secret: str | None = None) -> subprocess.Popen[bytes]:
+    """Start one of our own unconfined processes, with a secret that it takes by standard input; it ends with us."""
+    with log.open("ab") as output, _standard_input(secret) as stdin:
         return subprocess.Popen(
             list(command),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=output,
             cwd="/",
@@ -56,13 +58,8 @@ class VaultLogin:
     secret_id: str = field(repr=False)
 
     def settings(self) -> dict[str, Any]:
-        """Return what custodian and gateway read of it."""
-        return {
-            "vault": self.address,
-            "vault_ca": self.ca,
-            "role_id": self.role_id,
-            "secret_id": self.secret_id,
-        }
+        """Return what custodian and gateway read of it in a file. The secret they get by standard input."""
+        return {"vault": self.address, "vault_ca": self.ca, "role_id": self.role_id}
 
 
 def start_custodian(
@@ -81,7 +78,7 @@ def start_custodian(
     socket_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     own = {"node": node, "socket": str(socket_dir / CUSTODIAN_SOCKET)}
     write_private(settings_file, {**own, **login.settings(), **settings})
-    return spawn([sys.executable, "-m", "ray_gpu.custodian", str(settings_file)], log=log)
+    return spawn([sys.executable, "-m", "ray_gpu.custodian", str(settings_file)], log=log, secret=login.secret_id)
 
 
 def start_gateway(
@@ -134,8 +131,8 @@ def start_gateway(
         caged=boundary.survey().mode != "none",
     )
     command = [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings_file)]
-    with log.open("ab") as output:
-        return boundary.launch(command, profile, stdout=output, stderr=output)
+    with log.open("ab") as output, _standard_input(login.secret_id) as stdin:
+        return boundary.launch(command, profile, stdin=stdin, stdout=output, stderr=output)
 
 
 def publish(layout: Layout, zone: str, login: VaultLogin) -> None:
@@ -194,6 +191,16 @@ def listens(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
+def gateway_is_ready(path: Path) -> bool:
+    """Whether a gateway serves people: its relay has joined."""
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "ready"})
+            return recv_message(sock)[0].get("ready") is True
+    except (OSError, MalformedMessageError):
+        return False
+
+
 def _descendants(pid: int) -> list[int]:
     """Return the innermost processes below *pid*, or itself."""
     try:
@@ -201,6 +208,17 @@ def _descendants(pid: int) -> list[int]:
     except OSError:
         children = []
     return [found for child in children for found in _descendants(child)] or [pid]
+
+
+@contextlib.contextmanager
+def _standard_input(secret: str | None) -> Iterator[int]:
+    """Yield what a process is started with as its standard input."""
+    fd = subprocess.DEVNULL if secret is None else secret_file(secret)
+    try:
+        yield fd
+    finally:
+        if secret is not None:
+            os.close(fd)
 
 
 def _die_with_parent() -> None:

@@ -96,7 +96,8 @@ class Session:
             raise UnknownNameError.of("pool", pool, zone.pools)
         small = self._count_small_bytes(request)
         what = (source.dataset, tuple(source.columns), source.filter_columns) if source else None
-        key = (request.work.digest, pool, small, what)
+        # The share is here since nodes are told it, and what they are told is written down before.
+        key = (request.work.digest, pool, small, what, request.work.options.gpu_milli)
         found = self._allowed.get(key)
         if found is None:
             try:
@@ -142,7 +143,13 @@ class Session:
         )
         decision = policy.decide(question)
         rows = source.rows if source else 0
-        egress = Egress(request=question, session=self.id, policy_digest=decision.policy_digest, rows=rows)
+        egress = Egress(
+            request=question,
+            session=self.id,
+            policy_digest=decision.policy_digest,
+            rows=rows,
+            gpu_milli=request.work.options.gpu_milli,
+        )
         entry = self.services.ledger.decided(egress, decision)
         if not decision.allowed:
             raise policy.refusal(question, decision, labels(zone, source.dataset, source.columns) if source else None)
@@ -160,6 +167,7 @@ class Session:
             node=lease.node,
             lease=lease.id,
             level=lease.level,
+            gpu_milli=lease.terms.gpu_milli,
             degradations=tuple(sorted({*lease.degradations, *self.services.degradations})),
         )
         return Spending(self.services.ledger, egress, decision=allowed.entry, calls=calls, bytes_=bytes_)
@@ -206,6 +214,7 @@ class Session:
                     "lease": lease.id,
                     "node": lease.node,
                     "outcome": outcome,
+                    "reason": "" if receipt else lease.lost,
                     "receipt": receipt,
                 }
             )
@@ -240,5 +249,6 @@ class Session:
             "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
             "leases": self.leases.status(),
+            "lies": list(self.leases.lies),
             "receipts": list(self.receipts),
         }

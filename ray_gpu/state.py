@@ -72,6 +72,10 @@ class Layout:
         """Directory with the socket between gateway and relay."""
         return self.zone(zone) / "relay"
 
+    def forwarder_dir(self, zone: str) -> Path:
+        """Directory with the socket between a zone's client relay and its forwarder."""
+        return self.zone(zone) / "forwarder"
+
     def node(self, name: str) -> Path:
         """A node's directory."""
         return self.root / "nodes" / name

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from ray_gpu.node_identity import joined_addresses
+from ray_gpu.node_identity import certified_addresses, joined_addresses
 from zones.document import Document, FileModel, Id, Ids, Loc, read_text_file
 from zones.errors import ConfigError, did_you_mean
 from zones.model import check_id
@@ -34,8 +34,12 @@ class NodeSpec:
     name: str
     #: ``"gpu"`` nodes have a custodian, which unwraps keys; the others unwrap nothing.
     role: NodeRole
-    #: IP addresses that the node's certificate names; at least one.
+    #: IP addresses of its own; at least one.
     addresses: tuple[str, ...]
+
+    def certified(self) -> tuple[str, ...]:
+        """Return the IP addresses that the node's certificate names."""
+        return certified_addresses(self.addresses, head=self.role == "head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,7 @@ def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
                 "allowed_domains": [node.name],
                 "allow_ip_sans": True,
                 # HashiCorp Vault does not know this one; there the policy ray-node alone binds the addresses.
-                "allowed_ip_sans_cidr": [_single(address) for address in joined_addresses(node.addresses).split(",")],
+                "allowed_ip_sans_cidr": [_single(address) for address in joined_addresses(node.certified()).split(",")],
                 # What counts is what policy has checked, not what the request to sign says.
                 "use_csr_sans": False,
                 "use_csr_common_name": False,
@@ -103,7 +103,7 @@ def ray_pki(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
 
 def _check_taken(planner: Planner, nodes: Sequence[NodeSpec]) -> None:
     declared = {node.name for node in nodes}
-    wanted = {_single(address) for node in nodes for address in joined_addresses(node.addresses).split(",")}
+    wanted = {_single(address) for node in nodes for address in joined_addresses(node.certified()).split(",")}
     listed = planner.vault.find(f"{RAY_PKI}/roles", method="LIST") or {"data": {"keys": []}}
     for name in set(listed["data"]["keys"]) - declared:
         role = planner.vault.call("GET", f"{RAY_PKI}/roles/{name}")["data"]

@@ -188,7 +188,7 @@ def _policies(planner: Planner, declaration: Declaration, directory: Path) -> No
             _policy(planner, f"{kind}-{zone}", template.substitute(zone=zone))
     template = _template(directory / "ray-node.hcl")
     for node in declaration.nodes:
-        addresses = joined_addresses(node.addresses)
+        addresses = joined_addresses(node.certified())
         _policy(planner, _ray_policy(node.name), template.substitute(node=node.name, addresses=addresses))
 
 

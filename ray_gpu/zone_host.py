@@ -1,7 +1,8 @@
 """A zone's gateway on a host of its own: ``ray-gpu gateway start``. This module does I/O and starts processes.
 
-Run by the zone's own people, beside the zone's node of the cluster (``ray-gpu node start``), whose cage
-holds the relay. The gateway waits for its relay, and a relay for its gateway, so either may start first.
+Run by the zone's own people. With carrier ``edge`` it is beside the zone's node of the cluster (``ray-gpu node
+start``), whose cage holds the relay: the gateway waits for its relay, and a relay for its gateway, so either may start
+first. With carrier ``client`` nothing of Ray's cluster is in the zone: this service runs the relay as well.
 """
 
 from __future__ import annotations
@@ -12,16 +13,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray_gpu import background, node, raylet, services
-from ray_gpu.host_file import AbsolutePath, VaultPart, read_login
+from pydantic import Field
+
+from ray_gpu import background, node, node_identity, raylet, services
+from ray_gpu.client_relay import ClientRelay, RelaySpec
+from ray_gpu.host_file import AbsolutePath, Address, VaultPart, read_login
+from ray_gpu.node_identity import RayIdentity
+from ray_gpu.ports import PORTS
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
+from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
+from zones.config import load_zone
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
+from zones.model import Carrier
+from zones.vault import Vault
 
 #: A gateway reads policies and logs in to Vault, which takes a second.
 START_TIMEOUT_S = 60.0
 _MODULE = "ray_gpu.zone_host"
+
+
+class RelayPart(FileModel):
+    """The relay of a zone whose carrier is ``client``. It speaks for a node of the declaration, of role ``zone``."""
+
+    #: Id of that node, and its address: what the certificate names.
+    node: Id
+    address: Address
+    #: Address of Ray's head.
+    head: Address
+    #: Port of Ray Client's server there.
+    client_port: int = Field(default=PORTS.client, ge=1024, le=65535)
+    #: What ``ray-gpu vault issue`` wrote for the node, mode 0600.
+    credentials: AbsolutePath
 
 
 class GatewayFile(FileModel):
@@ -34,6 +58,8 @@ class GatewayFile(FileModel):
     #: Directory with the catalog's data sets; by default one in the state directory.
     data: AbsolutePath | None = None
     state: AbsolutePath = "/var/lib/ray-gpu"
+    #: With carrier ``client``, and only then.
+    relay: RelayPart | None = None
 
 
 def read_config(path: Path) -> GatewayFile:
@@ -45,6 +71,21 @@ def read_config(path: Path) -> GatewayFile:
     return Document(read_text_file(path), path).check(GatewayFile)
 
 
+def _check_carrier(config: GatewayFile, path: Path) -> None:
+    """Compare a gateway.yaml with what the zone's people reviewed.
+
+    Raises:
+        UnknownNameError, ConfigError: There is no such zone, its files are wrong, or one says ``edge`` and one
+            ``client``.
+    """
+    zone = load_zone(Path(config.policies), config.zone)
+    carrier = zone.carrier or Carrier.EDGE
+    if (carrier is Carrier.CLIENT) != (config.relay is not None):
+        said = "needs a part `relay`" if carrier is Carrier.CLIENT else "has no part `relay`"
+        document = Document(read_text_file(path), path)
+        document.refuse(("relay",), f"a zone whose zone.yaml says `carrier: {carrier}` {said}")
+
+
 def _state_file(config: GatewayFile) -> Path:
     return Layout(Path(config.state)).zone(config.zone) / "gateway.json"
 
@@ -54,6 +95,7 @@ class Service:
 
     def __init__(self, config_file: Path, say: Callable[[str], None]) -> None:
         self._config = read_config(config_file)
+        _check_carrier(self._config, config_file)
         self._say = say
         self._layout = Layout(Path(self._config.state))
         root = self._layout.zone(self._config.zone)
@@ -62,9 +104,11 @@ class Service:
         self._log = root / "gateway.log"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._gateway: boundary.Confined | None = None
+        self._relay: ClientRelay | None = None
+        self._not_after = 0
 
     def start(self) -> dict[str, Any]:
-        """Start the gateway; return its condition once it waits for its relay. Then it serves people too."""
+        """Start the gateway; return its condition once it waits for its relay, or has the one that it starts."""
         config, layout = self._config, self._layout
         role_id, secret_id = read_login(config.vault)
         login = services.VaultLogin(
@@ -89,11 +133,67 @@ class Service:
             timeout_s=START_TIMEOUT_S,
             failure=ClusterError(f"the gateway did not serve in time; see {self._log}", node="", reason="timed out"),
         )
+        if config.relay is not None:
+            self._start_relay(config.relay)
         services.publish(layout, config.zone, login)
-        return {"zone": config.zone, "degradations": degradations, "processes": {"gateway": self._gateway.pid}}
+        processes = {"gateway": self._gateway.pid} | (self._relay.processes() if self._relay else {})
+        ends = {"certificate_not_after": self._not_after} if self._relay else {}
+        return {"zone": config.zone, "degradations": degradations, "processes": processes, **ends}
+
+    def _start_relay(self, part: RelayPart) -> None:
+        """Start forwarder and relay, and return when the gateway has its relay."""
+        config = self._config
+        where = f"{part.head}:{part.client_port}"
+        self._say(f"starting the relay of zone {config.zone}, as {part.node}, to the head at {where}")
+        spec = RelaySpec(
+            zone=config.zone,
+            head=(part.head, part.client_port),
+            uid=node.CAGE_UID,
+            credentials=credentials_dir(config),
+            identify=lambda: self._identify(part),
+            log=self._log,
+        )
+        self._relay = ClientRelay(self._layout, spec)
+        self._relay.start()
+        services.await_until(
+            lambda: services.gateway_is_ready(self._layout.gateway_socket(config.zone)),
+            check=self._check_first_relay,
+            timeout_s=START_TIMEOUT_S,
+            failure=ClusterError(
+                f"the relay did not reach the head at {where} in time; see {self._log}: is the head up, and does the "
+                "firewall let this host's forwarder through?",
+                node=part.node,
+                reason="timed out",
+            ),
+        )
+
+    def _identify(self, part: RelayPart) -> RayIdentity:
+        """Get the relay's certificate and the cluster's token from Vault, with the login of its node."""
+        login = self._config.vault.model_copy(update={"credentials": part.credentials})
+        role_id, secret_id = read_login(login)
+        vault = Vault(login.address, ca_file=login.ca)
+        identity = node_identity.obtain(vault, role_id, secret_id, node=part.node, addresses=[part.address])
+        self._not_after = identity.not_after
+        return identity
+
+    def _check_first_relay(self) -> None:
+        """Raise if gateway or relay has ended: the first relay ends only if something must be put right."""
+        self._check_gateway()
+        if self._relay is not None and self._relay.ended:
+            raise ClusterError(
+                f"the relay of zone {self._config.zone} ended{services.last_words(self._log, self._log_start)}; see "
+                f"{self._log}",
+                node="",
+                reason="relay ended",
+            )
 
     def check(self) -> None:
-        """Raise if the gateway has ended."""
+        """Raise if the gateway has ended. A relay that has is started again: it ends with each loss of the head."""
+        self._check_gateway()
+        if self._relay is not None:
+            self._relay.check()
+
+    def _check_gateway(self) -> None:
         if self._gateway is not None and self._gateway.poll() is not None:
             why = services.last_words(self._log, self._log_start)
             raise ClusterError(
@@ -107,6 +207,17 @@ class Service:
         self._layout.public(self._config.zone).unlink(missing_ok=True)
         if self._gateway is not None:
             services.end(self._gateway, first_child=True)
+        if self._relay is not None:
+            self._relay.stop()
+
+
+def credentials_dir(config: GatewayFile) -> Path:
+    """Return where the relay's certificate and token lie: on a tmpfs, where this user has one."""
+    name = f"relay-{config.zone}"
+    if os.geteuid() == 0:
+        return node.RUN_DIR / name
+    own = Path(f"/run/user/{os.geteuid()}")
+    return (own / "ray-gpu" if own.is_dir() else Layout(Path(config.state)).zone(config.zone)) / name
 
 
 def start(config_file: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -131,6 +242,29 @@ def start(config_file: Path, say: Callable[[str], None] = lambda _: None) -> dic
 def running(config: GatewayFile) -> dict[str, Any] | None:
     """Return the condition of a gateway on this host, if it runs."""
     return background.running(_state_file(config), _MODULE)
+
+
+def condition(config: GatewayFile) -> dict[str, Any] | None:
+    """Return what runs here, with ``relay``: whether the gateway reaches the cluster; ``None`` when nothing does."""
+    document = running(config)
+    if document is None:
+        return None
+    ready = services.gateway_is_ready(Layout(Path(config.state)).gateway_socket(config.zone))
+    return {**document, "relay": ready}
+
+
+def cluster_nodes(config: GatewayFile) -> list[dict[str, Any]]:
+    """Return the cluster's nodes as a gateway on this host sees them.
+
+    Empty where its relay has not joined, or the caller is neither root nor the gateway's own user.
+    """
+    path = Layout(Path(config.state)).gateway_socket(config.zone)
+    try:
+        with unix_connect(str(path)) as sock:
+            send_message(sock, {"op": "nodes"})
+            return list(recv_message(sock)[0].get("nodes") or [])
+    except (OSError, MalformedMessageError):
+        return []
 
 
 def stop(config: GatewayFile) -> bool:

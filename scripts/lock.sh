@@ -19,8 +19,8 @@ compile() {
     "$scratch/venv/bin/pip-compile" --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
         --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options "$@"
 }
-# Not the extra client: with its grpcio installed, every head would open a Ray Client port.
-compile ${2:-} --extra demo --extra dev --build-deps-for editable --output-file constraints.txt pyproject.toml
+# The extra client is grpcio: heads and embedded clusters need it; GPU nodes and zone nodes do without.
+compile ${2:-} --extra client --extra demo --extra dev --build-deps-for editable --output-file constraints.txt pyproject.toml
 
 # The gpu extra alone, on top of constraints.txt and in step with it.
 {

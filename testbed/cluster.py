@@ -24,14 +24,11 @@ from typing import Any, Self
 
 import yaml
 
-from ray_gpu.ports import PORTS, VAULT, Role
-from testbed.bed import HOSTS as ONE_OF_EACH
+from ray_gpu.ports import PORTS, VAULT, End, Role, flows
 from testbed.bed import Testbed
 from testbed.host import HOME, ROOT, Host, HostProcess
 from testbed.ssh import LAUNCHER_KEY
 
-#: Both zones have CPU nodes in the cluster.
-HOSTS: Mapping[str, Role] = {**ONE_OF_EACH, "zone-trading": Role.EDGE_ZONE}
 #: Zone to its person: those of examples/vault.yaml.
 PEOPLE: Mapping[str, str] = {"clinic": "dana", "trading": "teo"}
 #: Who runs a person's notebook on a zone's host.
@@ -147,6 +144,10 @@ class BedCluster:
         operator.run(["rm", file])
         return made
 
+    def credentials(self, name: str) -> Credentials:
+        """Return the credentials of a node, person, or zone's gateway."""
+        return self._issued[name]
+
     def end_administration(self) -> None:
         """Revoke the administrator's token, as an operator does once all is set up."""
         operator = self.bed["operator"]
@@ -160,11 +161,12 @@ class BedCluster:
         host, role = self.bed[name], self.bed.roles[name]
         host.write(VAULT_CA, self._ca)
         host.write(NODE_CREDENTIALS, self._issued[name].text, mode=0o600)
-        host.write(NODE_FILE, yaml.safe_dump(self.node_file(name)))
+        if role is not Role.CLIENT_ZONE:
+            host.write(NODE_FILE, yaml.safe_dump(self.node_file(name)))
         if role is not Role.HEAD:
             host.run(["cp", "-rT", ROOT / "policies", _POLICIES])
         if role.is_zone():
-            self._equip_zone(host, zone_of(name))
+            self._equip_zone(host, zone_of(name), role)
 
     def node_file(self, name: str, **changed: Any) -> dict[str, Any]:
         """Return a host's node.yaml, with *changed* fields; a field that is changed to ``None`` is left out."""
@@ -172,17 +174,29 @@ class BedCluster:
         document = example(f"node-{'zone' if role.is_zone() else role.value}.yaml")
         document |= {"node": name, "address": self.bed[name].address, "head": self.bed["head"].address}
         document |= {"zone": zone_of(name)} if role.is_zone() else {}
+        document["cluster"] = [
+            f"{host.address}/32" for host in self.bed if self._are_peers(role, self.bed.roles[host.name])
+        ]
         document["vault"]["address"] = self.vault
         return {key: value for key, value in (document | changed).items() if value is not None}
 
-    def _equip_zone(self, host: Host, zone: str) -> None:
-        gateway = example("gateway.yaml") | {"zone": zone}
+    @staticmethod
+    def _are_peers(one: Role, other: Role) -> bool:
+        """Whether hosts of these roles speak Ray to one another: no zone does with a zone."""
+        return any({flow.source, flow.destination} == {one, other} and flow.taken_by is End.CAGE for flow in flows())
+
+    def _equip_zone(self, host: Host, zone: str, role: Role) -> None:
+        client = role is Role.CLIENT_ZONE
+        gateway = example("gateway-client.yaml" if client else "gateway.yaml") | {"zone": zone}
+        if client:
+            gateway["relay"] |= {"node": host.name, "address": host.address, "head": self.bed["head"].address}
         gateway["vault"]["address"] = self.vault
         host.write(GATEWAY_CREDENTIALS, self._issued[zone].text, mode=0o600)
         host.write(GATEWAY_FILE, yaml.safe_dump(gateway))
         path = f"{_POLICIES}/{zone}/zone.yaml"
         pool = [host.address for host in self.bed if self.bed.roles[host.name] is Role.GPU]
         policy = yaml.safe_load(host.read(path))
+        policy["carrier"] = "client" if client else "edge"
         policy["endpoints"] = [f"{address}/32:{PORTS.endpoints}" for address in pool]
         host.write(path, yaml.safe_dump(policy))
         data = f"{STATE}/zones/{zone}/data"
@@ -226,13 +240,17 @@ class BedCluster:
     # -- zones ----------------------------------------------------------------------------------
 
     def join(self, zone: str) -> None:
-        """Start a zone's gateway and its node, on the zone's host, as the zone's people do."""
+        """Start a zone's gateway, and its node if it has one, on the zone's host, as the zone's people do."""
         self.bed[f"zone-{zone}"].run(["ray-gpu", "gateway", "start"], timeout_s=_START_TIMEOUT_S)
-        self.start_node(f"zone-{zone}")
+        if self._has_node(zone):
+            self.start_node(f"zone-{zone}")
+
+    def _has_node(self, zone: str) -> bool:
+        return self.bed.roles[f"zone-{zone}"] is Role.EDGE_ZONE
 
     def leave(self, zone: str) -> None:
         """Stop them again."""
-        for part in ("node", "gateway"):
+        for part in ("node", "gateway") if self._has_node(zone) else ("gateway",):
             self.bed[f"zone-{zone}"].run(["ray-gpu", part, "stop"], timeout_s=_START_TIMEOUT_S)
 
     def call(self, zone: str, script: str, *, timeout_s: float = 60.0) -> str:

@@ -23,6 +23,11 @@ import pytest
 RESAMPLED_ROWS = 40_000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the whole suite run with one carrier or the other."""
+    parser.addoption("--carrier", choices=["edge", "client"], help="how the zones of embedded clusters reach Ray")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """A running embedded cluster."""
@@ -110,12 +115,15 @@ def copy_policies() -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture(scope="session")
-def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextManager[Cluster]]:
+def start_cluster(
+    small_data: dict[str, Any], request: pytest.FixtureRequest
+) -> Callable[..., AbstractContextManager[Cluster]]:
     """Return what runs a cluster inside a ``with`` statement.
 
-    Options: ``data=False`` for a zone without files, ``policies`` from ``copy_policies``, ``zone``, and ``prepare``,
-    which gets the cluster's ``Layout`` before anything starts.
+    Options: ``data=False`` for a zone without files, ``policies`` from ``copy_policies``, ``zone``, ``prepare``,
+    which gets the cluster's ``Layout`` before anything starts, and ``carrier``, by default that of ``--carrier``.
     """
+    chosen = request.config.getoption("--carrier")
 
     @contextlib.contextmanager
     def start(
@@ -124,9 +132,11 @@ def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextMa
         policies: Path | None = None,
         zone: str = "clinic",
         prepare: Callable[[Any], None] = lambda layout: None,
+        carrier: str | None = chosen,
     ) -> Iterator[Cluster]:
         from ray_gpu import embedded
         from ray_gpu.state import Layout
+        from zones.model import Carrier
 
         with _short_directory() as root:
             layout = Layout(root / "s")
@@ -138,6 +148,7 @@ def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextMa
                 zone=zone,
                 data=data and zone != "clinic",
                 policies=str(policies or embedded.shipped_policies()),
+                carrier=Carrier(carrier) if carrier else None,
             )
             document = embedded.up(plan)
             started = _descendants(document["pid"])
@@ -158,6 +169,13 @@ def start_cluster(small_data: dict[str, Any]) -> Callable[..., AbstractContextMa
 def cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> Iterator[Cluster]:
     """A cluster of the shipped clinic zone with small data, shared by all tests of the run."""
     with start_cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client_cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> Iterator[Cluster]:
+    """The same with carrier client: no node of it is in the zone, and its relay has no network."""
+    with start_cluster(carrier="client") as running:
         yield running
 
 

@@ -6,6 +6,9 @@ the head. The nodes of a step start at one time; it is over when each of them ha
 After each step a driver on the head runs a task on every live node and prints, as one line of JSON, the address that
 each node's task saw.
 
+A node with ``"packages"`` finds what is in those directories too. With ``"agents": true`` in the plan the head's agents
+are asked at last, by plain HTTP, as a stranger would: one line of JSON says what each answered, if anything.
+
 Run it in a PID namespace of its own, with a /dev/shm of its own: whatever Ray starts ends with the namespace.
 """
 
@@ -17,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from typing import Any
 
 from ray_gpu.ports import NodePorts
@@ -75,7 +79,9 @@ class Bed:
         return [*words, f"--address={self.head['address']}:{self.base_port}"]
 
     def _environment(self, node: Node) -> dict[str, str]:
-        return {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ["PYTHONPATH"], **PLAIN, **node["environment"]}
+        # Behind this environment's own, so that nothing of it is replaced.
+        path = ":".join([os.environ["PYTHONPATH"], *node.get("packages", [])])
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": path, **PLAIN, **node["environment"]}
 
     def await_each(self, names: list[str], until: str) -> None:
         """Wait until each node serves or has ended, whichever *until* says."""
@@ -103,6 +109,31 @@ class Bed:
             driver, env=environment, stdout=subprocess.PIPE, check=True, timeout=ANSWER_S, text=True
         ).stdout
 
+    def ask_agents(self) -> dict[str, str]:
+        """Return what each agent of the head answers to whoever has neither certificate nor token."""
+        ports = NodePorts.of(self.base_port, self.head["index"])
+        wait = self.head.get("packages")
+        return {
+            what: _answer(f"http://{self.head['address']}:{port}{path}", ANSWER_S if wait else 0)
+            for what, port, path in (
+                ("metrics", ports.first + 3, "/metrics"),
+                ("agent", ports.first + 4, "/api/local_raylet_healthz"),
+            )
+        }
+
+
+def _answer(url: str, patience_s: float) -> str:
+    """Return the beginning of an answer, or ``""`` when nothing answers within a time."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                return str(response.read(200).decode("utf-8", "replace"))
+        except OSError:
+            if time.monotonic() >= deadline:
+                return ""
+            time.sleep(0.05)
+
 
 def main() -> None:
     """Run the plan."""
@@ -116,6 +147,8 @@ def main() -> None:
         bed.await_each(step["start"], step["until"])
         sys.stdout.write(bed.ask())
         sys.stdout.flush()
+    if plan.get("agents"):
+        sys.stdout.write(json.dumps(bed.ask_agents()) + "\n")
 
 
 main()

@@ -21,10 +21,12 @@ from ray_gpu.controls import CONTROLS
 
 ROOT = Path(__file__).parents[1]
 #: One with an attack and a positive control of its own.
-NAME = "endpoints"
+NAME = "sealed-memory"
 CONTROL = CONTROLS[NAME]
 MUTATION = next(mutation for mutation in MUTATIONS if mutation.control == NAME)
-VERDICT = Verdict(mutation=MUTATION, caught=True, by="tests/test_endpoints.py::test_a[address]", why="DID NOT | RAISE")
+VERDICT = Verdict(
+    mutation=MUTATION, caught=True, by="tests/sandbox/test_launch.py::test_a[address]", why="DID NOT | RAISE"
+)
 
 
 def outcome(attack: Any = "passed", positive: Any = "passed", **changes: Any) -> Outcome:
@@ -94,7 +96,10 @@ def test_everything_is_selected() -> None:
     assert len(chosen) == len(set(chosen))
     assert files <= set(chosen)
     assert [test for test in named if test not in chosen and test.partition("::")[0] not in chosen] == []
-    assert [test for test in selected(ROOT, [NAME])["Into the zone"] if not test.startswith("tests/test_end")] == []
+    assert {test for tests in selected(ROOT, [NAME]).values() for test in tests} == {
+        *CONTROL.attacks,
+        *CONTROL.positives,
+    }
 
 
 def test_sections() -> None:
@@ -156,5 +161,5 @@ def test_screen() -> None:
     assert re.search(r"attack +fails +A lie\.", shown)
     assert re.search(r"positive +NOT REAL +Control\.", shown)
     assert f"{CONTROL.positives[0]}: says why" in shown
-    assert re.search(r"caught +endpoints", shown)
+    assert re.search(r"caught +sealed-memory", shown)
     assert re.search(r"positive controls +1 made, 0 succeeded", shown)

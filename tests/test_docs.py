@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from ray_gpu.cli.main import cli
@@ -55,6 +57,23 @@ def test_readme_example(cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path:
         expected = names["strain"].local(zone.read("randhie", ["mdvis", "disea"], filter=["physlm", ">", 0]))
     assert len(names["result"]) > 1000
     assert (names["result"] == expected).all()
+
+
+@pytest.mark.parametrize("name", ["howto-cloud.md", "howto-kuberay.md"])
+def test_sketches(name: str) -> None:
+    """What nobody has run says so in its first line; its example is YAML, and starts our nodes and nothing else."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    document = yaml.safe_load(example)
+
+    assert text.startswith("**UNTESTED.**")
+    assert "ray-gpu node start" in json.dumps(document)
+    assert "ray start" not in json.dumps(document)
+    if "cloud" in name:
+        shipped = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+        assert {key: document[key] for key in document if "start" in key} == {
+            key: shipped[key] for key in shipped if "start" in key
+        }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -14,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_gpu import frames, source
 from ray_gpu import keeper as keeper_module
-from ray_gpu import source
 from ray_gpu.frames import PlainBuffer, SealedSocket
 from ray_gpu.keeper import Keeper
 from ray_gpu.request import MAX_FUNCTION_BYTES, pack_work, parse
@@ -337,3 +338,127 @@ def test_sending_from_several_threads(links: tuple[SealedSocket, SealedSocket]) 
     finally:
         stop.set()
         thread.join()
+
+
+# -- peers that stall, and strangers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("much", [1, 63, 64, 200], ids=["a byte", "half a header", "a header", "half a body"])
+def test_message_that_never_ends(
+    sockets: tuple[socket.socket, socket.socket],
+    links: tuple[SealedSocket, SealedSocket],
+    monkeypatch: pytest.MonkeyPatch,
+    much: int,
+) -> None:
+    """A message that has begun must end, though each byte of it comes in time; until one begins there is all time."""
+    monkeypatch.setattr(frames, "MESSAGE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(frames, "_WAKE_S", 0.1)
+    gateway, keeper = links
+    gateway.settimeout(None)
+    sealed_message = _recorded(sockets, keeper, keeper.slot(Kind.RESULT, call=1))
+    ended = threading.Event()
+
+    def trickle() -> None:
+        ended.wait(1)  # four times the limit, and nothing has begun
+        for byte in sealed_message[:much]:
+            sockets[1].sendall(bytes([byte]))
+        while not ended.wait(0.05):
+            with contextlib.suppress(OSError):
+                sockets[1].sendall(sealed_message[much : much + 1])
+
+    trickling = threading.Thread(target=trickle)
+    trickling.start()
+    try:
+        with pytest.raises(frames.StalledError):
+            gateway.receive()
+    finally:
+        ended.set()
+        trickling.join()
+
+
+def test_control_without_a_deadline(
+    sockets: tuple[socket.socket, socket.socket],
+    links: tuple[SealedSocket, SealedSocket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no deadline ends it, the same trickle holds the receiver for as long as it lasts."""
+    monkeypatch.setattr(frames, "MESSAGE_TIMEOUT_S", 1e9)
+    gateway, keeper = links
+    gateway.settimeout(None)
+    sealed_message = _recorded(sockets, keeper, keeper.slot(Kind.RESULT, call=1))
+    receiving = threading.Thread(target=gateway.receive)
+    receiving.start()
+    waits = threading.Event()
+    for byte in sealed_message[:40]:
+        sockets[1].sendall(bytes([byte]))
+        waits.wait(0.05)
+
+    assert receiving.is_alive()
+    sockets[1].sendall(sealed_message[40:])
+    receiving.join(20)
+    assert not receiving.is_alive()
+
+
+def _recorded(sockets: tuple[socket.socket, socket.socket], link: SealedSocket, slot: Slot) -> bytes:
+    """Return a sealed message, taken off the connection."""
+    link.send(slot, bytes(5000))
+    return sockets[0].recv(1 << 16)
+
+
+def test_peer_that_takes_nothing(links: tuple[SealedSocket, SealedSocket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does not read what it is sent holds the sender for a time, not for ever."""
+    monkeypatch.setattr(frames, "MESSAGE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(frames, "SLOWEST_BYTES_PER_S", 1 << 30)
+    monkeypatch.setattr(frames, "_WAKE_S", 0.1)
+    gateway, _ = links
+    gateway.settimeout(None)
+
+    def send_on() -> None:
+        for shard in range(100):
+            gateway.send(gateway.slot(Kind.SHARD, call=1, shard=shard), bytes(4 << 20))
+
+    with pytest.raises(frames.StalledError):
+        send_on()
+
+
+def test_strangers_at_the_keeper(sockets: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred connections of strangers get no byte, and whoever has the key gets the hello while they are there."""
+    monkeypatch.setattr(keeper_module, "leave", lambda *_, **__: None)
+    start = {
+        "key": KEY, "grant_digest": GRANT, "lease": LEASE, "node": "gpu-1", "pool": "shared",
+        "degradations": [], "device": "none", "versions": {},
+    }  # fmt: skip
+    custodian, inside = socket.socketpair()
+    before = set(threading.enumerate())
+    with contextlib.ExitStack() as closing, custodian, inside, socket.create_server(("127.0.0.1", 0)) as listener:
+        keeper = Keeper(start, custodian, inside, memory.SlotMap(mmap.mmap(-1, 1)))
+        strangers = []
+        for number in range(200):
+            stranger = closing.enter_context(socket.create_connection(listener.getsockname()))
+            keeper.connect(listener.accept()[0])
+            with contextlib.suppress(OSError):
+                stranger.sendall((b"", os.urandom(600), bytes(30))[number % 3])
+            strangers.append(stranger)
+        keeper.connect(closing.enter_context(sockets[1].dup()))
+
+        gateway = _said_hello(sockets[0])
+
+        assert all(_hears_nothing(stranger) for stranger in strangers)
+        late = closing.enter_context(socket.create_connection(listener.getsockname()))
+        keeper.connect(listener.accept()[0])
+        assert late.recv(1) == b""
+        gateway.shutdown()
+        inside.shutdown(socket.SHUT_RDWR)
+        custodian.shutdown(socket.SHUT_RDWR)
+        for stranger in strangers:
+            stranger.close()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(20)
+
+
+def _hears_nothing(stranger: socket.socket) -> bool:
+    stranger.setblocking(False)
+    try:
+        return stranger.recv(1) == b""
+    except (BlockingIOError, ConnectionError):
+        return True

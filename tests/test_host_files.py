@@ -21,6 +21,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "node-gpu.yaml": node.read_config,
     "node-zone.yaml": node.read_config,
     "gateway.yaml": zone_host.read_config,
+    "gateway-client.yaml": zone_host.read_config,
     "vault.yaml": vault_declaration.read,
     "hosts.yaml": hosts_file.read,
 }
@@ -42,10 +43,13 @@ def test_examples_agree() -> None:
     hosts = {host.name: host.addresses[0] for host in hosts_file.read(EXAMPLES / "hosts.yaml")}
     declared = {item.name: item.addresses[0] for item in vault_declaration.read(EXAMPLES / "vault.yaml").nodes}
     files = [node.read_config(EXAMPLES / f"node-{role}.yaml") for role in ("head", "gpu", "zone")]
+    relay = zone_host.read_config(EXAMPLES / "gateway-client.yaml").relay
     provider = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))["provider"]
 
     assert declared == {name: hosts[name] for name in declared}
     assert {item.node: item.address for item in files}.items() <= hosts.items()
+    assert relay is not None
+    assert (relay.address, relay.head) == (hosts[relay.node], hosts["head"])
     assert {item.head for item in files} == {hosts["head"]} == {provider["head_ip"]}
     assert provider["worker_ips"] == [hosts["gpu-1"], hosts["gpu-2"]]
 
@@ -60,8 +64,16 @@ def test_examples_agree() -> None:
         ("node-gpu.yaml", {"address": "192.0.2"}, r"file.yaml:\d+: address"),
         ("node-gpu.yaml", {"head": "192.0.2.11"}, r"file.yaml:\d+: .*the head's address is its own"),
         ("node-head.yaml", {"head": "192.0.2.11"}, r"file.yaml:\d+: .*the head's address is its own"),
+        ("node-gpu.yaml", {"cluster": None}, r"file.yaml:\d+: Field required: cluster"),
+        ("node-gpu.yaml", {"cluster": []}, r"file.yaml:6: cluster.*at least 1 item"),
+        ("node-gpu.yaml", {"cluster": ["192.0.2.10", "192.0.2.1/24"]}, r"file.yaml:8: .*written like 192.0.2.0/24"),
+        ("node-gpu.yaml", {"cluster": ["192.0.2.10", "0.0.0.0/0"]}, r"file.yaml:8: .*name the cluster's"),
+        ("node-gpu.yaml", {"cluster": ["192.0.2.10", "127.0.0.0/8"]}, r"file.yaml:8: .*no host of a cluster"),
+        ("node-gpu.yaml", {"cluster": ["192.0.2.10", "head"]}, r"file.yaml:8: .*written like 192.0.2.0/24"),
+        ("node-gpu.yaml", {"cluster": ["198.51.100.0/24"]}, r"file.yaml:\d+: .*cluster lacks the head's address"),
         ("node-gpu.yaml", {"policies": "policies"}, r"file.yaml:\d+: policies.*absolute"),
         ("node-zone.yaml", {"zone": "Clinic!"}, r"file.yaml:\d+: zone"),
+        ("gateway-client.yaml", {"relay": {"node": "zone-trading"}}, r"file.yaml:\d+: relay: Field required: address"),
         ("gateway.yaml", {"policies": None}, r"file.yaml:\d+: Field required: policies"),
         ("gateway.yaml", {"vault": {"address": "http://v", "credentials": "/c"}}, r"file.yaml:\d+: vault.*address"),
     ],
@@ -75,6 +87,68 @@ def test_refused(tmp_path: Path, example: str, changed: dict[str, Any], message:
 
     with pytest.raises(ConfigError, match=message):
         READERS[example](file)
+
+
+@pytest.mark.parametrize(
+    ("example", "carrier", "message"),
+    [
+        ("gateway.yaml", "client", r"file.yaml:\d+: .*`carrier: client` needs a part `relay`"),
+        ("gateway-client.yaml", "edge", r"file.yaml:\d+: relay: .*`carrier: edge` has no part `relay`"),
+        ("gateway-client.yaml", None, r"file.yaml:\d+: relay: .*`carrier: edge` has no part `relay`"),
+        ("gateway.yaml", None, None),
+        ("gateway-client.yaml", "client", None),
+    ],
+)
+def test_carrier(
+    tmp_path: Path, copy_policies: Callable[..., Path], example: str, carrier: str | None, message: str | None
+) -> None:
+    """A gateway.yaml has a relay exactly where the zone's own zone.yaml says that its carrier is client."""
+    document = yaml.safe_load((EXAMPLES / example).read_text(encoding="utf-8"))
+    policies = copy_policies()
+    with (policies / document["zone"] / "zone.yaml").open("a", encoding="utf-8") as zone_file:
+        zone_file.write(f"\ncarrier: {carrier}\n" if carrier else "")
+    file = tmp_path / "file.yaml"
+    state = str(tmp_path / "state")
+    file.write_text(yaml.safe_dump(document | {"policies": str(policies), "state": state}), encoding="utf-8")
+
+    if message is None:
+        zone_host.Service(file, lambda _: None)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            zone_host.Service(file, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("example", "old", "new", "message"),
+    [
+        ("hosts.yaml", "name: gpu-2,  ", "name: gpu-1,  ", "two hosts are called gpu-1"),
+        ("hosts.yaml", "192.0.2.12", "192.0.2.11", "192.0.2.11 is gpu-1's already"),
+        ("hosts.yaml", "role: vault", "role: valut", "role"),
+        (
+            "hosts.yaml",
+            "name: operator,     role: operator",
+            "name: operator,     role: head",
+            "head is the head already",
+        ),
+        ("hosts.yaml", "198.51.100.9", "vault.example", "not an IP address"),
+        ("vault.yaml", "name: gpu-2,  ", "name: gpu-1,  ", "gpu-1"),
+        ("vault.yaml", "192.0.2.12", "192.0.2.11", "192.0.2.11"),
+        ("vault.yaml", "role: head,", "role: haed,", "role"),
+        ("vault.yaml", "zone: trading,", "zone: tradng,", "tradng"),
+    ],
+)
+def test_wrong_site(tmp_path: Path, example: str, old: str, new: str, message: str) -> None:
+    """A wrong role, a host or an address that stands twice, in the site's own files, is named with file and line."""
+    text = (EXAMPLES / example).read_text(encoding="utf-8")
+    assert old in text
+    file = tmp_path / "file.yaml"
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        READERS[example](file)
+
+    changed = text[: text.index(old)].count("\n") + 1
+    assert f"file.yaml:{changed}: " in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "message"), [("role: [", r"file.yaml:\d+"), ("", "file.yaml"), ("- a", "file.yaml")])

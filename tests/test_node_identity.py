@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,13 +19,15 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from ray_gpu.node_identity import RayIdentity, fetch, joined_addresses, write
+from ray_gpu.doctor.software import AGENT_MODULES, modules_found
+from ray_gpu.node_identity import RAY_PKI, RayIdentity, fetch, joined_addresses, write
 from ray_gpu.nodes import free_base_port
 from ray_gpu.sandbox import boundary
 from ray_gpu.vault_declaration import Declaration, NodeSpec
 from ray_gpu.vault_server import VaultServer
 from ray_gpu.vault_setup import setup
 from zones.errors import ConfigError, VaultDeniedError
+from zones.keys import tls_request
 from zones.vault import Vault
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +45,8 @@ class Nodes:
     identities: dict[str, RayIdentity]
     #: gpu-2's, but certified by another root.
     stranger: RayIdentity
+    #: gpu-2's, with a certificate that has ended by the time that Ray starts.
+    ended: RayIdentity
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +62,9 @@ def nodes() -> Iterator[Nodes]:
             logins = {n: server.client().login_approle(r.role_id, r.secret_id) for n, r in made.nodes.items()}
             identities = {n: fetch(logins[n], node=n, addresses=[a]) for n, a in ADDRESSES.items()}
             stranger = _stranger(root, identities["gpu-2"])
+            ended = _ended(root, identities["gpu-2"])
             root.revoke()
-            yield Nodes(logins=logins, identities=identities, stranger=stranger)
+            yield Nodes(logins=logins, identities=identities, stranger=stranger, ended=ended)
         finally:
             server.stop()
 
@@ -71,6 +77,14 @@ def _stranger(root: Vault, like: RayIdentity) -> RayIdentity:
     wanted = {"common_name": "gpu-2", "ip_sans": ADDRESSES["gpu-2"], "ttl": "1h"}
     made = root.call("POST", "pki-other/issue/any", **wanted)["data"]
     return replace(like, certificate_pem=made["certificate"], key_pem=made["private_key"])
+
+
+def _ended(root: Vault, like: RayIdentity) -> RayIdentity:
+    """Return what *like* is, with a certificate that lasts for a second."""
+    request = tls_request("gpu-2")
+    wanted = {"common_name": "gpu-2", "ip_sans": ADDRESSES["gpu-2"], "csr": request.csr_pem, "ttl": "1s"}
+    made = root.call("POST", f"{RAY_PKI}/sign/gpu-2", **wanted)["data"]
+    return replace(like, certificate_pem=made["certificate"] + "\n", key_pem=request.key_pem)
 
 
 # -- what Vault gives -------------------------------------------------------------------------------
@@ -214,6 +228,95 @@ def test_whom_ray_lets_in(nodes: Nodes, tmp_path: Path) -> None:
     assert [json.loads(line) for line in done.stdout.splitlines()] == [first, first, ADDRESSES]
     assert "InvalidAuthToken" in done.stderr
     assert "Timed out while waiting for GCS" in done.stderr
+
+
+#: What a cluster without one of the two does not set.
+TLS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("without", "who", "gets_in"),
+    [((), "ended", False), (TLS, "stranger", True), (TOKEN, "gpu-2", True)],
+    ids=["certificate ended", "control: no TLS", "control: no token, as with an old Ray"],
+)
+def test_each_keeps_out(nodes: Nodes, tmp_path: Path, without: tuple[str, ...], who: str, gets_in: bool) -> None:
+    """A node whose certificate has ended stays out. Without TLS a certificate is not asked for, nor a token without it.
+
+    They are the attempts of test_whom_ray_lets_in, on a cluster where one of the two is off: a stranger with the token
+    but no certificate, and a node without the token.
+    """
+    survey = boundary.survey()
+    if survey.bwrap is None or survey.mode == "none":
+        pytest.skip(f"Ray nodes need a PID namespace here, which bubblewrap cannot make: {survey.reason}")
+    comer = {"ended": nodes.ended, "stranger": nodes.stranger, "gpu-2": nodes.identities["gpu-2"]}[who]
+    kept = {"head": write(nodes.identities["head"], tmp_path / "head", uid=None).environment()}
+    kept["gpu-2"] = write(comer, tmp_path / "gpu-2", uid=None).environment()
+    plan = {
+        "base_port": free_base_port(),
+        "nodes": {
+            name: {
+                "address": ADDRESSES[name],
+                "index": index,
+                "environment": {key: value for key, value in found.items() if key not in without},
+            }
+            for index, (name, found) in enumerate(kept.items())
+        },
+        "steps": [
+            {"start": ["head"], "until": "serves"},
+            {"start": ["gpu-2"], "until": "serves" if gets_in else "ended"},
+        ],
+    }
+
+    done = _confined(str(survey.bwrap), plan)
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(json.loads(done.stdout.splitlines()[-1])) == ({"head", "gpu-2"} if gets_in else {"head"})
+
+
+@pytest.fixture(scope="module")
+def full_ray() -> Iterator[list[str]]:
+    """A directory with what ray[default] brings besides, thrown away afterwards."""
+    wanted = metadata.requires("ray") or []
+    brought = [line.partition(";")[0].strip() for line in wanted if 'extra == "default"' in line.replace("'", '"')]
+    with TemporaryDirectory(prefix="rgf") as directory:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--target", directory, *brought]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"pip cannot get what ray[default] brings: {done.stderr.strip()[-200:]}")
+        yield [directory]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("full", [False, True], ids=["plain ray", "control: ray[default]"])
+def test_agents(nodes: Nodes, tmp_path: Path, full: bool, request: pytest.FixtureRequest) -> None:
+    """No agent of a node with plain Ray answers a stranger; with ray[default] they do, though TLS and token are on."""
+    survey = boundary.survey()
+    if survey.bwrap is None or survey.mode == "none":
+        pytest.skip(f"Ray nodes need a PID namespace here, which bubblewrap cannot make: {survey.reason}")
+    if not full and set(AGENT_MODULES) <= set(modules_found(AGENT_MODULES)):
+        pytest.skip("ray[default] is installed here: this environment has no plain Ray")
+    head = {
+        "address": ADDRESSES["head"],
+        "index": 0,
+        "environment": write(nodes.identities["head"], tmp_path / "head", uid=None).environment(),
+        "packages": request.getfixturevalue("full_ray") if full else [],
+    }
+    # Off by default with us; a node that somebody starts with ray[default] has them.
+    head["environment"] |= {"RAY_enable_metrics_collection": "1"}
+    plan = {
+        "base_port": free_base_port(),
+        "nodes": {"head": head},
+        "steps": [{"start": ["head"], "until": "serves"}],
+        "agents": True,
+    }
+
+    done = _confined(str(survey.bwrap), plan)
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert {what: bool(answer) for what, answer in answers.items()} == {"metrics": full, "agent": full}
 
 
 def _confined(bwrap: str, plan: dict[str, object]) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,13 @@ def show(mark):
     return "shown"
 print("answer:", ray.get(show.remote(mark), timeout=45))
 """
+#: Where the custodians here say that they listen.
+ENDPOINT = ["192.0.2.11", 26120]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="enters a cage, which needs root")
 
 
 class FakeCustodian:
-    """Answers offers and grants, and echoes upper case on every connection that it is handed."""
+    """Answers offers and grants."""
 
     def __init__(self, directory: Path) -> None:
         self.requests: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -82,19 +85,17 @@ class FakeCustodian:
         lease = ""
         with contextlib.suppress(OSError):
             while True:
-                request, fds = recv_message(actor, max_fds=1)
+                request, _ = recv_message(actor)
                 lease = request["lease"]
                 self.requests.put(request)
                 send_message(actor, self._reply(request))
-                for fd in fds:
-                    with socket.socket(fileno=fd) as connection:
-                        connection.sendall(connection.recv(100).upper())
         self.gone.put(lease)
 
     def _reply(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.refuse:
             return {"ok": False, "error": {"error": "GrantRefusedError", "message": "no", "fields": {}}}
-        return {"ok": True, "echo": request["op"]}
+        endpoint = {"endpoint": ENDPOINT} if request["op"] == "grant" else {}
+        return {"ok": True, "echo": request["op"], **endpoint}
 
     def close(self) -> None:
         """Stop listening and hang up on every actor."""
@@ -257,7 +258,12 @@ def descendants(root: int) -> set[int]:
 
 def test_labels(world: World) -> None:
     """Ray knows three nodes by name, with their labels and GPUs, all of them free."""
-    nodes = {node["name"]: node for node in world.gateway.ask("nodes")["nodes"]}
+    deadline = time.monotonic() + TIMEOUT_S
+    nodes: dict[str, Any] = {}
+    # A raylet is in Ray's books a moment after its agents serve, and its resources a moment later.
+    while sum(node["gpus_free"] for node in nodes.values()) < 2:
+        assert time.monotonic() < deadline, nodes
+        nodes = {node["name"]: node for node in world.gateway.ask("nodes")["nodes"]}
 
     assert set(nodes) == {"gpu-1", "gpu-2", "zone"}
     assert all(node["alive"] for node in nodes.values())
@@ -271,8 +277,8 @@ def test_ping(world: World) -> None:
     assert world.gateway.ask("ping")["ok"] is True
 
 
-def test_hand_over(world: World) -> None:
-    """A connection to the granted endpoint ends up at the custodian, which talks through it."""
+def test_grant(world: World) -> None:
+    """Offer and grant reach the custodian as they are, and the gateway hears where the custodian listens for data."""
     placed = world.place("a")
     granted = world.gateway.ask("grant", lease="a", grant={"terms": 1}, wrapped="w")
     custodian = world.custodians[placed["node"]]
@@ -285,9 +291,7 @@ def test_hand_over(world: World) -> None:
         "grant": {"terms": 1},
         "wrapped": "w",
     }
-    with socket.create_connection(tuple(granted["endpoint"]), timeout=TIMEOUT_S) as connection:
-        connection.sendall(b"sealed")
-        assert connection.recv(100) == b"SEALED"
+    assert granted["endpoint"] == ENDPOINT
 
 
 def test_spread(world: World) -> None:
@@ -389,7 +393,7 @@ def test_lost_custodian(world: World) -> None:
 @pytest.mark.parametrize("node", ["zone", "gpu-1"])
 def test_rogue_task(world: World, node: str) -> None:
     """A task that lands on a node cannot read the zone's data; the node's uid could, were it not for the cage."""
-    if world.cluster.degradations:
+    if "uncaged-ray" in world.cluster.degradations:
         pytest.skip(f"no cage here: {world.cluster.degradations}")
     secret = world.directory / "visits.csv"
     secret.write_text("person,visits\n")

@@ -12,11 +12,15 @@ from click.testing import CliRunner
 from ray_gpu import hosts_file
 from ray_gpu.cli.main import cli
 from ray_gpu.ports import (
+    FORWARDER_UID,
     GATEWAY_UID,
     PORTS,
+    End,
     FirewallHost,
     Role,
     allowed,
+    cage_opens,
+    cage_serves,
     flows,
     host_rules,
     markdown_table,
@@ -80,6 +84,17 @@ def test_data_endpoints_are_the_gateways() -> None:
     assert {flow.uid for flow in opened} == {GATEWAY_UID}
 
 
+def test_client_zone_speaks_to_ray_client_alone() -> None:
+    """Of Ray a zone of kind client reaches one port of the head's, and only by its forwarder's uid."""
+    low, _, high = PORTS.endpoints.partition("-")
+    opened = [flow for flow in flows() if flow.source is Role.CLIENT_ZONE and "Ray" in flow.purpose]
+
+    assert [(flow.destination, flow.ports, flow.uid) for flow in opened] == [
+        (Role.HEAD, (PORTS.client, PORTS.client), FORWARDER_UID)
+    ]
+    assert PORTS.client < PORTS.first < int(low) < int(high)
+
+
 def test_vault_opens_nothing() -> None:
     """The vault answers, and opens no connection."""
     assert [flow for flow in flows() if flow.source is Role.VAULT] == []
@@ -89,6 +104,34 @@ def test_ports_without_a_token_are_nobodys() -> None:
     """Ray's metrics and the dashboard's agents, which ask for no token, are declared for nobody."""
     for source, destination, port in product(Role, Role, range(PORTS.first + 3, PORTS.first + 6)):
         assert not allowed(source, destination, port, 0)
+        assert not allowed(source, destination, port, End.CAGE)
+
+
+def test_hosts_have_no_part_in_ray() -> None:
+    """Of Ray's ports a host itself opens two, to ask who is there; and none leads into a host."""
+    ray = [
+        flow for flow in flows() if flow.ports[0] in (PORTS.gcs, PORTS.client, *range(PORTS.first, PORTS.first + 110))
+    ]
+    asking = {(f.source, f.destination, f.ports) for f in ray if f.opened_by is End.HOST and f.ports[0] != PORTS.client}
+
+    assert {flow.taken_by for flow in ray} == {End.CAGE}
+    assert asking == {
+        (Role.GPU, Role.HEAD, (PORTS.gcs, PORTS.gcs)),
+        (Role.EDGE_ZONE, Role.HEAD, (PORTS.gcs, PORTS.gcs)),
+        (Role.HEAD, Role.GPU, (PORTS.last_to_open, PORTS.last_to_open)),
+    }
+
+
+def test_cages_open_ray_and_ssh_alone() -> None:
+    """A cage opens connections to cages; but the head's, whose autoscaler starts nodes, also to sshds of GPU hosts."""
+    beyond = [flow for flow in flows() if flow.opened_by is End.CAGE and flow.taken_by is End.HOST]
+
+    assert [(flow.source, flow.destination, flow.ports) for flow in beyond] == [(Role.HEAD, Role.GPU, (22, 22))]
+    assert cage_opens(Role.EDGE_ZONE) == ((26000, 26000), (26010, 26012), (26020, 26119))
+    assert cage_opens(Role.HEAD) == ((26010, 26012), (26020, 26119))
+    assert cage_serves(Role.GPU) == cage_serves(Role.EDGE_ZONE) == ((26010, 26012), (26020, 26119))
+    assert cage_serves(Role.HEAD) == ((26000, 26000), (26001, 26001), (26010, 26012), (26020, 26119))
+    assert [cage_serves(role) for role in (Role.VAULT, Role.OPERATOR, Role.CLIENT_ZONE)] == [()] * 3
 
 
 def test_table_in_the_documentation() -> None:
@@ -105,7 +148,7 @@ def test_table_in_the_documentation() -> None:
 def test_rules_drop_by_default(hosts: tuple[FirewallHost, ...]) -> None:
     """Every chain with a hook drops what it does not name."""
     for text in (router_rules(hosts), *(host_rules(role, hosts) for role in Role)):
-        assert text.count("policy drop;") == text.count("type filter hook") == 2
+        assert text.count("policy drop;") == text.count("type filter hook") == (3 if "chain output" in text else 2)
 
 
 def test_rules_name_no_host_that_is_not_there(hosts: tuple[FirewallHost, ...]) -> None:
@@ -113,6 +156,15 @@ def test_rules_name_no_host_that_is_not_there(hosts: tuple[FirewallHost, ...]) -
     assert "vault" not in router_rules(hosts)
     assert "ip6 saddr { 2001:db8:1::5 } ip6 daddr { 2001:db8::11 }" in router_rules(hosts)
     assert "ip6 daddr" not in "".join(line for line in router_rules(hosts).splitlines() if "to head" in line)
+
+
+def test_a_host_refuses_what_is_its_cages(hosts: tuple[FirewallHost, ...]) -> None:
+    """Where there is no cage, whoever may connect to it is told that nobody listens; no process of the host gets it."""
+    chain = host_rules(Role.HEAD, hosts).partition("chain input {")[2].partition("}\n\tchain")[0]
+    rules = [line for line in chain.splitlines() if f"dport {PORTS.gcs}" in line]
+
+    assert rules
+    assert all("reject with tcp reset" in rule for rule in rules)
 
 
 def test_client_zone_accepts_answers_alone(hosts: tuple[FirewallHost, ...]) -> None:

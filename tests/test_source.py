@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,23 @@ def test_sealed_memory_file_cannot_be_changed() -> None:
                 change()
     finally:
         os.close(fd)
+
+
+def test_control_unsealed_memory_file_is_changed() -> None:
+    """The same bytes in a memory file without seals change under whoever has mapped them."""
+    sealed = share.share_table(_table())
+    content = os.pread(sealed, os.fstat(sealed).st_size, 0)
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
+        before = bytes(mapped)
+        os.pwrite(fd, b"x", 0)
+        after = bytes(mapped)
+    for each in (fd, sealed):
+        os.close(each)
+
+    assert before == content
+    assert after != content
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ class Egress:
     #: Sandbox level that the keeper's hello gave, and the ids of what it lacks.
     level: str = ""
     degradations: Sequence[str] = ()
+    #: Share of a GPU that each lease asks for, in thousandths: the one option of a call that nodes are told.
+    gpu_milli: int = 0
 
     def fields(self) -> dict[str, Any]:
         """Return the entry fields, JSON types, sets sorted."""
@@ -66,6 +68,7 @@ class Egress:
             "lease": self.lease,
             "level": self.level,
             "degradations": sorted(self.degradations),
+            "gpu_milli": self.gpu_milli,
         }
 
 

@@ -15,11 +15,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
-from zones.model import Dataset, ObligationRule, Obligations, Shuffle, SmallBytes, Zone, check_id, digest
+from zones.model import (
+    RECEIPT_IDS,
+    Carrier,
+    Dataset,
+    ObligationRule,
+    Obligations,
+    Shuffle,
+    SmallBytes,
+    Zone,
+    check_id,
+    digest,
+)
 
 SCHEMA_FILE = "schema.cedarschema"
 
@@ -152,6 +163,7 @@ class _ZoneFile(FileModel):
     small_bytes: _SmallBytesPart | None = None
     pools: _SomeIds
     endpoints: list[Annotated[str, AfterValidator(_endpoint)]] = Field(min_length=1)
+    carrier: Annotated[Carrier, Strict(False)] | None = None
     shuffle: _ShuffleText = "rows"
     max_lease_s: _LeaseSeconds = 3600
     accepted_degradations: Ids = Field(default_factory=list)
@@ -188,6 +200,11 @@ def _check_known(document: Document, loc: Loc, what: str, name: str, known: Sequ
         document.refuse(loc, f"no {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
+def _check_accepted(document: Document, loc: Loc, ids: Sequence[str]) -> None:
+    for place, name in enumerate(ids):
+        _check_known(document, (*loc, place), "degradation", name, sorted(RECEIPT_IDS))
+
+
 def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
     parts = document.check(_CatalogFile).datasets
     for name, part in parts.items():
@@ -209,6 +226,7 @@ def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
 
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
+    _check_accepted(document, ("accepted_degradations",), file.accepted_degradations)
     _check_known(document, ("default_class",), "class", file.default_class, file.classes)
     if file.default_class != file.classes[-1]:
         document.refuse(("default_class",), f"must be the highest class, {file.classes[-1]}")
@@ -226,12 +244,14 @@ def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str,
         policy_digest=policy_digest,
         obligations=_obligations(file, None),
         obligation_rules=tuple(_rules(document, file, datasets)),
+        carrier=file.carrier,
     )
 
 
 def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:
     rules = []
     for index, part in enumerate(file.obligations):
+        _check_accepted(document, ("obligations", index, "accepted_degradations"), part.accepted_degradations or ())
         for place, pool in enumerate(part.pools or ()):
             _check_known(document, ("obligations", index, "pools", place), "pool", pool, file.pools)
         for place, dataset in enumerate(part.datasets or ()):

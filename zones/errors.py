@@ -11,6 +11,7 @@ the world: policy, Vault, the ledger, a lease, a hostile peer.
     ├── EgressDeniedError          policy refuses; nothing left the zone
     ├── FunctionRefusedError       the function cannot or may not be sent
     ├── ValueRefusedError          a value is not data (executable, unsupported, too deep)
+    │   ├── AnswerRefusedError     what a node answered is nothing that a sandbox of ours answers
     │   └── ResultTooLargeError
     ├── RowCountError              f.map returned another number of rows than it was given
     ├── EnvelopeError              a sealed message did not open, whatever the reason
@@ -144,6 +145,10 @@ class FunctionRefusedError(ZoneError):
 
 class ValueRefusedError(ZoneError):
     """A value is not plain data: executable, of an unsupported type, or nested too deep."""
+
+
+class AnswerRefusedError(ValueRefusedError):
+    """What a node answered is nothing that a sandbox of ours answers: the node lies, or the function took it over."""
 
 
 class ResultTooLargeError(ValueRefusedError):

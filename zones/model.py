@@ -61,6 +61,15 @@ def digest(document: Any) -> str:
     return hashlib.sha256(canonical(document)).hexdigest()
 
 
+class Carrier(StrEnum):
+    """How a zone reaches the Ray cluster."""
+
+    #: By a CPU node of its own: the zone is a part of the cluster, and its firewall lets Ray in.
+    EDGE = "edge"
+    #: By one outbound connection: no part of Ray's cluster is in the zone, and nothing is let in.
+    CLIENT = "client"
+
+
 class Shuffle(StrEnum):
     """How far rows are moved apart before they are cut into shards."""
 
@@ -76,7 +85,7 @@ class Obligations:
     shuffle: Shuffle = Shuffle.ROWS
     #: Rows a block holds with ``Shuffle.BLOCKS``; otherwise unused.
     block_rows: int = 1
-    #: Degradations (ids from ``ray_gpu.sandbox``) that the zone accepts; any other refuses the lease.
+    #: Degradations (of :data:`RECEIPT_IDS`) that the zone accepts; any other refuses the lease.
     accepted_degradations: frozenset[str] = frozenset()
     #: Longest life of a lease, seconds.
     max_lease_s: int = 3600
@@ -137,6 +146,8 @@ class Zone:
     obligations: Obligations = field(default_factory=Obligations)
     #: The first rule that matches a request's pool and data set holds.
     obligation_rules: Sequence[ObligationRule] = ()
+    #: ``None`` where zone.yaml says nothing: ``edge``, but for embedded clusters without root.
+    carrier: Carrier | None = None
 
     def rank(self, classification: str) -> int:
         """Return the position of a class, 0 for the least sensitive."""
@@ -259,7 +270,13 @@ class Grant:
 
 
 #: Degradations that say something about the set-up around a sandbox, not about the sandbox.
-SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "uncaged-ray"})
+SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "uncaged-ray", "shared-network"})
+
+
+#: Every degradation that an offer or receipt may tell of: a zone can accept these and no others.
+RECEIPT_IDS = SURROUNDINGS | {
+    "shared-uid", "no-namespaces", "file-capability", "no-seccomp", "no-landlock", "no-cgroup", "swap-on",
+}  # fmt: skip
 
 
 def sandbox_level(degradations: Sequence[str]) -> str:

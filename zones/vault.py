@@ -17,8 +17,10 @@ import base64
 import binascii
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import hvac.adapters  # type: ignore[import-untyped]  # hvac ships no annotations
@@ -32,6 +34,8 @@ from zones.model import check_id
 NODE_PKI = "pki-nodes"
 #: Seconds to wait for a connection and for an answer. A call takes milliseconds; a dead host must not hang a job.
 _TIMEOUT_S = (3.0, 10.0)
+#: Clocks that differ by more are set before leases are lost by it, seconds. A lease lives without heartbeat for 10.
+MOST_SKEW_S = 5.0
 #: ``<random>-<not_after>``: what :func:`lease_name` makes.
 _LEASE_PATTERN = re.compile(r"[0-9a-f]{16,24}-([0-9]{1,12})")
 #: Policy that a person's login carries, one per zone.
@@ -92,6 +96,8 @@ class Vault:
         # Neither a proxy nor a netrc file from the environment may see or change these requests.
         self._session.trust_env = False
         self._session.verify = ca_file or True
+        self._session.hooks["response"].append(self._note_time)
+        self._ahead_s: float | None = None
         self._relogin: Callable[[], None] | None = None
         self._login_lock = threading.Lock()
 
@@ -136,6 +142,30 @@ class Vault:
     def token(self) -> str:
         """The token in use: a secret."""
         return self._token
+
+    def check_clock(self) -> None:
+        """Compare this host's clock with Vault's, by its last answer.
+
+        Raises:
+            VaultError: They differ by more than :data:`MOST_SKEW_S`, or the answer had no date.
+        """
+        ahead_s = self._ahead_s
+        if ahead_s is None:
+            raise VaultError(f"Vault at {self.address} has not said what time it is; check what runs at its address")
+        if abs(ahead_s) > MOST_SKEW_S:
+            raise VaultError(
+                f"this host's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} Vault's, and "
+                "certificates and leases end by it; set it, and start a time service (chrony, systemd-timesyncd)"
+            )
+
+    def _note_time(self, answer: requests.Response, **_: Any) -> None:
+        try:
+            theirs = parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
+        except (TypeError, ValueError):
+            self._ahead_s = None
+        else:
+            # The header counts whole seconds, so their clock was half a second further on average.
+            self._ahead_s = time.time() - theirs - 0.5
 
     def revoke(self) -> None:
         """Revoke the token in use and forget the login."""

@@ -37,7 +37,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(file="policies/vault/ray-node.hcl", old='"ip_sans"     = ["${addresses}"]', new='"ip_sans"     = []'),
             Edit(file="ray_gpu/vault_pki.py",
-                 old='[_single(address) for address in joined_addresses(node.addresses).split(",")],', new='["0.0.0.0/0", "::/0"],'),
+                 old='[_single(address) for address in joined_addresses(node.certified()).split(",")],', new='["0.0.0.0/0", "::/0"],'),
         ),
         "tests/test_vault_setup.py::test_nobody_is_certified_as_another", "DID NOT RAISE",
     ),
@@ -57,7 +57,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "lease-end", "keeper and sandbox outlive their lease",
-        Edit(file=_CUSTODIAN, old="        _kill(running)\n        self._release", new="        self._release"),
+        Edit(file=_CUSTODIAN, old="        _kill(running)\n", new=""),
         "tests/attack/test_lease_end.py::test_lease_ends_with_its_actor", r"assert \[\[.+\] == \[\]",
     ),
     mutation(
@@ -89,7 +89,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     mutation(
         "endpoints", "the gateway connects to wherever the relay says",
         Edit(file="ray_gpu/leases.py", old="if not endpoint_allowed(self._zone.endpoints, str(host), port):", new="if False:"),
-        "tests/test_endpoints.py::test_endpoint_that_the_zone_does_not_name", "DID NOT RAISE",
+        "tests/attack/test_lying_relay.py::test_endpoint_outside", "DID NOT RAISE",
     ),
     mutation(
         "sealed-memory", "a memory file that can still change is taken",
@@ -180,6 +180,39 @@ MUTATIONS: tuple[Mutation, ...] = (
         "level-first", "a node that is weaker than policy asks for gets data",
         Edit(file="ray_gpu/leases.py", old="    if missing:\n        raise SandboxLevelError(", new="    if False:\n        raise SandboxLevelError("),
         "tests/job/test_degraded.py::test_refused_before_the_first_byte[one]", r"DID NOT RAISE.*SandboxLevelError",
+    ),
+    mutation(
+        "pool-policy", "no pool refuses a grant",
+        Edit(file="zones/policy.py", old="return None if decision.allowed else _because(decision)", new="return None"),
+        "tests/zones/test_policy.py::test_refusal_of_a_grant", r"assert None == ",
+    ),
+    mutation(
+        "pool-policy", "custodians do not ask their pool's policy",
+        Edit(file=_CUSTODIAN, old="        refusal = self._policy.refusal(grant)\n", new='        refusal = ""\n'),
+        _KEYS + "test_forbidden_by_the_pool", "DID NOT RAISE",
+    ),
+    mutation(
+        "stalls", "a message that has begun need not end",
+        (
+            Edit(file="ray_gpu/frames.py", old="            elif time.monotonic() > self._deadline:", new="            elif False:"),
+            Edit(file="ray_gpu/frames.py", old="        if self._deadline and time.monotonic() > self._deadline:", new="        if False:"),
+        ),
+        "tests/test_frames.py::test_message_that_never_ends[a byte]", "EnvelopeError|DID NOT RAISE",
+    ),
+    mutation(
+        "gpu-scrub", "GPU memory is taken for scrubbed",
+        Edit(file="ray_gpu/sandbox/scrub.py", old="scrubbed = self._scrubber(uid, self._devices) if others else 0", new="scrubbed = 0"),
+        "tests/sandbox/test_scrub.py::test_when_it_is_scrubbed", r"assert 0 == \d",
+    ),
+    mutation(
+        "strangers", "whoever says anything at the data port counts as the gateway",
+        Edit(file="ray_gpu/keeper.py", old="        except (ZoneError, OSError):\n            proven = False", new="        except (ZoneError, OSError):\n            proven = True"),
+        "tests/test_frames.py::test_strangers_at_the_keeper", "PeerClosedError|ConnectionResetError|EnvelopeError|assert False",
+    ),
+    mutation(
+        "second-opinion", "what one node answers is believed",
+        Edit(file="ray_gpu/job.py", old="        if asked is None and self._session.leases.others(lease):\n", new="        if False:\n"),
+        "tests/attack/test_into_zone.py::test_lying_result_on_ray[pickle as the value]", "AnswerRefusedError",
     ),
     mutation(
         "signed-receipt", "any signature counts as the node's",

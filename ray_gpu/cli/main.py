@@ -15,7 +15,7 @@ from ray_gpu.cli.node import gateway, node
 from ray_gpu.cli.vault import vault
 from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
-from zones.model import check_id
+from zones.model import Carrier, check_id
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -66,6 +66,11 @@ def _start(command: _Command) -> _Command:
     command = click.option("--policies", type=policies, help="Policies directory; by default the one that is shipped.")(
         command
     )
+    command = click.option(
+        "--carrier",
+        type=click.Choice([carrier.value for carrier in Carrier]),
+        help="How the zone reaches Ray; by default what zone.yaml says, else edge as root and client otherwise.",
+    )(command)
     ports = click.IntRange(1024, 32000)
     return click.option("--base-port", type=ports, help="First of 1,000 ports for Ray; by default a free range.")(
         command
@@ -81,11 +86,15 @@ def cli() -> None:
     """
 
 
-def _plan(state: Path, zone: str, policies: Path | None, base_port: int | None) -> Any:
+def _plan(state: Path, zone: str, policies: Path | None, base_port: int | None, carrier: str | None) -> Any:
     from ray_gpu import embedded  # noqa: PLC0415 - imports what only these commands need
 
     return embedded.Plan(
-        state=str(state), zone=zone, policies=str(policies or embedded.shipped_policies()), base_port=base_port or 0
+        state=str(state),
+        zone=zone,
+        policies=str(policies or embedded.shipped_policies()),
+        base_port=base_port or 0,
+        carrier=Carrier(carrier) if carrier else None,
     )
 
 
@@ -93,12 +102,13 @@ def _plan(state: Path, zone: str, policies: Path | None, base_port: int | None) 
 @_state
 @_zone
 @_start
-def up(state: Path, zone: str, policies: Path | None, base_port: int | None) -> None:
+def up(state: Path, zone: str, policies: Path | None, base_port: int | None, carrier: str | None) -> None:
     """Start an embedded cluster on this machine and keep it running."""
     from ray_gpu import embedded  # noqa: PLC0415 - imports what only this command needs
     from ray_gpu.cli import show  # noqa: PLC0415 - as above
 
-    document = embedded.up(_plan(state, zone, policies, base_port), lambda text: console.print(text, style="dim"))
+    plan = _plan(state, zone, policies, base_port, carrier)
+    document = embedded.up(plan, lambda text: console.print(text, style="dim"))
     ids = show.missing(document)
     console.print(f"[green]up[/]: zone [bold]{zone}[/], Ray at {document['address']}, computes with: {show.device()}")
     console.print(show.degraded_line(ids), soft_wrap=True)
@@ -118,12 +128,36 @@ def down(state: Path) -> None:
 
 @cli.command()
 @_state
-def status(state: Path) -> None:
-    """Show what is missing, the nodes and the processes; exit status 1 when nothing runs."""
-    from ray_gpu.cli import show  # noqa: PLC0415 - imports what only this command needs
+@click.option(
+    "--config",
+    "configs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="node.yaml or gateway.yaml of a host of a cluster; by default those in /etc/ray-gpu.",
+)
+def status(state: Path, configs: tuple[Path, ...]) -> None:
+    """Show what is missing, the nodes and the processes; exit status 1 when something does not run.
 
-    if not show.status(console, state):
+    On a host of a cluster it shows the host's node and its gateway, and beside a gateway the cluster's nodes.
+    """
+    from ray_gpu.cli import host, show  # noqa: PLC0415 - imports what only this command needs
+    from ray_gpu.doctor import examination  # noqa: PLC0415 - as above
+
+    subject = examination.subject(configs, None)
+    of_a_cluster = subject.node is not None or subject.gateway is not None
+    runs = host.status(console, subject) if of_a_cluster else True
+    # An embedded cluster may run beside it.
+    if not of_a_cluster or embedded_runs(state):
+        runs = show.status(console, state) and runs
+    if not runs:
         sys.exit(1)
+
+
+def embedded_runs(state: Path) -> bool:
+    """Return whether an embedded cluster runs in a state directory."""
+    from ray_gpu import embedded  # noqa: PLC0415 - imports what only these commands need
+
+    return embedded.running(Layout(state)) is not None
 
 
 @cli.command()
@@ -131,11 +165,11 @@ def status(state: Path) -> None:
 @_start
 @click.option("--keep", is_flag=True, help="Leave the cluster running afterwards.")
 @click.option("--rows", type=click.IntRange(min=1000), help="Rows of the volume job, instead of all 1,250,000.")
-def demo(state: Path, policies: Path | None, base_port: int | None, keep: bool, rows: int | None) -> None:
+def demo(keep: bool, rows: int | None, **where: Any) -> None:
     """Start a cluster, run the main job on real data, show what left the zone, stop everything."""
     from ray_gpu.cli import demo as shown  # noqa: PLC0415 - imports what only this command needs
 
-    shown.run(console, _plan(state, "clinic", policies, base_port), keep=keep, rows=rows)
+    shown.run(console, _plan(zone="clinic", **where), keep=keep, rows=rows)
 
 
 @cli.command()
@@ -155,6 +189,20 @@ def firewall(role: str, hosts: Path) -> None:
     from ray_gpu import hosts_file, ports  # noqa: PLC0415 - imports what only this command needs
 
     click.echo(ports.rules_of(role, hosts_file.read(hosts)), nl=False)
+
+
+@cli.command()
+@click.argument("cluster", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--hosts", type=click.Path(path_type=Path, dir_okay=False), help="The hosts file of `ray-gpu firewall`.")
+def check(cluster: Path, hosts: Path | None) -> None:
+    """Check CLUSTER, a cluster.yaml, before `ray up`: what is wrong is named with file and line. Starts nothing.
+
+    With a hosts file, also that each host of it is one of the pool, and none a zone's.
+    """
+    from ray_gpu import cluster_file, hosts_file  # noqa: PLC0415 - imports what only this command needs
+
+    cluster_file.check(cluster, hosts_file.read(hosts) if hosts else ())
+    console.print(f"[green]ok[/]: {cluster}", soft_wrap=True)
 
 
 @cli.group()

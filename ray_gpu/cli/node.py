@@ -132,7 +132,11 @@ def gateway() -> None:
 @gateway.command("start")
 @_config("/etc/ray-gpu/gateway.yaml")
 def start_gateway(config: Path) -> None:
-    """Start the gateway, and leave it running. People can attach once the zone's node has joined as well."""
+    """Start the gateway, and leave it running.
+
+    With carrier edge people can attach once the zone's node has joined as well. With carrier client the relay is
+    started here too, and no node.
+    """
     from ray_gpu import zone_host  # noqa: PLC0415 - imports what only this command needs
 
     document = zone_host.start(config, _say)
@@ -140,6 +144,22 @@ def start_gateway(config: Path) -> None:
         f"[green]up[/]: gateway of zone [bold]{document['zone']}[/], {sandbox_level(document['degradations'])}",
         soft_wrap=True,
     )
+
+
+@gateway.command("status")
+@_config("/etc/ray-gpu/gateway.yaml")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
+def gateway_status(config: Path, as_json: bool) -> None:
+    """Show whether this zone's gateway runs, and whether its relay has joined; exit status 1 when one does not."""
+    from ray_gpu import zone_host  # noqa: PLC0415 - imports what only this command needs
+
+    document = zone_host.condition(zone_host.read_config(config))
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        console.print(document or "nothing runs; start it with `ray-gpu gateway start`")
+    if not document or not document["relay"]:
+        sys.exit(1)
 
 
 @gateway.command("stop")

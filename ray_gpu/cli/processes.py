@@ -15,6 +15,7 @@ HOLDS: Mapping[str, str] = {
     "this program": "a session; no key",
     "gateway": "policy, ledger, order, lease keys",
     "relay": "nothing: control messages",
+    "forwarder": "nothing: connections to the head",
     "Ray": "nothing: places the actors",
     "custodian": "the node's identity",
     "keeper": "the key of one lease",
@@ -27,6 +28,7 @@ _PROGRAMS = {
     "ray_gpu.embedded": "supervisor",
     "ray_gpu.gateway": "gateway",
     "ray_gpu.relay": "relay",
+    "ray_gpu.forwarder": "forwarder",
     "ray_gpu.custodian": "custodian",
     "ray_gpu.keeper": "keeper",
     "ray_gpu.sandbox.child": "sandbox",
@@ -85,7 +87,7 @@ def rows(document: Mapping[str, Any]) -> list[Row]:
         inside_ray = any(pid in document["nodes"].values() for pid in above)
         name = process.program or ("Ray" if inside_ray else "")
         if name:
-            where = "zone" if place in ("gateway", zone) else place or "this host"
+            where = "zone" if place in ("gateway", "relay", "forwarder", zone) else place or "this host"
             found[Row(name=name, where=where, uid=process.uid, confined_by=process.confined_by)] += 1
     order = list(HOLDS)
     merged = [Row(**{**_fields(row), "count": count}) for row, count in found.items()]

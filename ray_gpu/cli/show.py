@@ -40,6 +40,7 @@ def missing(document: Mapping[str, Any] | None) -> list[str]:
         sandbox, zone = list(boundary.degradations()), ["embedded-vault"]
         zone += [] if os.geteuid() == 0 else ["self-enforced"]
         zone += ["uncaged-ray"] if boundary.survey().mode == "none" else []
+        zone += ["shared-network"]
     else:
         sandbox, zone = list(document["sandbox_degradations"]), list(document["degradations"])
     return list(dict.fromkeys([*sandbox, *zone, *([] if boundary.gpu_devices() else [_STAND_IN_ID])]))
@@ -79,7 +80,8 @@ def status(console: Console, state: Path) -> bool:
     ids = missing(document)
     console.print(degraded_line(ids), soft_wrap=True)
     console.print(meanings(ids))
-    console.print(f"\nzone [bold]{document['zone']}[/]; Ray at {document['address']}; computes with: {device()}")
+    carried = f"zone [bold]{document['zone']}[/], carrier {document['carrier']}"
+    console.print(f"\n{carried}; Ray at {document['address']}; computes with: {device()}")
     with api.attach(document["zone"], purpose="status", state_dir=state) as session:
         card = session.status()
     console.print(nodes(card["nodes"]))
@@ -87,16 +89,21 @@ def status(console: Console, state: Path) -> bool:
     return True
 
 
-def nodes(found: Iterable[Mapping[str, Any]]) -> Table:
-    """Return the table of Ray's nodes."""
-    table = _table("node", "what it is", ">free", "computes with")
+def nodes(found: Iterable[Mapping[str, Any]], *, computing: bool = True) -> Table:
+    """Return the table of Ray's nodes; with what they compute with, where all of them are on this machine."""
+    table = _table("node", "labels", ">free", *(["computes with"] if computing else []))
     for node in sorted(found, key=lambda item: str(item["name"])):
-        zone = node["labels"].get("ray-gpu-zone")
-        what = f"CPU node of zone {zone}" if zone else f"pool {node['labels'].get('ray-gpu-pool')}"
-        what += "" if node["alive"] else " (gone)"
-        free = "" if zone else f"{node['gpus_free']:g} of {node['gpus']:g}"
-        table.add_row(node["name"], what, free, "nothing" if zone else device())
+        what = labels(node["labels"]) + ("" if node["alive"] else " (gone)")
+        free = f"{node['gpus_free']:g} of {node['gpus']:g}" if node["gpus"] else ""
+        computes = device() if node["gpus"] else "nothing"
+        table.add_row(node["name"], what.strip(), free, *([computes] if computing else []))
     return table
+
+
+def labels(found: Mapping[str, str]) -> str:
+    """Return our labels of a node but for its name: ``"zone=clinic"``, ``"pool=shared"``, nothing for a head."""
+    ours = {key.removeprefix("ray-gpu-"): value for key, value in found.items() if key.startswith("ray-gpu-")}
+    return ", ".join(f"{key}={value}" for key, value in sorted(ours.items()) if key != "node")
 
 
 def process_table(rows: Iterable[processes.Row], *, wide: bool) -> RenderableType:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from ray_gpu import cage_net, zone_host
 from ray_gpu import node as nodes
-from ray_gpu import zone_host
 from ray_gpu.doctor import files, kernel, notebooks, software, vault
 from ray_gpu.doctor.finding import Files, Finding, missing, unclear
 from ray_gpu.host_file import VaultPart
@@ -43,6 +43,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "embedded-vault": ("", "embedded"),
     "self-enforced": ("gateway", "embedded"),
     "uncaged-ray": ("gpu head zone", "embedded"),
+    "shared-network": ("gpu head zone", "embedded"),
     "core-handler": ("gpu gateway", "head zone embedded"),
     "core-limit": ("", "gpu gateway embedded"),
     "ksm-on": ("gpu", "embedded"),
@@ -51,7 +52,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "session-on-disk": ("gpu head zone", ""),
     "full-ray": ("gpu zone", "embedded"),
     "old-ray": ("gpu head zone embedded", ""),
-    "certificate-ends": ("gpu head zone", ""),
+    "certificate-ends": ("gpu head zone gateway", ""),
     "vault-unproven": ("gpu head zone gateway", ""),
     "clock-skew": ("gpu head zone gateway", ""),
     "ports-open": ("", "gpu head zone gateway"),
@@ -154,6 +155,7 @@ def _confinement(host: Subject) -> Iterator[Finding]:
     yield kernel.user_namespaces(*settings, euid=euid)
     yield kernel.namespaces(mode, reason)
     yield kernel.namespaces(mode, reason, control="uncaged-ray")
+    yield kernel.cage_network(mode, cage_net.lacking(), nodes=3 if "embedded" in host.roles else 1)
     readable, capability = (True, None) if mode != "none" or euid != 0 else reach_python()
     yield kernel.python_reach(mode, readable=readable, capability=capability)
     yield kernel.seccomp(
@@ -179,9 +181,16 @@ def _memory(host: Subject) -> Iterator[Finding]:
 def _ray(host: Subject) -> Iterator[Finding]:
     yield software.ray_version(software.version_of("ray"), software.own_requirements())
     yield software.plain_ray(software.modules_found(software.AGENT_MODULES))
+    for ray in _ray_files(host):
+        yield _certificate(host.files, ray.certificate)
+
+
+def _ray_files(host: Subject) -> Iterator[RayFiles]:
+    """Yield where certificate and token of this host's node, and of its client relay, lie."""
     if host.node is not None:
-        path = RayFiles(directory=nodes.RUN_DIR / host.node.node / "ray").certificate
-        yield _certificate(host.files, path)
+        yield RayFiles(directory=nodes.RUN_DIR / host.node.node / "ray")
+    if host.gateway is not None and host.gateway.relay is not None:
+        yield RayFiles(directory=zone_host.credentials_dir(host.gateway))
 
 
 def _certificate(read: Files, path: Path) -> Finding:
@@ -200,8 +209,9 @@ def _certificate(read: Files, path: Path) -> Finding:
 
 def _logins(host: Subject) -> Iterator[Finding]:
     euid = os.geteuid()
-    for part in host.vaults():
-        yield _private(host.files, "login for Vault", Path(part.credentials), (euid, 0))
+    relay = host.gateway.relay if host.gateway else None
+    for credentials in [*(part.credentials for part in host.vaults()), *([relay.credentials] if relay else [])]:
+        yield _private(host.files, "login for Vault", Path(credentials), (euid, 0))
     for what, path, owner in _made(host, euid):
         # It comes and goes with what runs here.
         if not _absent(host.files, path):
@@ -210,10 +220,10 @@ def _logins(host: Subject) -> Iterator[Finding]:
 
 def _made(host: Subject, euid: int) -> Iterator[tuple[str, Path, int]]:
     """Yield what this project writes that holds a login or a key: name, place and owner."""
-    if host.node is not None:
-        ray = RayFiles(directory=nodes.RUN_DIR / host.node.node / "ray")
+    for ray in _ray_files(host):
         for what, path in (("Ray's directory", ray.directory), ("Ray's token", ray.token), ("Ray's key", ray.key)):
             yield what, path, nodes.CAGE_UID if euid == 0 else euid
+    if host.node is not None:
         yield "custodian's settings", nodes.state_file(host.node).with_name("settings.json"), euid
     if host.gateway is not None:
         zone = Layout(Path(host.gateway.state)).zone(host.gateway.zone)

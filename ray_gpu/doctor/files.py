@@ -5,11 +5,10 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 
 from ray_gpu.doctor.finding import FileFacts, Finding, holds, missing, unclear
+from ray_gpu.mounts import IN_MEMORY, file_system
 
-_MEMORY = ("tmpfs", "ramfs")
 #: A node that ends within this time is restarted before, seconds.
 SOON_S = 7 * 86400
 _OTHERS_READ, _OTHERS_WRITE = 0o077, 0o022
@@ -49,11 +48,8 @@ def tmpfs(what: str, path: str, mounts: str | None) -> Finding:
     control = "session-on-disk"
     if mounts is None:
         return unclear(control, what, "/proc/mounts cannot be read")
-    # Later mounts cover earlier ones at the same place.
-    kinds = {fields[1]: fields[2] for fields in (line.split() for line in mounts.splitlines()) if len(fields) > 2}
-    place = next((str(p) for p in (PurePosixPath(path), *PurePosixPath(path).parents) if str(p) in kinds), "/")
-    kind = kinds.get(place, "of an unknown kind")
-    if kind in _MEMORY:
+    place, kind = file_system(path, mounts)
+    if kind in IN_MEMORY:
         return holds(control, what, f"{path} is on a {kind}")
     return missing(control, what, f"{path} is on {place}, which is {kind}")
 

@@ -42,6 +42,22 @@ def namespaces(mode: Mode, reason: str, *, control: str = "no-namespaces") -> Fi
     return holds(control, about, "made by root" if mode == "root" else "made inside a user namespace")
 
 
+def cage_network(mode: Mode, lacking: str, *, nodes: int = 1) -> Finding:
+    """Check that Ray's cage can have a network of its own.
+
+    Args:
+        mode: How namespaces are made here.
+        lacking: From :func:`ray_gpu.cage_net.lacking`.
+        nodes: How many are on this host.
+    """
+    control, about = "shared-network", "cage's network"
+    if nodes > 1:
+        return missing(control, about, f"{nodes} nodes on one host share its loopback addresses")
+    if lacking or mode != "root":
+        return missing(control, about, lacking or "bubblewrap makes no namespaces")
+    return holds(control, about, "its own, made by root")
+
+
 def user_namespaces(most: str | None, clone: str | None, apparmor: str | None, *, euid: int) -> Finding:
     """Check that a user without privileges may make user namespaces, which root does without.
 

@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 
 from ray_gpu.doctor.files import SOON_S
 from ray_gpu.doctor.finding import Finding, holds, missing, unclear
+from zones.vault import MOST_SKEW_S
 
-#: Clocks that differ by more are set before leases are lost by it, seconds. A lease lives without heartbeat for 10.
-MOST_SKEW_S = 5.0
 _HEALTH = "/v1/sys/health?standbyok=true&perfstandbyok=true&sealedcode=200&uninitcode=200"
 _TIMEOUT_S = 5.0
 _MOST_BYTES = 1 << 16

@@ -13,6 +13,7 @@ that. The kernel means the *thread* that started it, so a thread that lasts does
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import select
@@ -95,11 +96,21 @@ def launch(
     stdin: Stream = subprocess.DEVNULL,
     stdout: Stream = None,
     stderr: Stream = None,
+    prepare: Callable[[int], None] | None = None,
 ) -> Confined:
     """Start *argv* inside *profile*. Any thread may call this.
 
     A sandbox's or keeper's program calls :func:`harden_self` as its first act. A cage's is
     started by a program of ours that does it, since Ray does not.
+
+    Args:
+        argv: Program and arguments.
+        profile: What it gets.
+        stdin: As for :class:`subprocess.Popen`, and so are the others.
+        stdout: See there.
+        stderr: See there.
+        prepare: Called with the id of a process in the new namespaces before *argv* runs. When it raises, nothing runs,
+            and that is raised here. Needs bubblewrap.
 
     Raises:
         ValueError: The launcher is root and the profile has no uid, or uid 0.
@@ -119,13 +130,58 @@ def launch(
         name = f"{profile.name}-{os.urandom(4).hex()}"
         group = cgroup.create(name, memory_bytes=profile.memory_bytes, processes=profile.processes)
     try:
-        process = _start(argv, profile, group, (stdin, stdout, stderr))
+        with _Halt(prepare) as halt:
+            process = _start(argv, profile, group, (stdin, stdout, stderr), halt.options())
+            process.cgroup, process.mode = group, found.mode
+            halt.release(process)
     except BaseException:
         if group is not None:
             group.remove()
         raise
-    process.cgroup, process.mode = group, found.mode
     return process
+
+
+class _Halt:
+    """Halts a process between the making of its namespaces and its program, for *prepare*."""
+
+    def __init__(self, prepare: Callable[[int], None] | None) -> None:
+        self._prepare = prepare
+        self._closing = contextlib.ExitStack()
+        self._fds: tuple[int, ...] = ()
+
+    def __enter__(self) -> _Halt:
+        if self._prepare is not None:
+            self._said, told = os.pipe()
+            waits, self._go = os.pipe()
+            self._fds = (told, waits)
+            for fd in (self._said, told, waits, self._go):
+                self._closing.callback(os.close, fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """Return bubblewrap's options, each with its descriptor."""
+        return tuple(zip(("--info-fd", "--block-fd"), self._fds, strict=False))
+
+    def release(self, process: Confined) -> None:
+        """Call *prepare*, then let the program run; end *process* when that fails."""
+        if self._prepare is None:
+            return
+        # bubblewrap writes it in pieces, once there are namespaces. Without any it ends, and says why itself.
+        said = b""
+        while not said.endswith(b"}\n"):
+            if select.select([self._said], [], [], 0.1)[0]:
+                said += os.read(self._said, 4096)
+            elif process.poll() is not None:
+                return
+        try:
+            self._prepare(int(json.loads(said)["child-pid"]))
+        except BaseException:
+            process.end()
+            raise
+        os.write(self._go, b".")
 
 
 def _children(pid: int) -> list[int]:
@@ -138,7 +194,11 @@ def _children(pid: int) -> list[int]:
 
 
 def _start(
-    argv: Sequence[str | Path], profile: Profile, group: cgroup.Cgroup | None, streams: tuple[Stream, Stream, Stream]
+    argv: Sequence[str | Path],
+    profile: Profile,
+    group: cgroup.Cgroup | None,
+    streams: tuple[Stream, Stream, Stream],
+    halting: tuple[tuple[str, int], ...],
 ) -> Confined:
     """Put the command line together, inside out: program, cage, uid, bubblewrap, group."""
     found = survey()
@@ -150,11 +210,12 @@ def _start(
     with contextlib.ExitStack() as closing:
         if found.mode != "none":
             options = bubblewrap.arguments(profile, userns=found.mode == "userns")
+            options += [word for option, number in halting for word in (option, str(number))]
             fd = _memory_file("\0".join([*options, "--setenv", VARIABLE, around]))
             closing.callback(os.close, fd)
             # The options go by descriptor and the environment is empty: both are readable inside.
             command = [str(found.bwrap), "--args", str(fd), "--", *command]
-            fds, env = (*fds, fd), {}
+            fds, env = (*fds, fd, *(number for _, number in halting)), {}
         if group is not None:
             command = ["/bin/sh", "-c", _ENTER, "sh", *map(str, group.entrances()), "--", *command]
         return _on_lasting_thread(lambda: Confined(
@@ -178,8 +239,7 @@ def _surroundings(profile: Profile, mode: Mode) -> str:
         read=tuple(map(str, shown)),
         write=tuple(map(str, write)),
         keep_fds=profile.keep_fds,
-        # The limit counts all processes of a uid, so it fits only a uid of one's own.
-        processes=profile.processes if survey().root else None,
+        processes=profile.processes if survey().counts_processes else None,
         program=program,
         parent=os.getpid() if plain else None,
     ).encode()

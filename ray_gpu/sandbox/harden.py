@@ -36,7 +36,7 @@ class Surroundings:
     read: tuple[str, ...]
     write: tuple[str, ...]
     keep_fds: tuple[int, ...]
-    #: Most processes and threads of the child's uid; ``None`` where the uid is shared with others.
+    #: Most processes and threads of the child's uid; ``None`` where those of others would count.
     processes: int | None
     #: Compiled filter; empty when libseccomp is missing.
     program: bytes
@@ -113,21 +113,33 @@ def _check_process() -> None:
         raise RuntimeError("no confined process runs as uid 0; give its profile a uid")
 
 
-def _limit(around: Surroundings) -> None:
-    """No core dumps, no privileges by execve, no life after the parent's."""
+def keep_memory() -> None:
+    """Give this process's memory to nobody: no core file, no crash handler, and no other process of its uid.
+
+    For every process of ours that holds a login, a key or data. A program that it starts is open again to its uid, and
+    calls this itself; the other two hold for it as well.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if around.processes is not None:
-        resource.setrlimit(resource.RLIMIT_NPROC, (around.processes, around.processes))
     # A core that is piped to a handler ignores the limit, and execve makes dumpable again: this
     # mask outlives both, so that such a core has no memory in it.
     with contextlib.suppress(OSError):
         Path("/proc/self/coredump_filter").write_text("0", encoding="ascii")
-    libc = ctypes.CDLL(None, use_errno=True)
-    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
-        if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), f"prctl {option} refused; this kernel is not supported")
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option} refused; this kernel is not supported")
+
+
+def _limit(around: Surroundings) -> None:
+    """No core dumps, no privileges by execve, no life after the parent's."""
+    if around.processes is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (around.processes, around.processes))
+    keep_memory()
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if around.parent is not None:
-        libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != around.parent:
             os._exit(1)
 

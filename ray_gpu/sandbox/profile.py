@@ -93,13 +93,16 @@ def cage(
     bind_rw: tuple[tuple[Path, Path], ...] = (),
     tmpfs: Mapping[str, int],
     env: Mapping[str, str],
+    network: bool,
 ) -> Profile:
-    """Return the profile for a Ray node or the gateway: the host's network, its own files.
+    """Return the profile for a Ray node: its own files, and the host's network or, without *network*, one of its own.
 
     Ray needs ``"/dev/shm"`` among *tmpfs*, sized for its object store.
     """
+    # Without a name server a name is looked for in vain at once, instead of until a time limit.
+    readable = NETWORK_FILES if network else tuple(path for path in NETWORK_FILES if path.name != "resolv.conf")
     return Profile(
-        name=name, kind="cage", uid=uid, network=True, bind_ro=NETWORK_FILES, bind_rw=bind_rw, tmpfs=tmpfs,
+        name=name, kind="cage", uid=uid, network=network, bind_ro=readable, bind_rw=bind_rw, tmpfs=tmpfs,
         env={**python_env(), **env},
     )  # fmt: skip
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +44,15 @@ class Survey:
     landlock_abi: int
     cgroup: cgroup.Hierarchy | None
     swap: bool
+
+    @property
+    def counts_processes(self) -> bool:
+        """Whether a limit on processes fits: it counts all of a uid, since Linux 5.14 within its user namespace."""
+        return self.root or (self.mode == "userns" and _kernel() >= (5, 14))
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
 
 
 @functools.cache

@@ -3,12 +3,14 @@
 ``listen``: reads a JSON list of ports, serves each over TCP and UDP, IPv4 and IPv6, says "ready", and ends with its
 standard input. ``probe``: reads a JSON list of targets ``[protocol, address, port]``, tries them all at the same time,
 and prints a JSON list of booleans: whether the target answered. An answer of any kind counts, also a refusal.
+``reach``: the same, but only being served counts; ``abstract`` is one more protocol, of Unix sockets by name.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import selectors
 import socket
@@ -61,8 +63,9 @@ def listen(ports: list[int]) -> None:
 class Probes:
     """Probes under way."""
 
-    def __init__(self, targets: list[Target]) -> None:
+    def __init__(self, targets: list[Target], *, strict: bool = False) -> None:
         self.targets = targets
+        self.strict = strict
         self.answered = [False] * len(targets)
         self._selector = selectors.DefaultSelector()
         self._open = 0
@@ -71,14 +74,20 @@ class Probes:
         """Send every probe, and return which were answered."""
         for index, (protocol, address, port) in enumerate(self.targets):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            getattr(self, f"_{protocol}")(index, family, address, port)
+            try:
+                getattr(self, f"_{protocol}")(index, family, address, port)
+            except OSError:  # no way there, not even from here
+                if not self.strict:
+                    raise
         until = time.monotonic() + _QUIET_S
         while self._open and time.monotonic() < until:
             for key, _ in self._selector.select(until - time.monotonic()):
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)
-                if self._answers(sock, key.data):
-                    self.answered[key.data] = True
+                answers = self._answers(sock, key.data)
+                self.answered[key.data] |= answers
+                # A connection that failed stays ready for ever.
+                if answers or self.targets[key.data][0] == "tcp":
                     self._selector.unregister(sock)
                     sock.close()
                     self._open -= 1
@@ -93,8 +102,15 @@ class Probes:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
         code = sock.connect_ex((address, port))
-        assert code in (0, errno.EINPROGRESS), (address, port, code)
+        if code not in (0, errno.EINPROGRESS):
+            sock.close()
+            raise OSError(code, f"{address} port {port}")
         self._wait(sock, index, selectors.EVENT_WRITE)
+
+    def _abstract(self, index: int, family: int, address: str, port: int) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(f"\0{address}")
+        self.answered[index] = True
 
     def _udp(self, index: int, family: int, address: str, port: int) -> None:
         sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -112,9 +128,11 @@ class Probes:
         sock = socket.socket(family, socket.SOCK_RAW, protocol)
         sock.setblocking(False)
         sock.connect((address, 0))
-        request = struct.pack("!BBHHH", 8 if family == socket.AF_INET else 128, 0, 0, index, 1)
+        # Another number each time: a firewall knows those of earlier probes, and lets their answers pass.
+        number = (os.getpid() * 257 + index) & 0xFFFF
+        request = struct.pack("!BBHHH", 8 if family == socket.AF_INET else 128, 0, 0, number, 1)
         # The kernel fills in the checksum of IPv6 alone.
-        request = struct.pack("!BBHHH", request[0], 0, _checksum(request), index, 1)
+        request = struct.pack("!BBHHH", request[0], 0, _checksum(request), number, 1)
         try:
             sock.send(request)
         except PermissionError:
@@ -125,11 +143,16 @@ class Probes:
     def _answers(self, sock: socket.socket, index: int) -> bool:
         """Return whether what came is an answer: other ICMP messages reach a raw socket too."""
         if self.targets[index][0] == "tcp":
-            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (0, errno.ECONNREFUSED)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            return error == 0 or (error == errno.ECONNREFUSED and not self.strict)
         try:
             data = sock.recv(256)
         except ConnectionRefusedError:
-            return True
+            return not self.strict
+        except OSError:
+            if self.strict:
+                return False
+            raise
         if self.targets[index][0] == "udp":
             return data == _PAYLOAD
         header = (data[0] & 15) * 4 if sock.family == socket.AF_INET else 0
@@ -150,7 +173,8 @@ def main() -> None:
     if sys.argv[1] == "listen":
         listen(given)
     else:
-        sys.stdout.write(json.dumps(Probes([(protocol, address, port) for protocol, address, port in given]).run()))
+        targets = [(protocol, address, port) for protocol, address, port in given]
+        sys.stdout.write(json.dumps(Probes(targets, strict=sys.argv[1] == "reach").run()))
 
 
 if __name__ == "__main__":

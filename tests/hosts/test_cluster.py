@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +18,18 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_gpu.cage_net import HOST_END
+from ray_gpu.ports import FORWARDER_UID, GATEWAY_UID, PORTS, TABLE, VAULT
 from testbed import Host, Testbed
 from testbed.cluster import (
     CLUSTER_FILE,
     DECLARATION,
     GATEWAY_CREDENTIALS,
     GATEWAY_FILE,
-    HOSTS,
     NODE_CREDENTIALS,
     NODE_FILE,
+    PERSON_UID,
+    STATE,
     VAULT_CA,
     BedCluster,
 )
@@ -34,6 +38,21 @@ from testbed.ssh import LAUNCHER_KEY
 from zones.keys import loopback_tls
 
 CAGE_UID = 61001
+#: Protocol, address, port.
+Target = tuple[str, str, int]
+PROBER = Path(__file__).with_name("prober.py")
+#: Ports that every host serves by TCP and UDP: names, the web, what is next to Ray's, data.
+SERVICES = [53, 8080, 26013, PORTS.first + 199]
+#: Serves an abstract Unix socket until its standard input ends.
+ABSTRACT = """
+import socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind("\\0ray-gpu-test")
+server.listen(8)
+sys.stdin.readline()
+print("ready", flush=True)
+sys.stdin.read()
+"""
 FOREIGN_CA = f"{HOME}/foreign.pem"
 TIMEOUT_S = 60.0
 POOL = ("head", "gpu-1", "gpu-2")
@@ -56,6 +75,13 @@ def total(batch):
     return float(batch["realgdp"].sum())
 with attach() as zone:
     print(json.dumps(total.map_reduce(zone.read("macrodata", columns=["realgdp"]), sum) > 0))
+"""
+#: Listens on a port of the kernel's choice, and says which.
+_LISTEN = """
+import socket, sys
+server = socket.create_server(("", 0))
+print(server.getsockname()[1], flush=True)
+sys.stdin.read()
 """
 #: Calls until its standard input ends; says each hundred.
 STREAM = """
@@ -80,7 +106,7 @@ with attach() as zone:
 @pytest.fixture(scope="module")
 def cluster(can_build: None) -> Iterator[BedCluster]:
     """A bed whose Vault is set up and whose hosts are equipped; nothing of Ray runs."""
-    with Testbed(HOSTS) as bed, BedCluster(bed) as equipped:
+    with Testbed() as bed, BedCluster(bed) as equipped:
         yield equipped
 
 
@@ -142,6 +168,16 @@ def refuses(cluster: BedCluster, name: str, message: str, part: str = "node") ->
     assert re.search(message, said), said
     assert "Traceback" not in done.stderr
     assert not ours(cluster.bed[name])
+    assert network_left(cluster.bed[name]) == []
+
+
+def network_left(host: Host) -> list[str]:
+    """Return what a host still has of a cage's network."""
+    script = (
+        "ip -o link show | grep -o ray-cage; nft list tables | grep -o ray_gpu_cage; "
+        "grep -l 1 /proc/sys/net/ipv4/conf/*/forwarding; true"
+    )
+    return host.run(["sh", "-c", script]).stdout.split()
 
 
 #: What is wrong on a host: where, what is started, how to break it, what is said. More of it: tests/test_host_files.py.
@@ -195,16 +231,33 @@ def test_pool_is_up(pool: BedCluster) -> None:
 
 
 def test_zones_join(zones: BedCluster) -> None:
-    """A zone's CPU host is a node of the cluster beside the GPU nodes, and its call is exact, on both of them."""
+    """A zone's CPU host is a node beside the GPU nodes; a client zone's is none. The call is exact, on both of them."""
     said = json.loads(zones.call("clinic", FIT))
     nodes = {node["name"]: node for node in said["nodes"] if node["alive"]}
 
     assert said["exact"] is True
     assert {lease["node"] for lease in said["leases"]} == {"gpu-1", "gpu-2"}
-    assert set(nodes) == {*POOL, "zone-clinic", "zone-trading"}
+    assert set(nodes) == {*POOL, "zone-clinic"}
     assert nodes["zone-clinic"]["labels"]["ray-gpu-zone"] == "clinic"
     assert [nodes[name]["gpus"] for name in ("gpu-1", "gpu-2", "zone-clinic", "head")] == [1, 1, 0, 0]
     assert nodes["gpu-1"]["labels"]["ray-gpu-pool"] == "shared"
+
+
+def test_status(zones: BedCluster) -> None:
+    """`ray-gpu status` shows a host's own node, and beside a zone's gateway every node of the cluster with labels."""
+    gpu, zone = (zones.bed[name].run(["ray-gpu", "status"]).stdout for name in ("gpu-1", "zone-clinic"))
+    rows = {line.split()[0]: line.split()[1:] for line in zone.splitlines() if line.startswith((*POOL, "zone-"))}
+
+    assert re.search(r"^node gpu-1 \(gpu\): in the cluster at \S+; strict; pool=shared; 1 for leases", gpu)
+    assert "zone-clinic" not in gpu
+    assert re.search(r"^node zone-clinic \(zone\): in the cluster at \S+; strict; zone=clinic; certificate until", zone)
+    assert "gateway of zone clinic: runs" in zone
+    assert rows["zone-clinic"] == ["zone=clinic"]
+    assert rows["zone-trading"] == ["zone=trading"]
+    assert rows["gpu-2"] == ["pool=shared", "1", "of", "1"]
+    # The node list is for whoever runs the gateway: a person attaches.
+    said = zones.bed["zone-clinic"].run(["ray-gpu", "status"], uid=PERSON_UID, check=False)
+    assert "gpu-2" not in said.stdout
 
 
 def test_two_zones(zones: BedCluster) -> None:
@@ -231,15 +284,64 @@ for zone in ("trading", "clinic"):
     assert said.splitlines() == ["trading opens"] * 2 + ["clinic denied"] * 2
 
 
+def test_client_zone_is_closed(zones: BedCluster) -> None:
+    """A zone with carrier client computes while its firewall accepts no connection at all; without rules it would."""
+    host = zones.bed["zone-trading"]
+    others = [other for other in zones.bed if other.name != host.name]
+    rules = json.loads(host.run(["nft", "--json", "list", "chain", "inet", TABLE, "input"]).stdout)["nftables"]
+    accepting = [rule["rule"]["expr"] for rule in rules if "rule" in rule and {"accept": None} in rule["rule"]["expr"]]
+
+    # Answers, the loopback, and the neighbours' ICMP: nothing that names TCP, UDP or a port.
+    assert [part for rule in accepting for part in rule if "dport" in str(part) or "saddr" in str(part)] == []
+    assert len(accepting) == 3
+    assert json.loads(zones.call("trading", MACRODATA)) is True
+    server = host.popen(["python", "-c", _LISTEN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    port = int(server.stdout.readline())
+
+    def reached() -> list[str]:
+        probe = f"import socket; socket.create_connection(({host.address!r}, {port}), timeout=1.5)"
+        with ThreadPoolExecutor(len(others)) as several:
+            done = several.map(lambda other: other.run(["python", "-c", probe], check=False), others)
+            return [other.name for other, probe in zip(others, done, strict=True) if probe.returncode == 0]
+
+    try:
+        assert reached() == []
+        for one in (host, zones.bed.router, *others):
+            one.flush_rules()
+        assert reached() == [other.name for other in others]
+    finally:
+        zones.bed.load_firewalls()
+        server.kill()
+
+
+def test_client_zone_reaches_the_head_alone(zones: BedCluster) -> None:
+    """Of what a client zone runs only the forwarder has a connection to the cluster's Ray, and that to one port."""
+    host, head = zones.bed["zone-trading"], zones.bed["head"].address
+    listed = host.run(["ss", "-Htne", "state", "established"]).stdout.splitlines()
+    remote = {(line.split()[3], int((re.search(r"uid:(\d+)", line) or [0, 0])[1])) for line in listed}
+    outward = {(peer, uid) for peer, uid in remote if not peer.startswith("127.")}
+    document = json.loads(host.run(["ray-gpu", "gateway", "status", "--json"]).stdout)
+
+    assert (f"{head}:{PORTS.client}", FORWARDER_UID) in outward
+    assert {peer.rpartition(":")[2] for peer, uid in outward if uid != GATEWAY_UID} <= {str(PORTS.client), str(VAULT)}
+    assert document["relay"] is True
+    assert document["certificate_not_after"] > time.time() + 86400
+    relays = [p for p in survey(host) if "-m ray_gpu.relay" in p["command"] and "bwrap" not in p["command"]]
+    assert [(relay["uid"], relay["environment"]["RAY_USE_TLS"]) for relay in relays] == [(CAGE_UID, "1")]
+    assert [p["command"] for p in survey(host) if "raylet" in p["command"]] == []
+
+
 def test_launchers_key(zones: BedCluster) -> None:
-    """From the head, to which `ray up` copied it, the launcher's key opens a GPU host, and no zone's."""
+    """From the head's cage, to which `ray up` copied it, the launcher's key opens a GPU host, and no zone's."""
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=2", "-o", "StrictHostKeyChecking=no"]
     key = f"{HOME}/ray_bootstrap_key.pem"
     assert zones.bed["head"].read(key) == zones.bed["operator"].read(LAUNCHER_KEY)
 
     def opened(target: str) -> str:
         address = zones.bed[target].address
-        done = zones.bed["head"].run(["ssh", *options, "-i", key, f"root@{address}", "hostname"], check=False)
+        ssh = ["ssh", *options, "-i", key, f"root@{address}", "hostname"]
+        done = zones.bed["head"].run([*into_cage(zones.bed["head"]), *ssh], check=False)
         return done.stdout.strip()
 
     assert opened("gpu-1") == "gpu-1"
@@ -247,8 +349,12 @@ def test_launchers_key(zones: BedCluster) -> None:
 
 
 def test_every_ray_process_is_confined(zones: BedCluster) -> None:
-    """Every process of Ray has TLS and token on, the cage's uid, and namespaces and a tmpfs of its own."""
-    for name in (*POOL, "zone-clinic", "zone-trading"):
+    """Every process of Ray has TLS and token on, the cage's uid, and namespaces, a network and a tmpfs of its own."""
+    stream = zones.begin_call("clinic", STREAM)
+    assert stream.stdout is not None
+    (used,) = json.loads(stream.stdout.readline())["nodes"]
+    assert any("ray::GpuActor" in process["command"] for process in survey(zones.bed[used]))  # a lease is at work
+    for name in (*POOL, "zone-clinic"):
         found = [
             p for p in survey(zones.bed[name]) if re.search(r"ray::|/ray/|ray\.scripts|ray_gpu\.relay", p["command"])
         ]
@@ -262,11 +368,88 @@ def test_every_ray_process_is_confined(zones: BedCluster) -> None:
             # A title, such as ray::RuntimeEnvAgent, is written over the beginning of what the raylet gave it.
             if "ray::" not in process["command"]:
                 assert (environment["RAY_USE_TLS"], environment["RAY_AUTH_MODE"]) == ("1", "token"), process["command"]
-            assert process["own"] == ["pid", "mnt", "ipc"], process["command"]
+            assert process["own"] == ["pid", "mnt", "ipc", "net"], process["command"]
+            # A socket stays in the network where it was made, also for whoever gets it.
+            assert process["sockets_of_another_network"] == 0, process["command"]
             assert (process["no_new_privs"], process["capabilities"]) == (1, 0), process["command"]
             assert {"/s", "/dev/shm", "/tmp"} <= set(process["tmpfs"]), process["command"]
         # Nothing outside the cages' own memory.
         assert zones.bed[name].run(["test", "-e", "/tmp/ray"], check=False).returncode == 1, name
+    _, errors = stream.communicate("", TIMEOUT_S)
+    assert stream.returncode == 0, errors
+
+
+# -- what a cage reaches -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listening(zones: BedCluster) -> Iterator[BedCluster]:
+    """The same with services on every host and on the router, and no firewall but the cages' own rules."""
+    pipe = subprocess.PIPE
+    everyone = [zones.bed.router, *zones.bed]
+    servers = [host.popen(["python", "-I", "-S", PROBER, "listen"], stdin=pipe, stdout=pipe) for host in everyone]
+    servers += [host.popen(["python", "-c", ABSTRACT], stdin=pipe, stdout=pipe) for host in everyone]
+    for host in everyone:
+        host.load_rules(f"delete table inet {TABLE}\n")
+    try:
+        for server in servers:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            server.stdin.write(f"{json.dumps(SERVICES)}\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "ready\n"
+        yield zones
+    finally:
+        zones.bed.load_firewalls()
+        for server in servers:
+            server.communicate("", TIMEOUT_S)
+
+
+def into_cage(host: Host) -> list[str]:
+    """Return what runs a command in the network of a host's cage."""
+    raylet = next(process["pid"] for process in survey(host) if "raylet/raylet" in process["command"])
+    return ["nsenter", f"--target={raylet}", "--net", "--"]
+
+
+def reached(host: Host, targets: list[Target], *, inside: bool) -> list[Target]:
+    """Return those targets that serve a process of a host or, *inside*, of its cage."""
+    enter = into_cage(host) if inside else []
+    done = host.run([*enter, "python", "-I", "-S", PROBER, "reach"], text=f"{json.dumps(targets)}\n")
+    return [target for target, served in zip(targets, json.loads(done.stdout), strict=True) if served]
+
+
+def others_of(cluster: BedCluster, name: str) -> list[Target]:
+    """Return what a host reaches and its cage must not: its own services, every other host's, Vault, the router."""
+    host = cluster.bed[name]
+    others = [other for other in cluster.bed if other is not host]
+    addresses = ["127.0.0.1", HOST_END, host.link.router, *(other.address for other in others)]
+    targets: list[Target] = [(p, a, port) for a in addresses for port in SERVICES for p in ("tcp", "udp")]
+    targets += [("tcp", host.address, port) for port in SERVICES]
+    targets += [(p, other.address6, 8080) for other in others for p in ("tcp", "udp")]
+    targets += [("tcp", "::1", 8080), ("tcp", host.address6, 8080), ("udp", host.link.router6, 53)]
+    targets += [("icmp", a, 0) for a in addresses[1:]] + [("icmp", other.address6, 0) for other in others]
+    targets += [("tcp", cluster.bed["vault"].address, VAULT), ("tcp", cluster.bed["gpu-2"].address, 22)]
+    # Ray's own ports, but of a node that this one has nothing to do with, or those that nobody may use.
+    zone = "zone-trading" if name.startswith("zone") else "vault"
+    targets += [("tcp", cluster.bed[zone].address, PORTS.first), ("tcp", "127.0.0.1", VAULT)]
+    return [*targets, ("abstract", "ray-gpu-test", 0)]
+
+
+def test_a_cage_reaches_rays_ports_alone(listening: BedCluster) -> None:
+    """With every firewall off, a cage reaches Ray's ports of the cluster and nothing else; its host, all."""
+    hosts = listening.bed.hosts
+    # What the host reaches neither: nothing is there, or another zone's cage, which knows its peers.
+    nowhere = {("tcp", hosts["vault"].address, PORTS.first), ("tcp", "127.0.0.1", VAULT)}
+    nowhere |= {("tcp", hosts["zone-trading"].address, PORTS.first)}
+    for name in ("zone-clinic", "gpu-1"):
+        forbidden = others_of(listening, name)
+        peers = [hosts[other] for other in ("head", "gpu-1", "gpu-2", "zone-clinic") if other != name]
+        ray: list[Target] = [("tcp", peer.address, PORTS.first) for peer in peers]
+        ray += [("tcp", hosts["head"].address, PORTS.gcs)]
+        by_host = reached(hosts[name], forbidden, inside=False)
+
+        assert reached(hosts[name], [*forbidden, *ray], inside=True) == ray
+        assert set(forbidden) - set(by_host) <= nowhere
 
 
 # -- a node is restarted, all of it ends, and comes again ----------------------------------------------
@@ -288,7 +471,7 @@ def test_restart_loses_no_call(zones: BedCluster) -> None:
     assert last["nodes"] == ["gpu-1", "gpu-2"]
     after = zones.status(used)
     assert before is not None
-    assert after is not None
+    assert after is not None, zones.bed[used].read(f"{STATE}/nodes/{used}/node.log")[-2000:]
     assert after["certificate_not_after"] > before["certificate_not_after"]
 
 
@@ -304,6 +487,7 @@ def test_down_and_half_up(zones: BedCluster) -> None:
     """`ray down` leaves nothing in the pool. A second `ray up` says which host is missing, and the other serves."""
     zones.down()
     await_nothing(zones, *POOL)
+    assert [network_left(zones.bed[name]) for name in POOL] == [[]] * 3
     bad, operator = zones.bed["gpu-2"], zones.bed["operator"]
     bad.run(["rm", NODE_CREDENTIALS])
     edited = yaml.safe_load(operator.read(CLUSTER_FILE))
@@ -316,7 +500,26 @@ def test_down_and_half_up(zones: BedCluster) -> None:
     refuses(zones, "gpu-2", "write it with `ray-gpu vault issue`")
     await_node(zones, "gpu-1")
     await_node(zones, "zone-clinic", up=False)
+    assert network_left(zones.bed["zone-clinic"]) == []
     zones.start_node("zone-clinic")
     assert {lease["node"] for lease in json.loads(zones.call("clinic", FIT))["leases"]} == {"gpu-1"}
     zones.equip("gpu-2")
     zones.start_node("gpu-2")
+
+
+def test_service_killed(zones: BedCluster) -> None:
+    """When a node's service is killed, its cage and the link to it are gone, and the next start has them anew."""
+    host, state = zones.bed["gpu-2"], zones.status("gpu-2")
+    assert state is not None
+    assert "ray-cage" in network_left(host)
+    host.run(["kill", "-KILL", str(state["pid"])])
+    await_nothing(zones, "gpu-2")
+    deadline = time.monotonic() + TIMEOUT_S
+    while "ray-cage" in network_left(host):
+        assert time.monotonic() < deadline
+    assert "ray_gpu_cage" in network_left(host)  # until the next start, what it drops is still dropped
+
+    zones.start_node("gpu-2")
+    assert network_left(host)[:2] == ["ray-cage", "ray_gpu_cage"]
+    host.run(["ray-gpu", "node", "stop"])
+    assert network_left(host) == []

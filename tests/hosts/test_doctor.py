@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +27,16 @@ import sys; from pathlib import Path; from ray_gpu.vault_server import VaultServ
 server = VaultServer.start(Path("/var/lib/ray-gpu/vault"), host=sys.argv[1], port=8200)
 print(server.ca_file.read_text())
 """
+NFT = shutil.which("nft", path="/usr/local/sbin:/usr/sbin:/sbin")
 WHERE_BWRAP_IS = "from ray_gpu.sandbox.bubblewrap import find; print(find() or '')"
 
 
 def node_file(vault: str) -> str:
     """Return a GPU node's node.yaml."""
     return (
-        "node: gpu-1\nrole: gpu\naddress: 192.0.2.11\nhead: 192.0.2.10\npool: shared\nnum_gpus: 1\n"
-        f"policies: {PROJECT}/policies\nvault: {{address: '{vault}', ca: {CA}, credentials: {LOGIN}}}\n"
+        "node: gpu-1\nrole: gpu\naddress: 192.0.2.11\nhead: 192.0.2.10\ncluster: [192.0.2.10]\n"
+        f"pool: shared\nnum_gpus: 1\npolicies: {PROJECT}/policies\n"
+        f"vault: {{address: '{vault}', ca: {CA}, credentials: {LOGIN}}}\n"
     )
 
 
@@ -153,7 +156,9 @@ BROKEN: dict[str, tuple[Callable[[Host], Any], set[str]]] = {
         lambda host: shell(host, f"chmod 640 {RAY}/ray-token", f"chmod 600 {RAY}/ray-token"), {"credentials-open"}),
     "Ray's directory open": (
         lambda host: shell(host, f"chmod 755 {RAY}", f"chmod 700 {RAY}"), {"credentials-open"}),
-    "no bubblewrap": (no_bubblewrap, {"no-namespaces", "uncaged-ray"}),
+    "no bubblewrap": (no_bubblewrap, {"no-namespaces", "uncaged-ray", "shared-network"}),
+    "no nft": (
+        lambda host: shell(host, f"mount --bind /dev/null {NFT}", f"umount {NFT}"), {"shared-network"}),
     "certificate that ended": (lambda host: certificate(host, timedelta(hours=-1)), {"certificate-ends"}),
     "certificate that ends soon": (lambda host: certificate(host, timedelta(days=2)), {"certificate-ends"}),
     "no certificate at all": (
@@ -231,7 +236,9 @@ def test_zone_host(site: Testbed) -> None:
     zone, private = site["zone-clinic"], "/etc/ray-gpu/private/login.json"
     part = f"vault: {{address: 'https://{site['vault'].address}:8200', ca: {CA}, credentials: {private}}}\n"
     zone.write(
-        CONFIG, f"node: z\nrole: zone\nzone: clinic\naddress: {zone.address}\nhead: {site['head'].address}\n{part}"
+        CONFIG,
+        f"node: z\nrole: zone\nzone: clinic\naddress: {zone.address}\nhead: {site['head'].address}\n"
+        f"cluster: [{site['head'].address}]\n{part}",
     )
     zone.write("/etc/ray-gpu/gateway.yaml", f"zone: clinic\npolicies: {PROJECT}/policies\n{part}")
     zone.write(private, "{}", mode=0o600)

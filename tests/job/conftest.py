@@ -61,8 +61,13 @@ class Inside:
 
     def relay(self) -> list[int]:
         """Return the zone's relay."""
-        node = self.cluster.document["nodes"][f"zone-{self.cluster.zone}"]
-        return [pid for pid in _below(node) if _runs_module(pid, "ray_gpu.relay")]
+        document = self.cluster.document
+        if document["carrier"] == "client":
+            # It is started again by itself, so not the one of the document.
+            around = _below(document["pid"])
+        else:
+            around = _below(document["nodes"][f"zone-{self.cluster.zone}"])
+        return [pid for pid in around if _runs_module(pid, "ray_gpu.relay")]
 
     def kill(self, pids: list[int]) -> None:
         """Kill processes, of which there must be some."""
@@ -184,11 +189,16 @@ class Services:
     def restart(self) -> None:
         """Stop what is left and start all of it again, on the same state."""
         from ray_gpu import embedded
+        from zones.model import Carrier
 
         self.inside.close()
         embedded.down(self.layout)
         plan = embedded.Plan(
-            state=str(self.cluster.state), zone=self.cluster.zone, policies=str(self.cluster.policies), data=False
+            state=str(self.cluster.state),
+            zone=self.cluster.zone,
+            policies=str(self.cluster.policies),
+            data=False,
+            carrier=Carrier(self.cluster.document["carrier"]),
         )
         self.cluster = dataclasses.replace(self.cluster, document=embedded.up(plan))
         self.inside = self._look(self.cluster)

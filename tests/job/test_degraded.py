@@ -41,16 +41,16 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: becomes s
 SCENARIOS: dict[str, dict[str, Any]] = {
     "user": {
         "uid": 61990, "deny_userns": False, "container": False,
-        "sandbox": {"shared-uid", "no-cgroup"}, "zone": {"embedded-vault", "self-enforced"},
+        "sandbox": {"shared-uid", "no-cgroup"}, "zone": {"embedded-vault", "self-enforced", "shared-network"},
     },
     "user-without-userns": {
         "uid": 61991, "deny_userns": True, "container": False,
         "sandbox": {"shared-uid", "no-cgroup", "no-namespaces"},
-        "zone": {"embedded-vault", "self-enforced", "uncaged-ray"},
+        "zone": {"embedded-vault", "self-enforced", "uncaged-ray", "shared-network"},
     },
     "root-in-a-container": {
         "uid": None, "deny_userns": True, "container": True,
-        "sandbox": {"no-namespaces"}, "zone": {"embedded-vault", "uncaged-ray"},
+        "sandbox": {"no-namespaces"}, "zone": {"embedded-vault", "uncaged-ray", "shared-network"},
     },
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ class Run:
     left: list[str]
 
 
-def _command(scenario: dict[str, Any], *command: str) -> list[str]:
+def command_as(scenario: dict[str, Any], *command: str) -> list[str]:
     """Return *command* as somebody with less. A private home is opened to another user; a container's root keeps it."""
     show = []
     if scenario["uid"] is not None:
@@ -78,7 +78,8 @@ def _command(scenario: dict[str, Any], *command: str) -> list[str]:
     return [sys.executable, str(HERE / "lesser.py"), json.dumps({**wanted, "show": show}), *command]
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
+    """Return all that somebody with less has in the environment."""
     return {
         "PATH": "/usr/bin:/bin", "HOME": str(home), "COLUMNS": "200", "PYTHONPATH": str(PROJECT),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -113,9 +114,9 @@ def _demo(scenario: dict[str, Any], root: Path, tables: dict[str, Any], argument
     else:
         for path in [home, *home.rglob("*")]:
             os.chown(path, uid, uid)
-    command = _command(scenario, sys.executable, "-c", DEMO, "demo", "--state", str(layout.root), *arguments)
+    command = command_as(scenario, sys.executable, "-c", DEMO, "demo", "--state", str(layout.root), *arguments)
     done = subprocess.run(
-        command, env=_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150,
+        command, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150,
         check=False,
     )  # fmt: skip
     first = next((line for line in done.stdout.splitlines() if line.startswith("degraded: ")), "")
@@ -208,8 +209,8 @@ def test_root_needs_no_user_namespaces() -> None:
     found = []
     for denied in (False, True):
         scenario = {"uid": None, "deny_userns": denied, "container": False}
-        command = _command(scenario, sys.executable, "-c", ask)
-        done = subprocess.run(command, env=_environment(Path("/tmp")), capture_output=True, text=True, check=True)
+        command = command_as(scenario, sys.executable, "-c", ask)
+        done = subprocess.run(command, env=environment(Path("/tmp")), capture_output=True, text=True, check=True)
         found.append(done.stdout)
 
     if boundary.survey().mode != "root":
@@ -255,9 +256,9 @@ print(state)
 @pytest.mark.parametrize("name", ["user-without-userns", "root-in-a-container"])
 def test_nothing_survives_without_namespaces(name: str) -> None:
     """A process of user code that would leave its group cannot, and so ends with the lease."""
-    command = _command(SCENARIOS[name], sys.executable, "-c", ORPHAN)
+    command = command_as(SCENARIOS[name], sys.executable, "-c", ORPHAN)
 
-    done = subprocess.run(command, env=_environment(Path("/tmp")), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment(Path("/tmp")), capture_output=True, text=True, timeout=60)
 
     assert done.stdout.strip() in ("Z", "X", "gone"), done.stdout + done.stderr
 
@@ -296,7 +297,7 @@ def strict_cluster(start_cluster: Any, copy_policies: Callable[..., Path]) -> It
 
 
 def _all_missing() -> list[str]:
-    surroundings = ["embedded-vault"]
+    surroundings = ["embedded-vault", "shared-network"]
     surroundings += [] if os.geteuid() == 0 else ["self-enforced"]
     surroundings += ["uncaged-ray"] if boundary.survey().mode == "none" else []
     return [*surroundings, *boundary.degradations(), *([] if boundary.gpu_devices() else ["numpy-stand-in"])]
@@ -352,8 +353,27 @@ def test_hello_names_what_a_child_could_not_do(missing: bool, monkeypatch: pytes
     assert "no-cgroup" in hello["degradations"]
 
 
+@pytest.mark.parametrize("says", ["", "NVIDIA H100"], ids=["our sandbox", "control: one that claims a GPU"])
+def test_hello_names_the_stand_in(says: str) -> None:
+    """A node that only looks as if it had a GPU is found out by what computes in its sandbox, before the first byte.
+
+    The custodian here did not miss a GPU. The control is a sandbox that is not ours, of which the keeper knows nothing.
+    """
+    if boundary.gpu_devices():
+        pytest.skip("there is a GPU here, so nothing stands in for it")
+    with _Lease(says) as lease:
+        hello = lease.hello()
+
+    assert ("numpy-stand-in" in hello["degradations"]) is not bool(says)
+    assert ("numpy-stand-in" in lease.ready["degradations"]) is not bool(says)
+    assert hello["device"].startswith(says or "numpy stand-in")
+
+
 class _Lease:
-    """A keeper and a sandbox, started as a custodian does."""
+    """A keeper and a sandbox, started as a custodian does; or, in place of the sandbox, one that claims a device."""
+
+    def __init__(self, claimed: str = "") -> None:
+        self._claimed = claimed
 
     def __enter__(self) -> _Lease:
         self._key = LeaseKey.from_bytes(os.urandom(32))
@@ -361,14 +381,19 @@ class _Lease:
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
         self._processes = [
-            boundary.launch_sandbox(
-                uid=61014, memory_bytes=1 << 30, name="hello", sock_fd=sandbox_side.fileno(), memory_fd=slots
-            ),
             boundary.launch_keeper(
                 uid=61015, name="hello", control_fd=keeper_control.fileno(), sandbox_fd=keeper_side.fileno(),
                 memory_fd=slots,
             ),
         ]  # fmt: skip
+        self._sandbox = sandbox_side.dup()
+        if self._claimed:
+            send_message(self._sandbox, {"op": "ready", "device": self._claimed, "missing": []})
+        else:
+            self._sandbox.close()
+            self._processes.append(boundary.launch_sandbox(
+                uid=61014, memory_bytes=1 << 30, name="hello", sock_fd=sandbox_side.fileno(), memory_fd=slots
+            ))  # fmt: skip
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
         os.close(slots)
@@ -398,5 +423,6 @@ class _Lease:
 
     def __exit__(self, *_: object) -> None:
         self._control.close()
+        self._sandbox.close()
         for process in self._processes:
             process.end()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ray_gpu import Batch, gpu_remote
+from tests.proofs.attacked import another_secret
 from zones.errors import (
     GatewayError,
     GatewayUnavailableError,
@@ -154,7 +155,7 @@ def test_gateway_that_lost_its_rights(services: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"secret_id": "some-secret"}, "VaultDeniedError: Vault refused POST auth/approle/login; check the login"),
+        ({}, "VaultDeniedError: Vault refused POST auth/approle/login; check the login"),
         ({"vault": "https://127.0.0.1:1"}, "VaultUnreachableError: no answer from Vault at https://127.0.0.1:1"),
     ],
     ids=["wrong credentials", "unreachable"],
@@ -185,7 +186,7 @@ def test_start_beside_a_running_gateway(services: Any, tmp_path: Path) -> None:
     """A second gateway on the same ledger does not start, so that nobody shreds the first one's keys."""
     with services.cluster.attach() as zone:
         assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
-        ran = _start_again(services, tmp_path, "gateway", {})
+        ran = _start_again(services, tmp_path, "gateway", {}, another_secret(services.layout, "gateway-clinic"))
 
         assert ran.returncode == 1
         assert "LedgerUnavailableError" in ran.stderr
@@ -193,14 +194,14 @@ def test_start_beside_a_running_gateway(services: Any, tmp_path: Path) -> None:
 
 
 def _start_again(
-    services: Any, tmp_path: Path, program: str, change: dict[str, str]
+    services: Any, tmp_path: Path, program: str, change: dict[str, str], secret: str = "some-secret"
 ) -> subprocess.CompletedProcess[str]:
     place = services.layout.zone("clinic") if program == "gateway" else services.layout.node("gpu-1")
     settings = json.loads((place / "settings.json").read_text("utf-8"))
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(settings | change), encoding="utf-8")
     command = [sys.executable, "-m", f"ray_gpu.{program}", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, input=secret, capture_output=True, text=True, timeout=60, check=False)
 
 
 # -- the ledger -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray_gpu
 from ray_gpu.state import Layout
+from ray_gpu.vault_server import VaultServer
 from zones.ledger import read
 from zones.vault import Vault
 
@@ -58,6 +59,10 @@ class Attacked:
         everything = [(pid, _space(pid)) for pid in _all()]
         return {name: [pid for pid, space in everything if space == wanted] for name, wanted in spaces.items()}
 
+    def node_processes(self, node: str) -> list[int]:
+        """Return what runs below a Ray node's first process, caged or not, parents first."""
+        return _below(int(self.document["nodes"][node]))
+
     def custodian(self, node: str) -> int:
         """Return a node's custodian."""
         return int(self.document["processes"][f"custodian-{node}"])
@@ -74,10 +79,15 @@ class Attacked:
     # -- logins ---------------------------------------------------------------------------------
 
     def settings(self, who: str) -> dict[str, Any]:
-        """Return what the gateway (``"gateway"``) or a node's custodian was started with."""
+        """Return what the gateway (``"gateway"``) or a node's custodian was started with, but for its secret id."""
         directory = self.layout.zone(self.zone) if who == "gateway" else self.layout.node(who)
         document: dict[str, Any] = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
         return document
+
+    def secret_id(self, who: str) -> str:
+        """Return one more secret id of the gateway's or a custodian's, as whoever has an embedded Vault's disk can."""
+        role = f"gateway-{self.zone}" if who == "gateway" else f"custodian-{who}"
+        return another_secret(self.layout, role)
 
     @contextlib.contextmanager
     def vault(self, who: str) -> Iterator[Vault]:
@@ -85,9 +95,20 @@ class Attacked:
         settings = self.settings(who)
         client = Vault(settings["vault"], ca_file=settings["vault_ca"])
         try:
-            yield client.login_approle(settings["role_id"], settings["secret_id"])
+            yield client.login_approle(settings["role_id"], self.secret_id(who))
         finally:
             client.close()
+
+
+def another_secret(layout: Layout, role: str) -> str:
+    """Return one more secret id of an AppRole. The older ones stay good."""
+    server = VaultServer.find(layout.vault)
+    assert server is not None
+    root = server.root_client()
+    try:
+        return str(root.call("POST", f"auth/approle/role/{role}/secret-id")["data"]["secret_id"])
+    finally:
+        root.revoke()
 
 
 def all_powerful() -> bool:

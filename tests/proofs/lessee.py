@@ -16,6 +16,7 @@ from ray_gpu import raylet
 from ray_gpu.frames import SealedSocket
 from ray_gpu.wire import call, unix_connect
 from tests.proofs.attacked import Attacked
+from zones.envelope import LeaseKey
 from zones.errors import ZoneError
 from zones.keys import ExchangeKey, derive_lease_key
 from zones.model import Direction, Grant, Kind, Offer, digest
@@ -25,16 +26,22 @@ from zones.vault import Vault, lease_name
 class Lessee:
     """One lease on one node, from the zone's end, step by step. Use it as a context manager: the lease ends with it."""
 
-    def __init__(self, attacked: Attacked, node: str, *, custodian: Path | None = None) -> None:
+    def __init__(self, attacked: Attacked, node: str, *, custodian: Path | None = None, lease_s: int = 300) -> None:
         self._attacked = attacked
         self.node = node
-        self.lease = lease_name(secrets.token_bytes(8), int(time.time()) + 300)
+        self.not_after = int(time.time()) + lease_s
+        self.lease = lease_name(secrets.token_bytes(8), self.not_after)
         self._exchange = ExchangeKey()
         self._closing = contextlib.ExitStack()
         self.vault: Vault = self._closing.enter_context(attacked.vault("gateway"))
         self._path = custodian or attacked.layout.custodian_dir(node) / raylet.CUSTODIAN_SOCKET
         self.actor = self.another_actor()
         self.data_key = b""
+        #: After :meth:`hello`: what the two ends alone know, the connection, the same as a socket, and the lease's key.
+        self.shared = b""
+        self.link: SealedSocket
+        self.ours: socket.socket
+        self.key: LeaseKey
         #: The message that an actor hands to its custodian, as whoever sits in a cage can record it.
         self.message: dict[str, Any] = {}
 
@@ -61,7 +68,7 @@ class Lessee:
             "zone": self._attacked.zone, "lease": self.lease, "node": offer.node, "pool": offer.pool,
             "offer_digest": digest(offer.document()), "exchange_key": self._exchange.public_hex,
             "accepted_degradations": offer.degradations, "gpu_milli": 1, "memory_bytes": 1 << 30,
-            "policy_digest": "0" * 64, "not_after": int(time.time()) + 300,
+            "policy_digest": "0" * 64, "not_after": self.not_after,
         }  # fmt: skip
         return Grant(**{**fields, **changes})
 
@@ -74,7 +81,9 @@ class Lessee:
     def hand_over(self, grant: Grant, wrapped: str) -> dict[str, Any]:
         """Hand terms and wrapped key to the custodian and return its answer, or raise its error."""
         self.message = {"op": "grant", "lease": self.lease, "grant": grant.document(), "wrapped": wrapped}
-        return self.replay(self.actor)
+        answer = self.replay(self.actor)
+        self._endpoint = tuple(answer["endpoint"])
+        return answer
 
     def replay(self, actor: socket.socket) -> dict[str, Any]:
         """Hand over the recorded message, on any connection."""
@@ -93,19 +102,23 @@ class Lessee:
         Raises:
             OSError: The keeper hung up: the key is another.
         """
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            ours = socket.create_connection(listener.getsockname(), timeout=10)
-            theirs = listener.accept()[0]
-        with theirs:
-            call(self.actor, {"op": "connection", "lease": self.lease}, [theirs.fileno()])
-        key = derive_lease_key(self.data_key, self._exchange.shared(offer.exchange_key), grant.digest())
-        link = SealedSocket(ours, key=key, grant_digest=grant.digest(), lease=self.lease, outgoing=Direction.OUT)
+        self.shared = self._exchange.shared(offer.exchange_key)
+        key = derive_lease_key(self.data_key, self.shared, grant.digest())
+        link = SealedSocket(
+            self.connect(), key=key, grant_digest=grant.digest(), lease=self.lease, outgoing=Direction.OUT
+        )
         self._closing.callback(link.close)
         link.send(link.slot(Kind.HELLO, call=0), b"")
         header, payload = link.receive()
         assert header.kind is Kind.HELLO
+        self.link, self.key = link, key
         said: dict[str, Any] = msgpack.unpackb(payload)
         return said
+
+    def connect(self) -> socket.socket:
+        """Return a connection to the lease's endpoint, whose other end the keeper has."""
+        self.ours = socket.create_connection(self._endpoint, timeout=10)
+        return self.ours
 
     def shred(self) -> None:
         """Destroy the lease's key in Vault."""

@@ -83,8 +83,15 @@ def second_custodian(attacked: Attacked) -> Iterator[Path]:
     path.touch(mode=0o600)
     path.write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", custodian_program.__name__, str(path)]
-    with (directory / "second.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    pipe = subprocess.PIPE
+    with (
+        (directory / "second.log").open("wb") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=log, stderr=log) as process,
+    ):
         try:
+            assert process.stdin is not None
+            process.stdin.write(attacked.secret_id("gpu-1").encode())
+            process.stdin.close()
             _await_socket(settings["socket"], process)
             yield Path(settings["socket"])
         finally:
@@ -151,6 +158,16 @@ def test_changed_grant_alone_is_fine(lessee: Lessee) -> None:
     grant = lessee.terms(offer, gpu_milli=500, memory_bytes=1 << 36, policy_digest="1" * 64)
 
     assert lessee.hand_over(grant, lessee.wrap(grant))["ok"] is True
+
+
+@pytest.mark.parametrize("terms", [{"memory_bytes": (64 << 30) + 1}, {"zone": "elsewhere"}], ids=["memory", "zone"])
+def test_forbidden_by_the_pool(lessee: Lessee, terms: dict[str, Any]) -> None:
+    """Terms that the pool's operator forbids are refused by the node itself, whoever had a key wrapped for them."""
+    grant = lessee.terms(lessee.offer(), **terms)
+    wrapped = lessee.wrap(grant) if grant.zone != "elsewhere" else "vault:v1:none"
+
+    with pytest.raises(GrantRefusedError, match="pool shared refuses the grant"):
+        lessee.hand_over(grant, wrapped)
 
 
 @pytest.mark.parametrize("who", ["gpu-1", "gpu-2", "gateway"])

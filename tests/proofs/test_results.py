@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import pyarrow as pa
 import pytest
 
 import ray_gpu
-from ray_gpu.outcome import open_outcome
+from ray_gpu.outcome import RowsExpected, open_outcome
 from ray_gpu.remote_error import rebuild
 from tests.proofs.attacked import Attacked, all_powerful, command
+from tests.proofs.forging import Witness, answer_bytes, bombs, extension_bytes, forgeries, table_bytes, value_bytes
 from zones import values
-from zones.errors import RemoteFunctionError, ValueRefusedError
+from zones.errors import AnswerRefusedError, RemoteFunctionError, ValueRefusedError
 
-
-class Witness:
-    """Hears from any process of this host that unpickles what :meth:`armed` returns, caged ones included."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.setblocking(False)
-
-    @property
-    def port(self) -> int:
-        """Where a trap that springs connects to."""
-        return int(self._listener.getsockname()[1])
-
-    def armed(self) -> bytes:
-        """Return a pickle that connects to this witness when it is loaded."""
-
-        class Trap:
-            port = self.port
-
-            def __reduce__(self) -> Any:
-                return socket.create_connection, (("127.0.0.1", self.port), 5)
-
-        return pickle.dumps(Trap())
-
-    def sprung(self) -> bool:
-        """Return whether a trap sprang since the last time."""
-        try:
-            self._listener.accept()[0].close()
-        except BlockingIOError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._listener.close()
+#: What reading a bomb may add to the memory of this process, KiB: building it takes some, too.
+BOMB_LIMIT_KIB = 200 << 10
 
 
 @pytest.fixture
@@ -81,7 +48,6 @@ def session(attacked: Attacked) -> Iterator[ray_gpu.Session]:
 def return_trap(kind: str, port: int) -> Any:
     """Return a value that runs code when it is unpickled; runs in the sandbox."""
     import pickle
-    import socket
 
     import numpy as np
     import pyarrow as pa
@@ -139,53 +105,18 @@ def test_pickle_stays_bytes(session: ray_gpu.Session, witness: Witness) -> None:
 # -- what a hostile sandbox or keeper sends -------------------------------------------------------
 
 
-def _answer(meta: dict[str, Any], value: bytes) -> bytes:
-    """Return an answer as a sandbox writes it: length, msgpack map, padding to 64 bytes, value."""
-    packed = msgpack.packb(meta)
-    head: bytes = struct.pack("!I", len(packed)) + packed
-    return head.ljust(-(-len(head) // 64) * 64, b"\0") + value
-
-
-def _value(skeleton: Any, buffer: bytes = b"") -> bytes:
-    """Return an encoded value with any skeleton."""
-    packed: bytes = msgpack.packb(skeleton)
-    start = -(-(16 + len(packed)) // 64) * 64 if buffer else 16 + len(packed)
-    return struct.pack("<4sIQ", b"RGV1", len(packed), start + len(buffer)) + packed.ljust(start - 16, b"\0") + buffer
-
-
-def _extension_table(name: str, armed: bytes) -> bytes:
-    field = pa.field("a", pa.binary(), metadata={"ARROW:extension:name": name, "ARROW:extension:metadata": armed})
-    return _stream(pa.table([pa.array([armed])], schema=pa.schema([field])))
-
-
-def _stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def forgeries(armed: bytes) -> dict[str, bytes]:
-    """Return answers that no honest sandbox gives. Each has the armed pickle where a careless reader would load it."""
-    ok = {"status": "ok", "printed": ""}
-    tables = {
-        name: _extension_table(name, armed) for name in ("ray.data.arrow_pickled_object", "arrow.py_extension_type")
-    }
-    return {
-        "nothing but the pickle": armed,
-        "pickle as the map": struct.pack("!I", len(armed)) + armed,
-        "pickle as the value": _answer(ok, armed),
-        "pickle after the value": _answer(ok, bytes(values.encode(1)) + armed),
-        "object array": _answer(ok, _value(["n", "|O", [1], False], armed)),
-        "unknown tag": _answer(ok, _value(["pickle", armed])),
-        "skeleton extension": _answer(ok, _value(msgpack.ExtType(1, armed))),
-        "map extension": _answer({**ok, "value": msgpack.ExtType(1, armed)}, bytes(values.encode(1))) + armed,
-        "unknown status": _answer({"status": "pickle"}, armed),
-        **{name: _answer(ok, _value(["T", len(table)], table)) for name, table in tables.items()},
-    }
-
-
 FORGERIES = list(forgeries(b"armed"))
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_bomb_is_refused(name: str) -> None:
+    """An answer that would fill memory or the stack is refused before it does either."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with pytest.raises(AnswerRefusedError):
+        open_outcome(memoryview(bombs()[name]), expected=RowsExpected(3))
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < BOMB_LIMIT_KIB
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -200,20 +131,20 @@ def test_forgery_is_refused(witness: Witness, name: str) -> None:
 def test_honest_answer_opens() -> None:
     """The same builders make answers that open, when their value is data: so nothing but the forgery is refused."""
     table = pa.table({"a": [b"armed"]})
-    stream = _stream(table)
+    stream = table_bytes(table)
     honest = {
-        "list": (_value(["l", 1, b"armed"]), [1, b"armed"]),
-        "array": (_value(["n", "<i8", [1], False], bytes(8)), np.zeros(1, np.int64)),
-        "table": (_value(["T", len(stream)], stream), table),
+        "list": (value_bytes(["l", 1, b"armed"]), [1, b"armed"]),
+        "array": (value_bytes(["n", "<i8", [1], False], bytes(8)), np.zeros(1, np.int64)),
+        "table": (value_bytes(["T", len(stream)], stream), table),
     }
 
     for value, expected in honest.values():
-        assert open_outcome(memoryview(_answer({"status": "ok", "printed": ""}, value))).value == expected
+        assert open_outcome(memoryview(answer_bytes({"status": "ok", "printed": ""}, value))).value == expected
 
 
 def test_extension_names_matter(witness: Witness) -> None:
     """The very stream that is refused as a result is one that Arrow reads, so its refusal is ours."""
-    stream = _extension_table("ray.data.arrow_pickled_object", witness.armed())
+    stream = extension_bytes("ray.data.arrow_pickled_object", witness.armed())
 
     assert pa.ipc.open_stream(stream).read_all().num_rows == 1
 
@@ -246,7 +177,7 @@ def test_hostile_sandbox(session: ray_gpu.Session, witness: Witness, name: str) 
 
 def test_forger_can_answer(session: ray_gpu.Session) -> None:
     """What took over the sandbox does choose the answer: data that it forges arrives, as data."""
-    payload = _answer({"status": "ok", "printed": ""}, bytes(values.encode({"forged": np.arange(3)})))
+    payload = answer_bytes({"status": "ok", "printed": ""}, bytes(values.encode({"forged": np.arange(3)})))
 
     answer: Any = ray_gpu.gpu_remote(session=session)(forge).remote(payload).result()
 
@@ -259,7 +190,7 @@ def test_forged_exception(kind: str) -> None:
     meta = {"status": "error", "type": kind, "builtin": True, "message": "1/0", "args": ["1/0"], "traceback": "",
             "printed": ""}  # fmt: skip
     with pytest.raises(RemoteFunctionError) as caught:
-        open_outcome(memoryview(_answer(meta, b"")))
+        open_outcome(memoryview(answer_bytes(meta, b"")))
 
     assert rebuild(caught.value) is caught.value
 

@@ -1,31 +1,30 @@
 """Stands in for a custodian of any identity: sets up targets, runs the probe plainly and confined.
 
-``python custodian.py JSON`` with ``{"uid": int | null, "deny_userns": bool, "site": str}`` prints
-``{"control": ..., "inside": ..., "degradations": ..., "written": [...], ...}``. As root, it
-becomes *uid* first, in a child user namespace of its own where *deny_userns* asks for that limit:
-the host's limit is never changed.
+``python custodian.py JSON`` with ``{"uid": int | null, "deny_userns": bool, "site": str, "ray": bool}`` prints
+``{"control": ..., "inside": ..., "degradations": ..., "written": [...], ...}``, with Ray started too where *ray*
+asks for it. As root, it becomes *uid* first, in a child user namespace of its own where *deny_userns* asks for that
+limit: the host's limit is never changed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.sandbox.bait import Bait, own_network
+
 HERE = Path(__file__).resolve().parent
-VICTIM = """
-import ctypes, sys
-secret = ctypes.create_string_buffer(b"host memory")
-print(ctypes.addressof(secret), flush=True)
-sys.stdin.read()
-"""
+#: Attempts that would end their sandbox, and what a probe for them alone is told. More than the profile below allows.
+BOMBS = {"fork bomb", "memory bomb", "memory bomb in a file"}
+BOMB = {"bomb_processes": 600, "bomb_bytes": 300 << 20}
 
 
 def become(uid: int | None, *, deny_userns: bool) -> None:
@@ -60,112 +59,63 @@ def _enter_userns() -> None:
 def main() -> None:
     """See the module."""
     wanted = json.loads(sys.argv[1])
+    own_network()
     become(wanted["uid"], deny_userns=wanted["deny_userns"])
-    from ray_gpu.sandbox import boundary, profile
+    from ray_gpu.sandbox import boundary
 
     canary = secrets.token_hex(8)
     os.environ["LAUNCHER_CANARY"] = canary
-    with tempfile.TemporaryDirectory(prefix="b") as directory:
-        target, listeners, victim = _targets(Path(directory), canary)
-        try:
-            control = _control(target)
-            written, control_arrived = _take_written(target), _arrived(listeners[1])
-            reader, writer = os.pipe()
-            os.write(writer, b"kept")
-            inner = profile.Profile(
-                name="battery", kind="sandbox", uid=61007, bind_ro=(HERE, Path(wanted["site"])), keep_fds=(reader,),
-                tmpfs={"/tmp": 1 << 20}, memory_bytes=256 << 20, processes=64,
-                env={**profile.python_env(), "PYTHONPATH": os.environ["PYTHONPATH"]},
-            )  # fmt: skip
-            inside = _confined(inner, {**target, "kept_fd": reader})
-            # bubblewrap alone, without the layers that the child puts on itself.
-            os.write(writer, b"kept")
-            arrived = _arrived(listeners[1])
-            bare = _confined(inner, {**target, "kept_fd": reader, "bare": boundary.survey().mode != "none"})
-            bare_arrived = _arrived(listeners[1])
-        finally:
-            victim.kill()
-            victim.wait()
-        del listeners
-        sys.stdout.write(json.dumps({
-            "control": control, "inside": inside, "bare": bare, "written": _take_written(target),
-            "control_written": written, "arrived": arrived, "control_arrived": control_arrived,
-            "bare_arrived": bare_arrived, "degradations": boundary.degradations(),
-        }))  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="b") as directory, Bait(Path(directory), canary) as bait:
+        ray = {"ray_directory": f"{directory}/r"} if wanted["ray"] else {}
+        control = plain({**bait.target, **BOMB, **ray, "limit_s": 150})
+        result = {"control": control, "control_written": bait.written(), "control_arrived": bait.heard()}
+        inner = battery_profile(Path(wanted["site"]))
+        inside = confined(inner, {**bait.target, **ray})
+        for bomb in sorted(BOMBS):
+            inside["outcomes"] |= confined(inner, {**bait.target, **BOMB, "only": [bomb]})["outcomes"]
+        result |= {"inside": inside, "arrived": bait.heard()}
+        # bubblewrap alone, without the layers that the child puts on itself.
+        bare = confined(inner, {**bait.target, "bare": boundary.survey().mode != "none"})
+        result |= {"bare": bare, "bare_arrived": bait.heard(), "written": bait.written()}
+    sys.stdout.write(json.dumps({**result, "degradations": boundary.degradations()}))
 
 
-def _targets(directory: Path, canary: str) -> tuple[dict[str, Any], list[socket.socket], subprocess.Popen[bytes]]:
-    (directory / "d").mkdir()
-    (directory / "m").mkdir()
-    (directory / "secret").write_text("secret", encoding="ascii")
-    listeners = []
-    for family, kind, address in (
-        (socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
-        (socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
-        (socket.AF_UNIX, socket.SOCK_STREAM, str(directory / "s")),
-        (socket.AF_UNIX, socket.SOCK_DGRAM, str(directory / "g")),
-        (socket.AF_UNIX, socket.SOCK_STREAM, f"\0{canary}"),
-    ):
-        listener = socket.socket(family, kind)
-        listener.bind(address)
-        if kind == socket.SOCK_STREAM:
-            listener.listen(8)
-        listeners.append(listener)
-    os.chmod(directory, 0o755)
-    for name in ("d", "s", "g"):
-        os.chmod(directory / name, 0o777)
-    victim = subprocess.Popen([sys.executable, "-c", VICTIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert victim.stdout is not None
-    os.dup2(os.open("/dev/zero", os.O_RDONLY), 77)
-    os.set_inheritable(77, True)
-    return (
-        {
-            "file_name": f"escaped-{canary}", "directory": str(directory / "d"), "mount_point": str(directory / "m"),
-            "secret_file": str(directory / "secret"), "tcp": listeners[0].getsockname()[1],
-            "udp": listeners[1].getsockname()[1], "unix": str(directory / "s"), "unix_datagram": str(directory / "g"),
-            "abstract": canary, "victim": victim.pid, "victim_address": int(victim.stdout.readline()),
-            "canary": canary, "stray_fd": 77,
-        },
-        listeners,
-        victim,
+def battery_profile(site: Path, keep_fds: tuple[int, ...] = ()) -> Any:
+    """Return a sandbox's profile whose caps are small enough to be tried."""
+    from ray_gpu.sandbox import profile
+
+    return profile.Profile(
+        name="battery", kind="sandbox", uid=61007, bind_ro=(HERE, site), tmpfs={"/tmp": 1 << 20}, keep_fds=keep_fds,
+        memory_bytes=256 << 20, processes=64,
+        env={**profile.python_env(), "PYTHONPATH": os.environ["PYTHONPATH"]},
     )  # fmt: skip
 
 
-def _confined(inner: Any, target: dict[str, Any]) -> dict[str, Any]:
+def confined(inner: Any, target: dict[str, Any]) -> dict[str, Any]:
+    """Run the probe inside; what kills it all is the refusal of the one attempt that it was to make."""
     from ray_gpu.sandbox import boundary
 
-    command = [sys.executable, str(HERE / "probe.py"), json.dumps(target)]
+    reader, writer = os.pipe()
+    os.write(writer, b"kept")
+    inner = dataclasses.replace(inner, keep_fds=(*inner.keep_fds, reader))
+    command = [sys.executable, str(HERE / "probe.py"), json.dumps({**target, "kept_fd": reader})]
     process = boundary.launch(command, inner, stdout=subprocess.PIPE)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     process.end()
+    os.close(reader)
+    os.close(writer)
+    if not output and len(target.get("only", ())) == 1:
+        return {"outcomes": {target["only"][0]: "refused: killed with its sandbox"}}
     result: dict[str, Any] = json.loads(output)
     return result
 
 
-def _control(target: dict[str, Any]) -> dict[str, Any]:
+def plain(target: dict[str, Any]) -> dict[str, Any]:
+    """Run the probe as it is."""
     command = [sys.executable, str(HERE / "probe.py"), json.dumps(target)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, close_fds=False, timeout=60, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, close_fds=False, timeout=180, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def _arrived(datagrams: socket.socket) -> bool:
-    """Return whether a datagram came, and take it."""
-    try:
-        return datagrams.recv(64, socket.MSG_DONTWAIT) == b"escaped"
-    except BlockingIOError:
-        return False
-
-
-def _take_written(target: dict[str, Any]) -> list[str]:
-    """Return, and remove, the escaped files that lie on the host."""
-    found = []
-    for directory in ("/", "/usr", "/var/tmp", "/dev/shm", "/tmp", target["directory"]):
-        path = Path(directory) / target["file_name"]
-        if path.exists():
-            found.append(directory)
-            path.unlink()
-    return found
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,14 +172,6 @@ def test_header_bytes() -> None:
 
 def open_by_the_book(message: bytes, slot: Slot) -> bytes:
     """Open *message* with nothing but HMAC, SHA and one-shot AES-256-GCM."""
-
-    def expand(key: bytes, info: bytes, size: int, hash_name: str) -> bytes:
-        block, okm, counter = b"", b"", 1
-        while len(okm) < size:
-            block = hmac.digest(key, block + info + bytes([counter]), hash_name)
-            okm, counter = okm + block, counter + 1
-        return okm[:size]
-
     header, body = message[:64], message[64:]
     direction, kind = header[4], header[5]
     lease = slot.lease.encode()
@@ -289,6 +282,15 @@ def test_every_byte(message: bytes) -> None:
         bad[position] ^= 0x5A
         with pytest.raises(EnvelopeError):
             open_message(bytes(bad))
+
+
+def test_control_without_authentication() -> None:
+    """The same cipher without tags opens a changed message, and the change is where the attacker wanted it."""
+    keystream = Cipher(algorithms.AES256(RAW), modes.CTR(bytes(16)))
+    sealed = bytearray(keystream.encryptor().update(b"pay 100"))
+    sealed[4] ^= ord("1") ^ ord("9")
+
+    assert keystream.decryptor().update(bytes(sealed)) == b"pay 900"
 
 
 def test_truncation_at_every_length(message: bytes) -> None:
@@ -645,6 +647,122 @@ def test_lease_key_length(size: int) -> None:
     assert "KK" not in str(caught.value)
 
 
+# --- what whoever has a key cannot do either ---------------------------------------------------------
+
+
+def expand(key: bytes, info: bytes, size: int, hash_name: str) -> bytes:
+    """Return *size* bytes of HKDF-Expand (RFC 5869, 2.3)."""
+    block, okm, counter = b"", b"", 1
+    while len(okm) < size:
+        block = hmac.digest(key, block + info + bytes([counter]), hash_name)
+        okm, counter = okm + block, counter + 1
+    return okm[:size]
+
+
+def body_key(raw: bytes, header: bytes, salt: bytes, version: bytes = b"v1") -> tuple[bytes, bytes, bytes]:
+    """Return AES key, nonce and commitment of a body of one chunk, by the specification, for the slot ``SLOT``."""
+    lease = SLOT.lease.encode()
+    numbers = struct.pack(">BBQQIB", header[4], header[5], SLOT.call, SLOT.shard, SLOT.attempt, len(lease))
+    shard_key = expand(raw, b"ray-gpu envelope " + version + b" key\0" + numbers + lease, 32, "sha256")
+    context = b"ray-gpu envelope " + version + b" context\0" + hashlib.sha512(header).digest() + bytes.fromhex(GRANT)
+    info = b"c2sp.org/chunked-encryption@v1+AEAD_AES_256_GCM\0" + salt + context
+    okm = expand(shard_key, info, 76, "sha512")
+    return okm[:32], okm[32:44], okm[44:]
+
+
+@pytest.mark.parametrize(("version", "magic"), [(b"v1", b"RGE1"), (b"v0", b"RGE0"), (b"v0", b"RGE1"), (b"v1", b"RGE0")])
+def test_downgrade(version: bytes, magic: bytes) -> None:
+    """A peer that has the key and seals for an older version, in the header or in the labels, is not understood.
+
+    Control: the same hand-made message of this version opens.
+    """
+    header = magic + header_for(SLOT, MIN_PADDED_BYTES).encode()[4:]
+    salt = bytes(24)
+    aes, nonce, commitment = body_key(RAW, header, salt, version)
+    chunk = AESGCM(aes).encrypt(nonce, bytes(MIN_PADDED_BYTES), None)
+    made = header + salt + commitment + chunk
+
+    if (version, magic) == (b"v1", b"RGE1"):
+        assert open_message(made) == b""
+    else:
+        with pytest.raises(EnvelopeError):
+            open_message(made)
+
+
+#: AES-GCM's field (NIST SP 800-38D, 6.3): bit 0 is the leftmost one.
+_R = 0xE1 << 120
+
+
+def multiply(x: int, y: int) -> int:
+    """Return the product of two blocks."""
+    product = 0
+    for bit in range(127, -1, -1):
+        product ^= y if x >> bit & 1 else 0
+        y = y >> 1 ^ (_R if y & 1 else 0)
+    return product
+
+
+def power(x: int, exponent: int) -> int:
+    """Return a block to the power of *exponent*; with 2**128 - 2, its inverse."""
+    result = 1 << 127
+    for bit in bin(exponent)[2:]:
+        result = multiply(result, result)
+        result = multiply(result, x) if bit == "1" else result
+    return result
+
+
+def two_key_chunk(keys: list[tuple[bytes, bytes]], size: int) -> bytes:
+    """Return one ciphertext and tag that AES-GCM opens under both of two (key, nonce)s.
+
+    The tag is linear in each block, so one block is chosen such that both tags are the same (Dodis, Grubbs,
+    Ristenpart, Woodage: Fast Message Franking, 2018).
+    """
+    blocks = size // 16
+    lengths = size * 8
+    encrypt = [Cipher(algorithms.AES256(key), modes.ECB()).encryptor() for key, _ in keys]
+    hashes = [int.from_bytes(block.update(bytes(16)), "big") for block in encrypt]
+    masks = [
+        int.from_bytes(block.update(nonce + b"\0\0\0\1"), "big")
+        for block, (_, nonce) in zip(encrypt, keys, strict=True)
+    ]
+    # All blocks are zero but the first, whose weight is the highest power.
+    weights = [power(h, blocks + 1) for h in hashes]
+    rest = [multiply(lengths, h) ^ mask for h, mask in zip(hashes, masks, strict=True)]
+    first = multiply(rest[0] ^ rest[1], power(weights[0] ^ weights[1], 2**128 - 2))
+    tag = multiply(first, weights[0]) ^ rest[0]
+    return first.to_bytes(16, "big") + bytes(size - 16) + tag.to_bytes(16, "big")
+
+
+def test_key_commitment() -> None:
+    """One body that AES-GCM opens under two keys is opened by the key that it commits to, and by no other.
+
+    Control: without the commitment both keys open the same bytes.
+    """
+    raws = [RAW, bytes(range(32, 64))]
+    header, salt = header_for(SLOT, MIN_PADDED_BYTES).encode(), bytes(24)
+    made = [body_key(raw, header, salt) for raw in raws]
+    chunk = two_key_chunk([(aes, nonce) for aes, nonce, _ in made], MIN_PADDED_BYTES)
+
+    plain = [AESGCM(aes).decrypt(nonce, chunk, None) for aes, nonce, _ in made]
+    assert len({*plain}) == 2
+    for committed, (_, _, commitment) in enumerate(made):
+        body = salt + commitment + chunk
+        for opened, raw in enumerate(raws):
+            if committed == opened:
+                assert open_body(raw, body) == plain[opened]
+            else:
+                with pytest.raises(EnvelopeError):
+                    open_body(raw, body)
+
+
+def open_body(raw: bytes, body: bytes) -> bytes:
+    """Return the padded plaintext of the smallest body."""
+    opener = Opener(LeaseKey.from_bytes(raw), GRANT, SLOT, MIN_PADDED_BYTES)
+    target = bytearray(MIN_PADDED_BYTES + OPEN_SLACK_BYTES)
+    written = opener.update_into(body, target)
+    return bytes(target[:written]) + opener.finalize()
+
+
 # --- replay ------------------------------------------------------------------------------------------
 
 
@@ -657,6 +775,11 @@ def refused(guard: ReplayGuard, slot: Slot) -> bool:
     return False
 
 
+def test_without_a_guard_a_message_opens_twice(message: bytes) -> None:
+    """Control: it is the guard that refuses a message the second time, not the envelope."""
+    assert open_message(message) == open_message(message)
+
+
 @given(order=st.permutations(range(6)), again=st.integers(0, 5))
 def test_replay_is_refused_in_any_order(order: list[int], again: int) -> None:
     """Shards may come in any order, each once."""
@@ -665,6 +788,11 @@ def test_replay_is_refused_in_any_order(order: list[int], again: int) -> None:
         guard.accept(replace(SLOT, shard=shard))
 
     assert refused(guard, replace(SLOT, shard=again))
+
+
+def test_control_replay_opens(message: bytes) -> None:
+    """Whoever does not ask the guard is given the same message twice: nothing else about it is refused."""
+    assert open_message(message) == open_message(message)
 
 
 def test_attempts_only_grow() -> None:

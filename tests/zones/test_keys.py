@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import pickle
 from datetime import UTC, datetime, timedelta
 
@@ -17,13 +18,15 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zones.envelope import LeaseKey
-from zones.errors import GrantRefusedError
+from zones.envelope import LeaseKey, open_, seal
+from zones.errors import EnvelopeError, GrantRefusedError
 from zones.keys import ExchangeKey, NodeIdentity, certificate_end, derive_lease_key, loopback_tls, verify_node_signature
+from zones.model import Direction, Kind, Slot
 
 NOW = 1_800_000_000
 DIGEST = hashlib.sha256(b"grant").hexdigest()
 PROBE = b"test\x00"
+SLOT = Slot(lease="lease-1", direction=Direction.OUT, kind=Kind.CALL, call=1, shard=0, attempt=0)
 KEY_32 = st.binary(min_size=32, max_size=32)
 
 
@@ -84,6 +87,27 @@ def test_lease_key_depends_on_every_bit(data_key: bytes, secret: bytes, grant: b
 
     assert key(parents) == key(parents)
     assert key(parents) != key(changed)
+
+
+def recorded_and_stolen(secret: bytes, guess: bytes) -> bytes:
+    """Seal under one secret of the exchange; open with Vault's half of the key and a thief's *guess* of the secret."""
+    data_key = os.urandom(32)
+    recorded = seal(b"rows", key=derive_lease_key(data_key, secret, DIGEST), grant_digest=DIGEST, slot=SLOT)
+    return bytes(open_(recorded, key=derive_lease_key(data_key, guess, DIGEST), grant_digest=DIGEST, slot=SLOT))
+
+
+def test_recorded_traffic_stays_closed() -> None:
+    """Vault's backup, both public keys of the exchange, and a node's name open nothing that was recorded."""
+    zone, node, thief = ExchangeKey(), ExchangeKey(), ExchangeKey()
+    guess = thief.shared(zone.public_hex)
+
+    with pytest.raises(EnvelopeError):
+        recorded_and_stolen(zone.shared(node.public_hex), guess)
+
+
+def test_control_recorded_traffic_without_the_exchange() -> None:
+    """Were the exchange's secret known, or a constant, the same thief would read all of it."""
+    assert recorded_and_stolen(bytes(32), bytes(32)) == b"rows"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
@@ -616,6 +617,19 @@ def test_tampered_entry(whole: Path, tmp_path: Path, name: str) -> None:
             verify(copy)
         assert caught.value.entry == n
         copy.unlink()
+
+
+def test_control_without_the_chain(whole: Path, tmp_path: Path) -> None:
+    """The same change of an entry passes every check that the database itself makes: only the chain finds it."""
+    copy = copy_of(whole, tmp_path)
+    with closing(sqlite3.connect(copy)) as database, database:
+        TAMPER["content"][0](database, 5)
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        (body,) = database.execute("SELECT body FROM entries WHERE seq = 5").fetchone()
+
+    assert json.loads(body)["time"].startswith("3")
+    with pytest.raises(LedgerCorruptError):
+        verify(copy)
 
 
 @pytest.mark.parametrize("name", ["content", "hash", "not JSON", "cut hash", "deleted"])
