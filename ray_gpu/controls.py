@@ -1,7 +1,8 @@
-"""The registry of controls: what keeps off what, where, for which promise, and which tests show it. Pure data.
+"""The registry of controls: what keeps off what, where, for which promise, and which tests attack it. Pure data.
 
 ``degradations`` anywhere, ``ray-gpu doctor`` and docs/controls.md speak of controls by the ids below. An id that a host
-can lack is the name of the lack, as it stands in offers, hellos, ledgers, receipts and policies.
+can lack is the name of the lack, as it stands in offers, hellos, ledgers, receipts and policies. How each is removed
+in a copy, and which test then fails, is in ``attacks/catalogue``.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ class Control:
     attacks: tuple[str, ...] = ()
     #: Tests in which the same attempt succeeds, because the control is not there.
     positives: tuple[str, ...] = ()
-    #: Tests that remove the control in a copy and see another test fail.
-    mutations: tuple[str, ...] = ()
 
 
 _BOUNDARY, _LAUNCH = "tests/sandbox/test_boundary.py::", "tests/sandbox/test_launch.py::"
@@ -60,6 +59,7 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_ledger.py::",
     "tests/zones/test_keys.py::",
 )
+_OWN_UID, _END = "tests/attack/test_gateway_uid.py::", "tests/attack/test_lease_end.py::"
 _CLUSTER, _ENDPOINT = "tests/hosts/test_cluster.py::", "tests/test_endpoint.py::"
 _HOST, _SITE = "tests/attack/test_host_controls.py::", "tests/attack/test_site_controls.py::"
 _PROBE_HEAD = "tests/test_head_probe.py::"
@@ -134,8 +134,8 @@ _ALL = (
         keeps_off="Plaintext from the disk.",
         meaning="Plaintext may be written to the node's swap device.",
         fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap.",
-        attacks=(_HOST + "test_swap",),
-        positives=(_HOST + "test_swap",)),
+        attacks=(_HOST + "test_swap", _LAUNCH + "test_memory_cap_leaves_no_swap"),
+        positives=(_HOST + "test_swap", _LAUNCH + "test_memory_cap_leaves_no_swap")),
     Control(
         id="numpy-stand-in", where="node", promise="P8", told="receipt", code="ray_gpu/custodian.py::Custodian",
         keeps_off="People from taking a processor's figures for a GPU's.",
@@ -156,8 +156,9 @@ _ALL = (
         keeps_off="A person from the gateway's memory, files and connections.",
         meaning="Notebook and gateway share a uid, so the person could go around the gateway.",
         fix="Start the gateway as root, so that it gets a uid of its own.",
-        attacks=(_OUT + "test_gateway_cannot_be_pried_into", _BYPASS + "test_raw_connections"),
-        positives=(_OUT + "test_control_shared_uid_can_be_pried_into",)),
+        attacks=(_OUT + "test_gateway_cannot_be_pried_into", _BYPASS + "test_raw_connections",
+                 _OWN_UID + "test_person_reads_no_data"),
+        positives=(_OUT + "test_control_shared_uid_can_be_pried_into", _OWN_UID + "test_gateway_reads_them")),
     Control(
         id="uncaged-ray", where="cage", promise="P1", told="receipt", code="ray_gpu/raylet.py::start_node",
         keeps_off="Whatever Ray is made to run from the host's files and processes.",
@@ -279,8 +280,8 @@ _ALL = (
     Control(
         id="ray-quiet", where="cage", promise="P1", told="built in", code="ray_gpu/raylet.py::_Plan",
         keeps_off="Ray from writing what passes it: spills, worker logs, task events, metrics.",
-        attacks=(_CANARIES + "test_ray_sees_nothing",),
-        positives=(_CANARIES + "test_plain_ray_is_found",)),
+        attacks=(_CANARIES + "test_ray_sees_nothing", _NODES + "test_prints_are_in_no_file"),
+        positives=(_CANARIES + "test_plain_ray_is_found", _NODES + "test_prints_are_in_no_file")),
     Control(
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
@@ -308,8 +309,10 @@ _ALL = (
         attacks=(_CANARIES + "test_gone_with_the_lease", _LAUNCH + "test_end_leaves_nothing",
                  _REVOCATION + "test_ends_by_itself", _REVOCATION + "test_never_connected",
                  _AFTERWARDS + "test_revoked_without_ray", _AFTERWARDS + "test_revoked_without_relay",
-                 _AFTERWARDS + "test_cut_connection_without_ray", _AFTERWARDS + "test_dead_head_and_gateway"),
-        positives=(_CANARIES + "test_keeper_and_sandbox_hold_it", _REVOCATION + "test_heartbeats_keep_it")),
+                 _AFTERWARDS + "test_cut_connection_without_ray", _AFTERWARDS + "test_dead_head_and_gateway",
+                 _END + "test_lease_ends_with_its_actor"),
+        positives=(_CANARIES + "test_keeper_and_sandbox_hold_it", _REVOCATION + "test_heartbeats_keep_it",
+                   _END + "test_lease_lasts_while_its_actor_does")),
     Control(
         id="private-memory", where="keeper", promise="P6", told="built in", code="ray_gpu/frames.py::SealedSocket",
         keeps_off="A sandbox from changing bytes while its keeper seals or opens them.",
@@ -434,8 +437,8 @@ _ALL = (
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",
         attacks=(_GETS + "test_order_is_not_found", _SHARDS + "test_no_neighbour_in_a_shard",
-                 _SHARDS + "test_no_position"),
-        positives=(_GETS + "test_control_order_is_found",)),
+                 _SHARDS + "test_no_position", _SHARDS + "test_shuffles_move_rows"),
+        positives=(_GETS + "test_control_order_is_found", _SHARDS + "test_shuffles_move_rows")),
     Control(
         id="strip", where="zone", promise="P5", told="built in", code="zones/shards.py::strip",
         keeps_off="A node from metadata, categories and values beneath nulls.",
@@ -482,11 +485,16 @@ def describe(ids: Iterable[str]) -> str:
     return "\n".join(f"{i}: {CONTROLS[i].meaning} {CONTROLS[i].fix}" if i in CONTROLS else i for i in ids)
 
 
-def markdown_table() -> str:
-    """Return the registry as the table in docs/controls.md. Paths of links are relative to docs/."""
+def markdown_table(mutations: Mapping[str, tuple[str, ...]]) -> str:
+    """Return the registry as the table in docs/controls.md. Paths of links are relative to docs/.
+
+    Args:
+        mutations: By id, the tests that fail in a copy without the control: what ``attacks/catalogue`` says.
+    """
     rows = []
     for control in _ALL:
-        tests = " | ".join(_links(kind) for kind in (control.attacks, control.positives, control.mutations))
+        evidence = (control.attacks, control.positives, mutations.get(control.id, ()))
+        tests = " | ".join(_links(kind) for kind in evidence)
         facts = f"`{control.id}` | {control.keeps_off} | {control.where} | {control.promise} | {control.told}"
         rows.append(f"| {facts} | {tests} |")
     head = "| id | keeps off | where | promise | told by | attack | positive control | mutation |"
@@ -494,5 +502,6 @@ def markdown_table() -> str:
 
 
 def _links(tests: tuple[str, ...]) -> str:
-    parts = [test.partition("::") for test in tests]
+    # One link for a test, however many of its cases are named.
+    parts = [test.partition("::") for test in dict.fromkeys(test.partition("[")[0] for test in tests)]
     return ", ".join(f"[{name}](../{file})" for file, _, name in parts) or "none yet"

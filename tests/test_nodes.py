@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import queue
+import secrets
 import select
 import shutil
 import signal
@@ -43,6 +44,19 @@ def read(path):
     except OSError as error:
         return type(error).__name__
 print("answer:", ray.get(read.remote(path), timeout=45))
+"""
+#: Rogue work that prints what it reads, and writes it to a file of its own beside.
+PRINTING = """
+import sys, ray
+address, own_address, node, mark = sys.argv[1:]
+ray.init(address=address, _node_ip_address=own_address, log_to_driver=False)
+@ray.remote(num_cpus=0, label_selector={"ray-gpu-node": node})
+def show(mark):
+    print(mark, flush=True)
+    with open("/s/ray/planted", "w") as file:
+        file.write(mark)
+    return "shown"
+print("answer:", ray.get(show.remote(mark), timeout=45))
 """
 #: Where the custodians here say that they listen.
 ENDPOINT = ["192.0.2.11", 26120]
@@ -394,7 +408,28 @@ def test_rogue_task(world: World, node: str) -> None:
 
 
 def rogue_read(world: World, node: str, path: str) -> str:
-    """Run :data:`ROGUE` beside the relay, in its cage and with its environment."""
+    """Have a plain task on *node* read a file, and return what it read, or the error's name."""
+    return rogue(world, ROGUE, node, path)
+
+
+@needs_root
+def test_prints_are_in_no_file(world: World) -> None:
+    """What a worker prints is in no file that Ray writes; what it writes to a file itself is found there."""
+    if world.cluster.degradations:
+        pytest.skip(f"no cage here: {world.cluster.degradations}")
+    mark = f"printed-{secrets.token_hex(12)}"
+    assert rogue(world, PRINTING, "gpu-1", mark) == "shown"
+    inside = max(descendants(next(n for n in world.cluster.nodes if n.spec.name == "gpu-1").process.pid))
+
+    session = Path(f"/proc/{inside}/root/s")
+    found = [path for path in session.rglob("*") if path.is_file() and mark.encode() in path.read_bytes()]
+
+    assert session / "ray/planted" in found
+    assert [path.name for path in found if path.name != "planted"] == []
+
+
+def rogue(world: World, code: str, *arguments: str) -> str:
+    """Run a plain driver beside the relay, in its cage and with its environment; return its answer."""
     assert world.gateway.relay is not None
     relay = peer_pid(world.gateway.relay)
     environment = dict(
@@ -403,7 +438,7 @@ def rogue_read(world: World, node: str, path: str) -> str:
     zone = world.cluster.nodes[-1]
     inside = ["nsenter", f"--target={relay}", "--mount", "--pid", "--ipc", "--"]
     inside += ["setpriv", "--reuid=61003", "--regid=61003", "--clear-groups"]
-    command = [*inside, sys.executable, "-c", ROGUE, world.cluster.address, zone.spec.address, node, path]
+    command = [*inside, sys.executable, "-c", code, world.cluster.address, zone.spec.address, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     answers = [line.removeprefix("answer:").strip() for line in done.stdout.splitlines() if line.startswith("answer:")]
     assert answers, done.stderr

@@ -427,7 +427,7 @@ def test_files_on_a_disk(place: Path) -> None:
     vault = f"{{address: 'https://127.0.0.1:1', credentials: {place}/login.json}}"
     config.write_text(
         f"node: head\nrole: head\naddress: 127.0.0.1\nhead: 127.0.0.1\nstate: {place}/state\n"
-        f"cluster: [127.0.0.0/8]\nvault: {vault}\n"
+        f"cluster: [192.0.2.0/24]\nvault: {vault}\n"
     )
     (place / "login.json").write_text('{"role_id": "r", "secret_id": "s"}')
     (place / "login.json").chmod(0o600)

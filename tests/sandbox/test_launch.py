@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,41 @@ def test_memory_cap_kills_the_sandbox(start: Callable[..., Confined]) -> None:
     assert modest.cgroup is not None
     assert greedy.cgroup.oom_kills() >= 1
     assert modest.cgroup.oom_kills() == 0
+
+
+def _swap_bytes(directory: Path) -> int:
+    """Return how much of a group's memory may lie in swap, in bytes."""
+    if (directory / "memory.swap.max").exists():
+        text = (directory / "memory.swap.max").read_text(encoding="ascii").strip()
+        return 1 << 62 if text == "max" else int(text)
+    both, memory = (int((directory / name).read_text(encoding="ascii")) for name in _WITH_SWAP_AND_WITHOUT)
+    return both - memory
+
+
+#: Limits of version 1.
+_WITH_SWAP_AND_WITHOUT = ("memory.memsw.limit_in_bytes", "memory.limit_in_bytes")
+
+
+@needs_cgroup
+@pytest.mark.parametrize("control", [True, False], ids=["kept out", "not kept out"])
+def test_memory_cap_leaves_no_swap(monkeypatch: pytest.MonkeyPatch, control: bool) -> None:
+    """A lease's group has none of its memory in swap; where the host cannot keep it out, it could have all."""
+    found = cgroup.hierarchy()
+    assert found is not None
+    if not found.swap_control:
+        pytest.skip("needs swap accounting of control groups: boot with swapaccount=1")
+    monkeypatch.setattr(cgroup, "hierarchy", lambda: replace(found, swap_control=control))
+    group = cgroup.create(f"swap-{os.getpid()}", memory_bytes=256 << 20, processes=None)
+    assert group is not None
+    try:
+        swap_bytes = _swap_bytes(group.directories[0])
+    finally:
+        group.remove()
+
+    if control:
+        assert swap_bytes == 0
+    else:
+        assert swap_bytes >= 1 << 30
 
 
 @needs_cgroup
