@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_gpu.frames import StalledError
+from ray_gpu.lease_pool import NO_LEASE
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.request import Mode, Request
@@ -129,9 +130,7 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
     """Run a function on arguments alone. What one node answers that cannot be believed, another is asked as well."""
     leases, doubted = session.leases, ""
     while True:
-        lease = leases.take(
-            session.terms(allowed, request), allowed.decision, request.work.options, check=cancelled.check
-        )
+        lease = _lease_for(session, request, allowed, cancelled)
         try:
             return call(session, request, allowed, lease, cancelled)
         except (LeaseLostError, AnswerRefusedError) as error:
@@ -145,6 +144,18 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
             doubted = lease.node
         finally:
             leases.give(lease)
+
+
+def _lease_for(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Lease:
+    """Return a lease for a call on arguments alone: where no further one can be had, one of those that there are."""
+    terms = session.terms(allowed, request)
+    try:
+        return session.leases.take(terms, allowed.decision, request.work.options, check=cancelled.check)
+    except NO_LEASE:
+        lease = session.leases.take_free(terms, check=cancelled.check)
+        if lease is None:
+            raise
+        return lease
 
 
 def _named(error: ZoneError, lease: Lease) -> ZoneError:
@@ -281,6 +292,8 @@ class ShardRun:
         self._accepted: dict[tuple[int, int], str] = {}
         #: Which node first gave an answer to a shard that cannot be believed.
         self._doubts: dict[int, str] = {}
+        #: Whether a worker got a lease at the start.
+        self._holding = False
         #: Leases that work on this call now.
         self._serving = 0
         self._failure: BaseException | None = None
@@ -338,12 +351,14 @@ class ShardRun:
             self._fail(error)
 
     def _lease(self, worker: int) -> Lease | None:
-        """Take this worker's lease. The first worker must get one; all begin together, with what there is."""
-        lease = None
+        """Take this worker's lease. One worker must get one; all begin together, with what there is."""
+        lease, failed = None, None
         try:
             if worker == 0:
                 try:
                     lease = self._take_lease()
+                except NO_LEASE as error:
+                    failed = error
                 finally:
                     self._first.set()
             else:
@@ -351,8 +366,11 @@ class ShardRun:
                     # Else the only room could be this worker's, and the first would wait for it in vain.
                     self._first.wait()
                 lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
+            self._holding |= lease is not None
         finally:
             self._opened.wait()
+        if failed is not None and not self._holding:
+            raise failed
         return lease
 
     def _try_lease(self, timeout_s: float) -> Lease | None:

@@ -117,39 +117,49 @@ class LeasePool:
             PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        may_open = True
         while True:
             with self._lock:
                 check()
                 self.check_open()
                 self._drop_lost()
-                same = [lease for lease in self._leases if lease.terms is terms or lease.terms == terms]
+                same = self._same(terms)
                 for lease in same:
                     if lease.lock.acquire(blocking=False):
                         return lease
-                further = bool(same) or self._opening > 0
-                opening = (may_open or not further) and len(same) + self._opening < options.concurrency
-                if opening:
+                if len(same) + self._opening < options.concurrency:
                     self._opening += 1
-                elif deadline is not None and time.monotonic() > deadline:
+                    break
+                if deadline is not None and time.monotonic() > deadline:
                     raise PlacementError(
                         "every lease of this session is in use; wait for its other calls, or give it "
                         "more with .options(concurrency=...)",
                         pool=terms.pool,
                         reason="in use",
                     )
-                else:
-                    self._waiting += 1
-                    self._room.wait(timeout=WAKE_S)
-                    self._waiting -= 1
-            if opening:
-                try:
-                    return self._open(terms, decision, options, timeout_s, patient=not further)
-                except NO_LEASE:
-                    # What the session has, or is about to have, serves this call as well, later.
-                    if not further or deadline is not None:
-                        raise
-                    may_open = False
+                self._waiting += 1
+                self._room.wait(timeout=WAKE_S)
+                self._waiting -= 1
+        return self._open(terms, decision, options, timeout_s)
+
+    def take_free(self, terms: LeaseTerms, *, check: Callable[[], None]) -> Lease | None:
+        """Return one of the session's leases once it is free; ``None`` when it has none, nor opens any."""
+        while True:
+            with self._lock:
+                check()
+                self.check_open()
+                self._drop_lost()
+                same = self._same(terms)
+                for lease in same:
+                    if lease.lock.acquire(blocking=False):
+                        return lease
+                if not same and not self._opening:
+                    return None
+                self._waiting += 1
+                self._room.wait(timeout=WAKE_S)
+                self._waiting -= 1
+
+    def _same(self, terms: LeaseTerms) -> list[Lease]:
+        return [lease for lease in self._leases if lease.terms is terms or lease.terms == terms]
 
     def has_room_for(self, terms: LeaseTerms, leases: int) -> bool:
         """Tell whether a call finds so many leases at once: idle ones, and free shares of nodes. A hint."""
@@ -165,9 +175,7 @@ class LeasePool:
         self._reclaim()
         return self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted)
 
-    def _open(
-        self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None, *, patient: bool
-    ) -> Lease:
+    def _open(self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None) -> Lease:
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
@@ -177,7 +185,7 @@ class LeasePool:
                 terms,
                 decision,
                 timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
-                patient=patient and timeout_s is None,
+                patient=lambda: timeout_s is None and not self._same(terms),
                 distrusted=self.distrusted,
             )
             lease.lock.acquire()

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -59,6 +59,8 @@ HELLO_TIMEOUT_S = 10.0
 HELLO_AGAIN_S, HELLO_PAUSE_S = 3.0, 0.1
 #: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
 HEARTBEAT_S = 3.0
+#: So long one waits for room while nodes are passed over, before looking again at which, seconds.
+LOOK_AGAIN_S = 2.0
 #: How long a relay may be told to wait for room, seconds.
 PLACEMENT_TIMES_S = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0, 3600.0)
 #: Answers that nobody waits for any more, and that may still come before a receipt.
@@ -171,7 +173,7 @@ class LeaseOpener:
         decision: Decision,
         *,
         timeout_s: float,
-        patient: bool = True,
+        patient: Callable[[], bool] = lambda: True,
         distrusted: Mapping[str, str] = MappingProxyType({}),
     ) -> Lease:
         """Place an actor, grant it a lease, and return the lease once its hello satisfied *decision*.
@@ -180,7 +182,7 @@ class LeaseOpener:
 
         Args:
             timeout_s: Longest wait for room.
-            patient: Whether to wait for room on the others when a node failed.
+            patient: Whether to wait for room on the others when a node failed. Asked every few seconds.
             distrusted: Nodes to pass over as well while there are others, and why.
 
         Raises:
@@ -193,18 +195,22 @@ class LeaseOpener:
         while True:
             avoid = self.rooms.passed_over(terms.pool, distrusted)
             try:
-                return self._open(terms, decision, max(0.0, deadline - time.monotonic()), avoid=sorted(avoid))
+                left_s = max(0.0, deadline - time.monotonic())
+                # Nodes that are passed over may work again, and this call may be served otherwise meanwhile.
+                return self._open(terms, decision, min(left_s, LOOK_AGAIN_S) if avoid else left_s, avoid=sorted(avoid))
             except (ClusterError, LeaseLostError) as error:
                 if not error.node or time.monotonic() > deadline:
                     raise
                 self.rooms.failed(str(error.node), error.message)
-                if patient and self.rooms.passed_over(terms.pool):
+                if patient() and self.rooms.passed_over(terms.pool, distrusted):
                     continue
-                if patient or not self.rooms.has_room(terms.pool, terms.gpu_milli):
+                if patient() or not self.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=distrusted):
                     raise
             except PlacementError as error:
                 if not avoid:
                     raise
+                if time.monotonic() < deadline and patient():
+                    continue
                 raise PlacementError(
                     f"{error.message}. Passed over: {'; '.join(avoid.values())}", pool=error.pool, reason=error.reason
                 ) from None

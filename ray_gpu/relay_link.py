@@ -66,6 +66,8 @@ class RelayLink:
             self._sock = sock
             self._arrived.set()
         try:
+            # What the one before said of nodes, this one may not know of.
+            self._on_draining(frozenset())
             while True:
                 message, _ = recv_message(sock, max_bytes=MAX_RELAY_BYTES)
                 self._handle(message)

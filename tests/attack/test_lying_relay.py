@@ -194,13 +194,12 @@ def _one_call(session: ray_gpu.Session) -> Any:
 def test_gateway_outlives_lying_relays(attacked: Attacked) -> None:
     """After each lie the gateway is the same process, a lease that it holds goes on, and the next relay is served."""
     gateway = attacked.gateway()
-    with attacked.attach() as session:
-        for lie in (*GARBAGE.values(), *(framed(msgpack.packb(said)) for said in IGNORED.values())):
-            with AttackersRelay(attacked) as relay:
-                assert _one_call(session).result(timeout=60) == 2
-                relay.sock.sendall(lie)
-                assert _one_call(session).result(timeout=60) == 2
-            assert attacked.gateway() == gateway
+    for lie in (*GARBAGE.values(), *(framed(msgpack.packb(said)) for said in IGNORED.values())):
+        with AttackersRelay(attacked) as relay, attacked.attach() as session:
+            assert _one_call(session).result(timeout=60) == 2
+            relay.sock.sendall(lie)
+            assert _one_call(session).result(timeout=60) == 2
+        assert attacked.gateway() == gateway
 
 
 @pytest.mark.heavy
