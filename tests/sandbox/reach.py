@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -166,6 +167,10 @@ def _name_taken(name: str) -> None:
 
 
 def _ray(address: str | None) -> None:
+    # Ray writes a token to the home of whoever runs it, which a uid that is nobody's does not have.
+    with contextlib.suppress(OSError):
+        os.makedirs(TARGET["ray_directory"], exist_ok=True)
+    os.environ["HOME"] = TARGET["ray_directory"]
     import ray
 
     ray.init(address=address, num_cpus=0, include_dashboard=False, _temp_dir=TARGET["ray_directory"])
