@@ -295,24 +295,24 @@ def test_client_zone_is_closed(zones: BedCluster) -> None:
     assert [part for rule in accepting for part in rule if "dport" in str(part) or "saddr" in str(part)] == []
     assert len(accepting) == 3
     assert json.loads(zones.call("trading", MACRODATA)) is True
-    server = host.popen(["python", "-c", _LISTEN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert server.stdout is not None
-    port = int(server.stdout.readline())
 
-    def reached() -> list[str]:
+    def reached(port: int) -> list[str]:
         probe = f"import socket; socket.create_connection(({host.address!r}, {port}), timeout=1.5)"
         with ThreadPoolExecutor(len(others)) as several:
             done = several.map(lambda other: other.run(["python", "-c", probe], check=False), others)
             return [other.name for other, probe in zip(others, done, strict=True) if probe.returncode == 0]
 
-    try:
-        assert reached() == []
-        for one in (host, zones.bed.router, *others):
-            one.flush_rules()
-        assert reached() == [other.name for other in others]
-    finally:
-        zones.bed.load_firewalls()
-        server.kill()
+    with host.popen(["python", "-c", _LISTEN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        listening = int(server.stdout.readline())
+        try:
+            assert reached(listening) == []
+            for one in (host, zones.bed.router, *others):
+                one.flush_rules()
+            assert reached(listening) == [other.name for other in others]
+        finally:
+            zones.bed.load_firewalls()
+            server.kill()
 
 
 def test_client_zone_reaches_the_head_alone(zones: BedCluster) -> None:
