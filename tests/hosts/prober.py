@@ -4,13 +4,15 @@
 standard input. ``probe``: reads a JSON list of targets ``[protocol, address, port]``, tries them all at the same time,
 and prints a JSON list of booleans: whether the target answered. An answer of any kind counts, also a refusal.
 ``reach``: the same, but only being served counts; ``abstract`` is one more protocol, of Unix sockets by name.
+
+A firewall remembers what it let through, and lets go on what looks the same: UDP for two minutes. Whoever probes again
+under other rules gives a number as second argument, another each time: the source port of UDP, the identifier of ICMP.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import resource
 import selectors
 import socket
@@ -63,8 +65,9 @@ def listen(ports: list[int]) -> None:
 class Probes:
     """Probes under way."""
 
-    def __init__(self, targets: list[Target], *, strict: bool = False) -> None:
+    def __init__(self, targets: list[Target], *, strict: bool = False, number: int = 0) -> None:
         self.targets = targets
+        self.number = number
         self.strict = strict
         self.answered = [False] * len(targets)
         self._selector = selectors.DefaultSelector()
@@ -115,6 +118,9 @@ class Probes:
     def _udp(self, index: int, family: int, address: str, port: int) -> None:
         sock = socket.socket(family, socket.SOCK_DGRAM)
         sock.setblocking(False)
+        if self.number:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one for each target
+            sock.bind(("", self.number))
         sock.connect((address, port))
         try:
             sock.send(_PAYLOAD)
@@ -128,8 +134,7 @@ class Probes:
         sock = socket.socket(family, socket.SOCK_RAW, protocol)
         sock.setblocking(False)
         sock.connect((address, 0))
-        # Another number each time: a firewall knows those of earlier probes, and lets their answers pass.
-        number = (os.getpid() * 257 + index) & 0xFFFF
+        number = self.number or index
         request = struct.pack("!BBHHH", 8 if family == socket.AF_INET else 128, 0, 0, number, 1)
         # The kernel fills in the checksum of IPv6 alone.
         request = struct.pack("!BBHHH", request[0], 0, _checksum(request), number, 1)
@@ -173,8 +178,9 @@ def main() -> None:
     if sys.argv[1] == "listen":
         listen(given)
     else:
+        number = int(sys.argv[2]) if sys.argv[2:] else 0
         targets = [(protocol, address, port) for protocol, address, port in given]
-        sys.stdout.write(json.dumps(Probes(targets, strict=sys.argv[1] == "reach").run()))
+        sys.stdout.write(json.dumps(Probes(targets, strict=sys.argv[1] == "reach", number=number).run()))
 
 
 if __name__ == "__main__":

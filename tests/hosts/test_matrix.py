@@ -6,6 +6,7 @@ of the bed, so that the firewall alone tells them apart.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -72,6 +73,8 @@ class Probe(NamedTuple):
     port: int
 
 
+#: For what a firewall remembers of a probe; nobody serves these ports.
+_numbers = itertools.count(20000)
 #: Says whether a probe shall get through.
 Oracle = Callable[[Probe], bool]
 
@@ -298,7 +301,8 @@ def _listen(site: Site, name: str, opener: int | End) -> HostProcess:
 def _start(
     site: Site, name: str, action: str, opener: int | End, *, stderr: int | None = subprocess.PIPE
 ) -> HostProcess:
-    command = site.command(name, opener, [Path(sys.executable).resolve(), "-I", "-S", PROBER, action])
+    prober: list[str | Path] = [Path(sys.executable).resolve(), "-I", "-S", PROBER, action, str(next(_numbers))]
+    command = site.command(name, opener, prober)
     uid = opener if isinstance(opener, int) and opener else None
     pipe = subprocess.PIPE
     return site.bed[name].popen(command, uid=uid, stdin=pipe, stdout=pipe, stderr=stderr)
