@@ -49,6 +49,7 @@ _BOUNDARY, _LAUNCH = "tests/sandbox/test_boundary.py::", "tests/sandbox/test_lau
 _ESCAPE, _KEYS = "tests/proofs/test_sandbox_escape.py::", "tests/proofs/test_keys.py::"
 _BYPASS, _RESULTS = "tests/proofs/test_gateway_bypass.py::", "tests/proofs/test_results.py::"
 _CANARIES, _DEGRADED = "tests/proofs/test_canaries.py::", "tests/job/test_degraded.py::"
+_ENDINGS, _HOSTS = "tests/attack/test_canaries_endings.py::", "tests/attack/test_canaries_hosts.py::"
 _MAIN, _LOST = "tests/job/test_main_job.py::", "tests/job/test_lost_leases.py::"
 _NODES, _IDENTITY = "tests/test_nodes.py::", "tests/test_node_identity.py::"
 _VAULT, _SETUP, _SOURCE = "tests/test_vault.py::", "tests/test_vault_setup.py::", "tests/test_source.py::"
@@ -114,7 +115,8 @@ _ALL = (
         id="swap-on", where="node", promise="P2", told="receipt", code="ray_gpu/sandbox/cgroup.py::_cap_memory",
         keeps_off="Plaintext from the disk.",
         meaning="Plaintext may be written to the node's swap device.",
-        fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap."),
+        fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap.",
+        attacks=(_ENDINGS + "test_swap",)),
     Control(
         id="numpy-stand-in", where="node", promise="P8", told="receipt", code="ray_gpu/custodian.py::Custodian",
         keeps_off="People from taking a processor's figures for a GPU's.",
@@ -214,13 +216,13 @@ _ALL = (
     Control(
         id="payload-past-ray", where="cage", promise="P1", told="built in", code="ray_gpu/actor.py::GpuActor",
         keeps_off="Ray from data, code, results and errors, sealed ones too.",
-        attacks=(_CANARIES + "test_ray_sees_nothing",),
+        attacks=(_CANARIES + "test_ray_sees_nothing", _CANARIES + "test_gcs_tells_nothing", _ENDINGS + "test_ending"),
         positives=(_CANARIES + "test_plain_ray_is_found",)),
     Control(
         id="ray-quiet", where="cage", promise="P1", told="built in", code="ray_gpu/raylet.py::_Plan",
         keeps_off="Ray from writing what passes it: spills, worker logs, task events, metrics.",
-        attacks=(_CANARIES + "test_ray_sees_nothing",),
-        positives=(_CANARIES + "test_plain_ray_is_found",)),
+        attacks=(_CANARIES + "test_ray_sees_nothing", _HOSTS + "test_disk"),
+        positives=(_CANARIES + "test_plain_ray_is_found", _CANARIES + "test_each_place_is_searched")),
     Control(
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
@@ -233,8 +235,8 @@ _ALL = (
     Control(
         id="no-core", where="sandbox", promise="P2", told="built in", code="ray_gpu/sandbox/harden.py::_limit",
         keeps_off="Memory of keeper and sandbox from core files, and debuggers from their processes.",
-        attacks=_PROBE_REFUSED,
-        positives=_PROBE_DONE),
+        attacks=(*_PROBE_REFUSED, _ENDINGS + "test_core_files"),
+        positives=(*_PROBE_DONE, _ENDINGS + "test_core_files")),
     Control(
         id="no-descriptors", where="sandbox", promise="P2", told="built in",
         code="ray_gpu/sandbox/harden.py::_close_others",
@@ -244,7 +246,7 @@ _ALL = (
     Control(
         id="lease-end", where="keeper", promise="P2", told="built in", code="ray_gpu/custodian.py::Custodian",
         keeps_off="Plaintext and keys from outliving their lease.",
-        attacks=(_CANARIES + "test_gone_with_the_lease", _LAUNCH + "test_end_leaves_nothing"),
+        attacks=(_CANARIES + "test_gone_with_the_lease", _ENDINGS + "test_ending", _LAUNCH + "test_end_leaves_nothing"),
         positives=(_CANARIES + "test_keeper_and_sandbox_hold_it",)),
     Control(
         id="private-memory", where="keeper", promise="P6", told="built in", code="ray_gpu/frames.py::SealedSocket",
@@ -306,7 +308,9 @@ _ALL = (
         id="envelope", where="keeper", promise="P4", told="built in", code="zones/envelope.py::Opener",
         keeps_off="Whoever is between gateway and keeper from reading, changing, moving or cutting a message.",
         attacks=(_ENVELOPE + "test_every_byte", _ENVELOPE + "test_wrong_slot",
-                 _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused")),
+                 _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused",
+                 _HOSTS + "test_wire"),
+        positives=(_HOSTS + "test_wire",)),
     Control(
         id="replay", where="keeper", promise="P4", told="built in", code="zones/replay.py::ReplayGuard",
         keeps_off="A message from being accepted twice.",
