@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 import ray_gpu
 from tests.proofs import visits
 from tests.proofs.canary import ARGUMENT, CHANNELS, canaries
+from zones.errors import LeaseLostError, PlacementError
 
 #: Long enough for a busy machine to run what has a lease already, and to look into it. Seconds.
 TIMEOUT_S = 12.0
@@ -37,6 +39,8 @@ ENDINGS = {
     "kill raylet": "",
     "kill custodian": "",
 }
+#: The cluster may have lost a node just now, and the machine may be busy. Seconds.
+PATIENCE_S = 90.0
 #: A global of the function that is sent.
 GLOBAL = ""
 
@@ -73,6 +77,19 @@ def held(mark: str) -> Callable[..., Any]:
     return hold
 
 
+def open_lease(zone: Any, options: dict[str, Any]) -> None:
+    """Have a lease open, so that a time limit is the function's alone. Ray may place it on what has just been killed."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            ray_gpu.gpu_remote(**options)(lambda batch: batch["cost"]).map(zone.read("visits"))
+        except (LeaseLostError, PlacementError):
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return
+
+
 def main(attach: Callable[[], Any]) -> None:
     """Make the call in a session that *attach* opens."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background programs ignore it
@@ -82,8 +99,7 @@ def main(attach: Callable[[], Any]) -> None:
     assert say
     with attach() as zone:
         options = {"session": zone, "columns": visits.leaving(mark), "concurrency": 1, "shard_bytes": 1 << 24}
-        # Has a lease open, so that the time limit is the function's alone.
-        ray_gpu.gpu_remote(**options)(lambda batch: batch["cost"]).map(zone.read("visits"))
+        open_lease(zone, options)
         print("calling", file=say, flush=True)
         function = ray_gpu.gpu_remote(**options, timeout_s=TIMEOUT_S if how == "timeout" else None)(held(mark))
         try:

@@ -16,9 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from testbed import Host
+if TYPE_CHECKING:
+    from testbed import Host  # as a program, it runs without the project
 
 _ALL = 3  # ETH_P_ALL
 _BUFFER_BYTES = 256 << 20
