@@ -49,6 +49,7 @@ _LAYERS, _BOMBS = "tests/sandbox/test_layers.py::", "tests/attack/test_escape_bo
 _ESCAPE, _KEYS = "tests/proofs/test_sandbox_escape.py::", "tests/proofs/test_keys.py::"
 _BYPASS, _RESULTS = "tests/proofs/test_gateway_bypass.py::", "tests/proofs/test_results.py::"
 _CANARIES, _DEGRADED = "tests/proofs/test_canaries.py::", "tests/job/test_degraded.py::"
+_ENDINGS, _HOSTS = "tests/attack/test_canaries_endings.py::", "tests/attack/test_canaries_hosts.py::"
 _MAIN, _LOST = "tests/job/test_main_job.py::", "tests/job/test_lost_leases.py::"
 _NODES, _IDENTITY = "tests/test_nodes.py::", "tests/test_node_identity.py::"
 _VAULT, _SETUP, _SOURCE = "tests/test_vault.py::", "tests/test_vault_setup.py::", "tests/test_source.py::"
@@ -134,7 +135,7 @@ _ALL = (
         keeps_off="Plaintext from the disk.",
         meaning="Plaintext may be written to the node's swap device.",
         fix="Run swapoff -a, or use cgroups with swap accounting, which keep leases out of swap.",
-        attacks=(_HOST + "test_swap", _LAUNCH + "test_memory_cap_leaves_no_swap"),
+        attacks=(_HOST + "test_swap", _LAUNCH + "test_memory_cap_leaves_no_swap", _ENDINGS + "test_swap"),
         positives=(_HOST + "test_swap", _LAUNCH + "test_memory_cap_leaves_no_swap")),
     Control(
         id="numpy-stand-in", where="node", promise="P8", told="receipt", code="ray_gpu/custodian.py::Custodian",
@@ -275,13 +276,14 @@ _ALL = (
     Control(
         id="payload-past-ray", where="cage", promise="P1", told="built in", code="ray_gpu/actor.py::GpuActor",
         keeps_off="Ray from data, code, results and errors, sealed ones too.",
-        attacks=(_CANARIES + "test_ray_sees_nothing",),
+        attacks=(_CANARIES + "test_ray_sees_nothing", _CANARIES + "test_gcs_tells_nothing", _ENDINGS + "test_ending"),
         positives=(_CANARIES + "test_plain_ray_is_found",)),
     Control(
         id="ray-quiet", where="cage", promise="P1", told="built in", code="ray_gpu/raylet.py::_Plan",
         keeps_off="Ray from writing what passes it: spills, worker logs, task events, metrics.",
-        attacks=(_CANARIES + "test_ray_sees_nothing", _NODES + "test_prints_are_in_no_file"),
-        positives=(_CANARIES + "test_plain_ray_is_found", _NODES + "test_prints_are_in_no_file")),
+        attacks=(_CANARIES + "test_ray_sees_nothing", _NODES + "test_prints_are_in_no_file", _HOSTS + "test_disk"),
+        positives=(_CANARIES + "test_plain_ray_is_found", _NODES + "test_prints_are_in_no_file",
+                   _CANARIES + "test_each_place_is_searched")),
     Control(
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
@@ -295,8 +297,8 @@ _ALL = (
     Control(
         id="no-core", where="sandbox", promise="P2", told="built in", code="ray_gpu/sandbox/harden.py::_limit",
         keeps_off="Memory of keeper and sandbox from core files, and debuggers from their processes.",
-        attacks=(*_PROBE_REFUSED, _HOST + "test_core_file", *_ALONE),
-        positives=(*_PROBE_DONE, _HOST + "test_core_file", *_ALONE)),
+        attacks=(*_PROBE_REFUSED, _HOST + "test_core_file", *_ALONE, _ENDINGS + "test_core_files"),
+        positives=(*_PROBE_DONE, _HOST + "test_core_file", *_ALONE, _ENDINGS + "test_core_files")),
     Control(
         id="no-descriptors", where="sandbox", promise="P2", told="built in",
         code="ray_gpu/sandbox/harden.py::_close_others",
@@ -310,7 +312,7 @@ _ALL = (
                  _REVOCATION + "test_ends_by_itself", _REVOCATION + "test_never_connected",
                  _AFTERWARDS + "test_revoked_without_ray", _AFTERWARDS + "test_revoked_without_relay",
                  _AFTERWARDS + "test_cut_connection_without_ray", _AFTERWARDS + "test_dead_head_and_gateway",
-                 _END + "test_lease_ends_with_its_actor"),
+                 _END + "test_lease_ends_with_its_actor", _ENDINGS + "test_ending"),
         positives=(_CANARIES + "test_keeper_and_sandbox_hold_it", _REVOCATION + "test_heartbeats_keep_it",
                    _END + "test_lease_lasts_while_its_actor_does")),
     Control(
@@ -425,9 +427,10 @@ _ALL = (
         keeps_off="Whoever is between gateway and keeper from reading, changing, moving or cutting a message.",
         attacks=(_ENVELOPE + "test_every_byte", _ENVELOPE + "test_wrong_slot",
                  _ENVELOPE + "test_truncation_at_every_length", _RESULTS + "test_forgery_is_refused",
-                 _ENVELOPE + "test_key_commitment", _ENVELOPE + "test_downgrade"),
+                 _ENVELOPE + "test_key_commitment", _ENVELOPE + "test_downgrade", _HOSTS + "test_wire"),
         positives=(_ENVELOPE + "test_key_commitment", _ENVELOPE + "test_untouched_message_opens",
-                   _AFTERWARDS + "test_traffic_stays_sealed", _ENVELOPE + "test_control_without_authentication")),
+                   _AFTERWARDS + "test_traffic_stays_sealed", _ENVELOPE + "test_control_without_authentication",
+                   _HOSTS + "test_wire")),
     Control(
         id="replay", where="keeper", promise="P4", told="built in", code="zones/replay.py::ReplayGuard",
         keeps_off="A message from being accepted twice.",

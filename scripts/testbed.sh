@@ -1,11 +1,11 @@
 #!/bin/sh
-# Install what the hosts of the test bed need and this machine lacks: nftables, sshd, rsync. Debian or Ubuntu, as root.
+# Install what the hosts of the test bed need and this machine lacks: nftables, sshd, rsync, ext4. Debian or Ubuntu, as root.
 # Usage: scripts/testbed.sh        (does nothing where everything is there; no service is started or enabled)
 set -eu
 
 packages=
 PATH=$PATH:/usr/sbin:/sbin
-for pair in ip:iproute2 nft:nftables sshd:openssh-server ssh:openssh-client rsync:rsync; do
+for pair in ip:iproute2 nft:nftables sshd:openssh-server ssh:openssh-client rsync:rsync mkfs.ext4:e2fsprogs losetup:mount; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || packages="$packages ${pair#*:}"
 done
 [ -n "$packages" ] || exit 0

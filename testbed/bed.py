@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from ray_gpu.ports import FirewallHost, Role, host_rules, router_rules
-from testbed import ssh, workplace
+from testbed import disk, ssh, workplace
 from testbed.host import ROOT, Host, HostProcess, search_path
 from testbed.init import Plan
 from testbed.network import Link
@@ -87,8 +87,16 @@ class Testbed:
 
     __test__: ClassVar[bool] = False  # pytest: not a class of tests
 
-    def __init__(self, roles: Mapping[str, Role] = HOSTS) -> None:
+    def __init__(self, roles: Mapping[str, Role] = HOSTS, *, disks: Mapping[str, Path] | None = None) -> None:
+        """Nothing is built yet.
+
+        Args:
+            roles: Who is who.
+            disks: Hosts whose root, /tmp and /var are on a disk of :mod:`testbed.disk`, and its file.
+        """
         self.roles = dict(roles)
+        self._disks = dict(disks or {})
+        self._attached: list[str] = []
         self.hosts: dict[str, Host] = {}
         self._services: list[HostProcess] = []
 
@@ -142,6 +150,20 @@ class Testbed:
         self._workplace.remove()
 
     def _build(self) -> None:
+        try:
+            self._start_hosts()
+        finally:
+            # The hosts have mounted them. Nothing else holds them, so that they go with the hosts.
+            while self._attached:
+                disk.release(self._attached.pop())
+        self.router.configure_network("".join(host.link.router_batch(host.pid) for host in self))
+        for host in self:
+            host.configure_network(host.link.host_batch())
+        # Before anything serves: no host is ever open to another.
+        self.load_firewalls()
+        self._start_ssh()
+
+    def _start_hosts(self) -> None:
         self.router = self._host("router", Link(index=0), forwards=True)
         for index, name in enumerate(self.roles, start=1):
             self.hosts[name] = self._host(name, Link(index=index))
@@ -150,12 +172,6 @@ class Testbed:
             host.start()
         for host in everyone:
             host.await_start()
-        self.router.configure_network("".join(host.link.router_batch(host.pid) for host in self))
-        for host in self:
-            host.configure_network(host.link.host_batch())
-        # Before anything serves: no host is ever open to another.
-        self.load_firewalls()
-        self._start_ssh()
 
     def _start_ssh(self) -> None:
         keys = self.path / "keys"
@@ -177,9 +193,12 @@ class Testbed:
                 ssh.equip_operator(host, self.launcher, servers)
 
     def _host(self, name: str, link: Link, *, forwards: bool = False) -> Host:
+        device = disk.attach(self._disks[name]) if name in self._disks else ""
+        self._attached += [device] if device else []
         plan = Plan(
             name=name,
             root=str(self.path / "root"),
+            disk=device,
             shown=_shown_paths(),
             devices=[str(path) for path in Path("/dev").glob("nvidia*") if self.roles.get(name) is Role.GPU],
             groups=self._workplace.groups(name),

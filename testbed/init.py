@@ -5,7 +5,8 @@ as JSON on its standard input. It says its process id, as the machine counts, an
 standard input does, and the kernel then ends every process of the host: so nothing outlives the builder, which holds
 the other end, however the builder ends.
 
-The host's root is a tmpfs of its own. Of the machine it shows read-only what the plan names, and nothing else.
+The host's root is a tmpfs of its own, or a disk. Of the machine it shows read-only what the plan names, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _MNT_DETACH = 2
 #: glibc has no wrapper; the number is x86_64's.
 _SYS_PIVOT_ROOT = 155
 #: tmpfs and their modes. Only what is used takes memory.
-_TMPFS = {"dev/shm": "1777", "tmp": "1777", "run": "0755", "var/lib/ray-gpu": "0711"}
+_TMPFS = {"dev/shm": "1777", "run": "0755"}
+#: The same, but on a host's disk where it has one.
+_FILES = {"tmp": "1777", "var/lib/ray-gpu": "0711"}
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _LINKS = {
     "dev/fd": "/proc/self/fd",
@@ -45,6 +48,8 @@ class Plan(TypedDict):
     name: str
     #: Empty directory of the machine that the root is mounted on, for this host alone.
     root: str
+    #: Device of the machine, with an ext4 file system, that is the root; a tmpfs is, where this is empty.
+    disk: str
     #: Paths of the machine that the host sees, read-only, in the same place.
     shown: list[str]
     #: Device files of the machine that the host may use, besides the usual ones.
@@ -80,12 +85,18 @@ def _network_settings(plan: Plan) -> list[tuple[str, str]]:
 
 def _build(root: Path, plan: Plan) -> None:
     """Make the host's root below *root*, and enter it."""
-    _mount("tmpfs", root, "tmpfs", _MS_NOSUID, "mode=0755")
+    if plan["disk"]:
+        _mount(plan["disk"], root, "ext4", _MS_NOSUID)
+    else:
+        _mount("tmpfs", root, "tmpfs", _MS_NOSUID, "mode=0755")
     for name in ("proc", "sys", "dev/pts", "var/tmp", "var/log", "home", "root", "etc"):
         (root / name).mkdir(parents=True)
     (root / "var/tmp").chmod(0o1777)
-    for name, mode in _TMPFS.items():
+    for name, mode in {**_TMPFS, **_FILES}.items():
         (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name).chmod(int(mode, 8))
+        if plan["disk"] and name in _FILES:
+            continue
         _mount("tmpfs", root / name, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode={mode}")
     for path in plan["shown"]:
         _show(Path(path), root)

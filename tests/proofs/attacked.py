@@ -18,7 +18,14 @@ from zones.ledger import read
 from zones.vault import Vault
 
 #: Columns of the data set ``visits`` with their classes; one more has a canary for a name.
-COLUMNS = {"note": "confidential", "kind": "confidential", "cost": "internal", "patient": "direct-identifier"}
+COLUMNS = {
+    "note": "confidential",
+    "kind": "confidential",
+    "cost": "internal",
+    "count": "confidential",
+    "share": "confidential",
+    "patient": "direct-identifier",
+}
 #: The one purpose for which tables that come from no data set may leave.
 NOTEBOOK_TABLES = "tables of a notebook"
 #: Above these a function, a call's arguments, or their sum over a session count as the highest class, bytes.
@@ -33,7 +40,7 @@ class Attacked:
 
     state: Path
     document: dict[str, Any]
-    #: Random; every canary starts with it.
+    #: Of :mod:`tests.proofs.canary`.
     mark: str
     zone: str = "clinic"
 
@@ -54,8 +61,9 @@ class Attacked:
     # -- processes ------------------------------------------------------------------------------
 
     def caged(self) -> dict[str, list[int]]:
-        """Return the processes of each Ray node: all that share the PID namespace of its first one inside."""
-        spaces = {name: _space(_below(pid)[0]) for name, pid in self.document["nodes"].items()}
+        """Return each living Ray node's processes: all that share the PID namespace of its first one inside."""
+        inside = {name: below(pid)[:1] for name, pid in self.document["nodes"].items()}
+        spaces = {name: _space(first) for name, firsts in inside.items() for first in firsts}
         everything = [(pid, _space(pid)) for pid in _all()]
         return {name: [pid for pid, space in everything if space == wanted] for name, wanted in spaces.items()}
 
@@ -70,11 +78,11 @@ class Attacked:
     def gateway(self) -> int:
         """Return the gateway: behind bubblewrap it is the innermost process."""
         outermost = int(self.document["processes"]["gateway"])
-        return [outermost, *_below(outermost)][-1]
+        return [outermost, *below(outermost)][-1]
 
     def leases(self, node: str, program: str = "") -> list[int]:
         """Return what runs below a node's custodian, such as its leases' ``"ray_gpu.keeper"``, innermost last."""
-        return [pid for pid in _below(self.custodian(node)) if not program or program in command(pid)]
+        return [pid for pid in below(self.custodian(node)) if not program or program in command(pid)]
 
     # -- logins ---------------------------------------------------------------------------------
 
@@ -136,11 +144,11 @@ def _space(pid: int) -> str:
     return ""
 
 
-def _below(pid: int) -> list[int]:
+def below(pid: int) -> list[int]:
     """Return every process below *pid*, parents first; what ends meanwhile is left out."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
             for child in (task / "children").read_text(encoding="ascii").split():
-                found += [int(child), *_below(int(child))]
+                found += [int(child), *below(int(child))]
     return found

@@ -8,88 +8,40 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import secrets
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pyarrow as pa
 import pytest
 
 import ray_gpu
-from tests.proofs.attacked import Attacked, all_powerful, command
-from tests.proofs.memory_search import PROCESS_PLACES, Search, search
+from tests.proofs import visits
+from tests.proofs.attacked import Attacked, command
+from tests.proofs.canary import ARGUMENT, CHANNELS, as_float64, as_int64, canaries, new_mark
+from tests.proofs.memory_search import PIECE, Search, search
+from tests.proofs.places import (
+    NODES,
+    PLACES,
+    TRUSTED,
+    found_of_the_trusted,
+    obstacle,
+    planted_for_the_trusted,
+    search_ray,
+    search_trusted,
+)
+from tests.proofs.plain_ray import DRIVER, PLANTED, PlainRay, run_plain_ray
 
-NODES = ("gpu-1", "gpu-2")
-#: What the processes of a cage can write to.
-WRITABLE = ("s", "tmp", "dev/shm")
-#: Every place that is searched for what Ray has.
-PLACES = PROCESS_PLACES | set(WRITABLE)
-#: What the control plants in each of them and nowhere else: the word that follows its canary.
-PLANTED = {
-    "memory": "memory",
-    "map_files": "mapped",
-    "fd": "opened",
-    "s": "session",
-    "tmp": "tmp",
-    "dev/shm": "shm",
-}
 #: The custodian learns of a session's end from the keeper or the actor, whichever is first; seconds.
 GONE_TIMEOUT_S = 5.0
 #: What must be among the processes that were searched, or the search proves nothing.
 RAY = {"raylet": 3, "gcs_server": 1, "ray::RuntimeEnvAgent": 3, "ray::GpuActor": 2, "ray_gpu.relay": 1}
-#: Plain Ray as anybody with the cluster's token can use it. The canary comes by standard input, so that no command
-#: line has it, and what it plants stays referenced.
-PLAIN_RAY = """
-import sys, ray
-mark = sys.stdin.readline().strip()
-ray.init(address=sys.argv[1], _node_ip_address=sys.argv[2], log_to_driver=False)
-stored = ray.put((mark + "-object ") * 10_000)
-captured = mark + "-closure"
-class Plain:
-    def __init__(self):
-        self.captured = captured
-    def show(self, argument):
-        self.shown = argument + "-print"
-        print(self.shown, flush=True)
-    def fail(self, argument):
-        raise ValueError((argument + "-exception ") * 10_000)
-    def give(self, argument):
-        return (argument + "-result ") * 10_000
-    def plant(self, argument):
-        import ctypes, os
-        self.kept = bytearray((argument + "-memory").encode())
-        def written(path, word):
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
-            # In two parts, so that both together are in the file and not in this memory.
-            os.write(fd, argument.encode())
-            os.write(fd, word)
-            return fd
-        for directory, word in ("/s/ray", b"-session"), ("/tmp", b"-tmp"), ("/dev/shm", b"-shm"):
-            os.close(written(directory + "/planted", word))
-        self.opened = written("/tmp/opened", b"-opened")
-        mapped = written("/tmp/mapped", b"-mapped")
-        libc = ctypes.CDLL(None)
-        libc.mmap.restype = ctypes.c_void_p
-        # Mapped and never touched: no page of it is in this process's memory. mmap.mmap() would keep it open, too.
-        self.mapped = libc.mmap(None, ctypes.c_size_t(4096), 1, 1, mapped, ctypes.c_long(0))
-        os.close(mapped)
-        for name in "opened", "mapped":
-            os.unlink("/tmp/" + name)
-actor = ray.remote(num_cpus=0, label_selector={"ray-gpu-node": "gpu-1"})(Plain).remote()
-ray.get(actor.show.remote(mark))
-failed = actor.fail.remote(mark)
-ray.wait([failed])
-given = actor.give.remote(mark)
-ray.wait([given])
-ray.get(actor.plant.remote(mark))
-print("planted", flush=True)
-sys.stdin.read()
-"""
+#: Values of a category column never leave the zone; what a sandbox sees is all else.
+LEAVING = {*CHANNELS, ARGUMENT} - {"category"}
 
 #: A global of a function that is sent.
 GLOBAL = ""
@@ -106,32 +58,32 @@ class Run:
     #: Command lines of the processes that were searched, in one text.
     searched: str
     ray: Search
-    custodians: Search
+    trusted: Search
     leases: Search
+    gateway: Search
     #: Of keepers and sandboxes that were there, those that outlived the session.
     left: list[int]
     ray_after: Search
-    custodians_after: Search
+    trusted_after: Search
 
 
 @pytest.fixture(scope="module")
 def run(attacked: Attacked) -> Run:
     """Plant, search, end the session, search again."""
-    if not all_powerful():
-        pytest.skip("needs root with all capabilities: reads the memory of other uids' processes")
-    if "uncaged-ray" in attacked.document["degradations"]:
-        pytest.skip("needs namespaces: without them a cage's processes cannot be told from others")
+    if reason := obstacle(attacked):
+        pytest.skip(reason)
     since, mark = time.time() - 1.0, attacked.mark
     with pytest.MonkeyPatch.context() as patch, attacked.attach() as session:
-        patch.setattr(sys.modules[__name__], "GLOBAL", f"{mark}-global")
+        patch.setattr(sys.modules[__name__], "GLOBAL", canaries(mark)["global"])
         came_back = plant(session, mark)
         pids = [pid for node in NODES for pid in attacked.leases(node)]
         found: dict[str, Any] = {
             "nodes": [lease["node"] for lease in session.status()["leases"]],
             "searched": "\n".join(" ".join(command(pid)) for pids in attacked.caged().values() for pid in pids),
             "ray": search_ray(attacked, mark, since),
-            "custodians": search_custodians(attacked, mark, since),
+            "trusted": search_trusted(attacked, mark, since),
             "leases": search(mark, pids, since=since),
+            "gateway": search(mark, [attacked.gateway()], since=since),
         }
     deadline = time.monotonic() + GONE_TIMEOUT_S
     while any(command(pid) for pid in pids) and time.monotonic() < deadline:
@@ -141,55 +93,42 @@ def run(attacked: Attacked) -> Run:
         **found,
         left=[pid for pid in pids if command(pid)],
         ray_after=search_ray(attacked, mark, since),
-        custodians_after=search_custodians(attacked, mark, since),
+        trusted_after=search_trusted(attacked, mark, since),
     )
 
 
 def plant(session: ray_gpu.Session, mark: str) -> dict[str, Any]:
     """Send canaries out in every way and bring others back, on both nodes; return what came back."""
-    captured = f"{mark}-closure"
+    captured, name = canaries(mark)["closure"], canaries(mark)["name"]
 
-    def show(batch: Any, argument: str, default: str = f"{mark}-default") -> Any:
+    def show(batch: Any, argument: str, default: str = canaries(mark)["default"]) -> Any:
+        import logging
+
         print(argument.replace("argument", "print"))  # noqa: T201 - it is what is tested
-        kept = (captured, GLOBAL, default)
+        logging.getLogger("theirs").warning(argument.replace("argument", "logging"))
+        kept = (captured, GLOBAL, default, batch[name])
         return pa.table({"result": [argument.replace("argument", "result") + str(len(kept))] * len(batch)})
 
     def fail(argument: str) -> None:
         raise KeyError(argument.replace("argument", "exception"))
 
-    columns = ["note", "kind", "cost", f"{mark}-name"]
-    options = {"session": session, "columns": columns, "shard_bytes": 1 << 16}
+    options = {"session": session, "columns": visits.leaving(mark), "shard_bytes": 1 << 16}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        result = ray_gpu.gpu_remote(**options)(show).map(session.read("visits"), f"{mark}-argument")
+        result = ray_gpu.gpu_remote(**options)(show).map(session.read("visits"), canaries(mark)[ARGUMENT])
         with pytest.raises(KeyError) as error:
-            ray_gpu.gpu_remote(session=session)(fail).remote(f"{mark}-argument").result()
+            ray_gpu.gpu_remote(session=session)(fail).remote(canaries(mark)[ARGUMENT]).result()
     return {"result": result, "printed": printed.getvalue(), "error": str(error.value)}
 
 
-def search_ray(
-    attacked: Attacked, mark: str, since: float, *, leave_out: str = "", places: Set[str] = PLACES
-) -> Search:
-    """Search all that Ray has: the processes of every cage, what they map and have open, what they can write to."""
-    cages = attacked.caged()
-    pids = [pid for pids in cages.values() for pid in pids if leave_out not in command(pid) or not leave_out]
-    trees = [Path(f"/proc/{pids[0]}/root", place) for pids in cages.values() for place in WRITABLE if place in places]
-    return search(mark, pids, since=since, trees=trees, places=frozenset(places))
-
-
-def search_custodians(attacked: Attacked, mark: str, since: float) -> Search:
-    """Search the custodians, their nodes' directories and the log that everything of ours writes to."""
-    trees = [attacked.layout.node(node) for node in NODES]
-    done = search(mark, [attacked.custodian(node) for node in NODES], since=since, trees=trees)
-    done.file(attacked.layout.log)
-    return done
-
-
 def test_the_job_ran(run: Run, attacked: Attacked) -> None:
-    """Result, prints and the exception came back with their canaries, from both nodes."""
-    assert set(run.result["result"].to_pylist()) == {f"{attacked.mark}-result3"}
-    assert f"{attacked.mark}-print" in run.printed
-    assert f"{attacked.mark}-exception" in run.error
+    """Result, prints, log lines and the exception came back with their canaries, from both nodes."""
+    text = canaries(attacked.mark)
+
+    assert set(run.result["result"].to_pylist()) == {f"{text['result']}4"}
+    assert text["print"] in run.printed
+    assert text["logging"] in run.printed
+    assert text["exception"] in run.error
     assert sorted(run.nodes) == list(NODES)
 
 
@@ -201,25 +140,29 @@ def test_ray_sees_nothing(run: Run) -> None:
     assert run.ray.searched_bytes > 256 << 20
 
 
-def test_custodians_see_nothing(run: Run) -> None:
-    """The node's own trusted process, its directory and the log hold no plaintext either."""
-    assert run.custodians.hits == []
-    assert run.custodians_after.hits == []
+def test_trusted_see_nothing(run: Run) -> None:
+    """Custodians, Vault with its audit log, and what every process was started with hold no plaintext either."""
+    assert run.trusted.hits == []
+    assert run.trusted_after.hits == []
 
 
 def test_keeper_and_sandbox_hold_it(run: Run) -> None:
-    """The search finds every canary where it must be while the lease lives."""
-    planted = {"string", "name", "closure", "argument", "default", "global", "print", "exception", "result"}
+    """The search finds every canary where it must be while the lease lives, numbers too, as Arrow lays them."""
+    assert run.leases.channels() == LEAVING
+    assert ("arrow", "value") in {(hit.form, hit.channel) for hit in run.leases.hits}
 
-    assert run.leases.kinds() == planted
+
+def test_gateway_holds_it(run: Run) -> None:
+    """The zone's own gateway, which seals all that goes out and opens all that comes back, has seen it as well."""
+    assert run.gateway.channels() >= {"value", "closure", ARGUMENT, "print", "logging", "exception", "result"}
 
 
 def test_category_values_stay(run: Run, attacked: Attacked) -> None:
     """Values of a category column never leave the zone: not even the sandbox has them, only their codes."""
     zone_has = pa.ipc.open_file(pa.memory_map(str(attacked.layout.data(attacked.zone) / "visits.arrow"))).read_all()
 
-    assert f"{attacked.mark}-category" in zone_has["kind"].to_pylist()
-    assert "category" not in run.leases.kinds()
+    assert canaries(attacked.mark)["category"] in zone_has["kind"].to_pylist()
+    assert "category" not in run.leases.channels()
 
 
 def test_gone_with_the_lease(run: Run) -> None:
@@ -228,83 +171,122 @@ def test_gone_with_the_lease(run: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain_ray(run: Run, attacked: Attacked) -> Iterator[str]:
-    """Use plain Ray from inside the zone's cage, beside the relay, and keep it there; return its canary."""
-    mark = secrets.token_hex(12)
-    relay = next(pid for pids in attacked.caged().values() for pid in pids if "ray_gpu.relay" in command(pid)[:3])
-    environment = Path(f"/proc/{relay}/environ").read_text(encoding="utf-8").strip("\0").split("\0")
-    uid = Path(f"/proc/{relay}").stat().st_uid
-    options = dict(word.split("=", 1) for word in command(relay) if word.startswith("--"))
-    inside = ["nsenter", f"--target={relay}", "--mount", "--pid", "--ipc", "--"]
-    inside += ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", sys.executable, "-c", PLAIN_RAY]
-    with subprocess.Popen(
-        [*inside, options["--address"], options["--node-address"]],
-        env=dict(line.split("=", 1) for line in environment), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as driver:  # fmt: skip
-        assert driver.stdin
-        assert driver.stdout
-        driver.stdin.write(f"{mark}\n")
-        driver.stdin.flush()
-        assert "planted\n" in iter(driver.stdout.readline, "")
-        yield mark
-        driver.stdin.close()
+def plain_ray(run: Run, attacked: Attacked) -> Iterator[PlainRay]:
+    """Use plain Ray from inside the zone's cage, beside the relay, and keep it there."""
+    with run_plain_ray(attacked, NODES[0]) as plain:
+        yield plain
 
 
-def test_plain_ray_is_found(plain_ray: str, attacked: Attacked) -> None:
-    """The same search of the same cages finds what plain Ray was given: object, closure, print, exception, result."""
-    found = search_ray(attacked, plain_ray, time.time() - 60.0, leave_out=PLAIN_RAY)
+def test_plain_ray_is_found(plain_ray: PlainRay, attacked: Attacked) -> None:
+    """The same search of the same cages finds what plain Ray was given, in each of the ten channels."""
+    found = search_ray(attacked, plain_ray.mark, time.time() - 60.0, leave_out=DRIVER)
 
-    assert found.kinds() >= {"object", "closure", "print", "exception", "result"}
+    assert found.channels() >= set(CHANNELS)
 
 
-def test_each_place_is_searched(plain_ray: str, attacked: Attacked) -> None:
+def test_gcs_tells_nothing(run: Run, plain_ray: PlainRay, attacked: Attacked) -> None:
+    """Who holds the cluster's token reads plain Ray's code and what it captured from the GCS, and nothing of ours."""
+    found = Search(texts=(attacked.mark, plain_ray.mark), since=0)
+    found.data(plain_ray.readable(), "GCS")
+
+    assert found.of(attacked.mark) == []
+    assert found.channels(plain_ray.mark) >= {"closure", "global", "default"}
+
+
+def test_each_place_is_searched(plain_ray: PlainRay, attacked: Attacked) -> None:
     """What lies in one place is found by the search of that place alone: were it left out, this would fail."""
     since = time.time() - 60.0
     found = {
-        place: search_ray(attacked, plain_ray, since, leave_out=PLAIN_RAY, places={place}).kinds() for place in PLACES
+        place: search_ray(attacked, plain_ray.mark, since, leave_out=DRIVER, places={place}).channels()
+        for place in PLACES
     }
 
-    words = set(PLANTED.values())
-    assert {place: kinds & words for place, kinds in found.items()} == {
-        place: {word} for place, word in PLANTED.items()
-    }
+    words = set().union(*PLANTED.values())
+    assert {place: channels & words for place, channels in found.items()} == PLANTED
 
 
-@pytest.mark.parametrize("place", ["directory", "log"])
-def test_each_file_of_the_custodians_is_searched(run: Run, attacked: Attacked, place: str) -> None:
-    """The search of the custodians finds what is written to a node's directory, and to the log."""
-    mark, since = secrets.token_hex(12), time.time() - 60.0
-    assert search_custodians(attacked, mark, since).hits == []
-    path = attacked.layout.log if place == "log" else attacked.layout.node(NODES[1]) / "planted"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{mark}-{place}\n")
+def test_each_place_of_the_trusted_is_searched(run: Run, attacked: Attacked) -> None:
+    """The same search finds what is written to a node's directory, the log, Vault, or what anybody is started with."""
+    mark, since = new_mark(), time.time() - 60.0
+    before = search_trusted(attacked, mark, since)
+    with planted_for_the_trusted(attacked, mark):
+        found = search_trusted(attacked, mark, since)
 
-    try:
-        assert str(path) in [hit.where for hit in search_custodians(attacked, mark, since).hits]
-    finally:
-        if place == "directory":
-            path.unlink()
+    assert before.hits == []
+    assert found_of_the_trusted(found, mark) == set(TRUSTED)
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_memory_of_the_custodians_is_searched(run: Run, attacked: Attacked, node: str) -> None:
+def test_memory_of_the_custodians_is_searched(run: Run, attacked: Attacked) -> None:
     """It finds what a custodian must know: the role that it logs in to Vault with."""
-    found = search_custodians(attacked, attacked.settings(node)["role_id"], time.time())
+    roles = {node: attacked.settings(node)["role_id"] for node in NODES}
+    found = search_trusted(attacked, roles.values(), time.time())
 
-    assert f"[{attacked.custodian(node)}] memory" in " ".join(hit.where for hit in found.hits)
+    for node, role in roles.items():
+        assert f"[{attacked.custodian(node)}] memory" in " ".join(hit.where for hit in found.of(role))
 
 
-@pytest.mark.parametrize("form", ["raw", "utf-16", "hex", "base64"])
+def arrow(schema: dict[str, pa.Array[Any]]) -> bytes:
+    """Return a stream as Arrow writes it."""
+    sink, table = io.BytesIO(), pa.table(schema)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+#: How a canary is spelled, and the forms that it is then found in.
+FORMS: dict[str, tuple[Callable[[str], bytes], set[str]]] = {
+    "raw": (str.encode, {"raw"}),
+    "utf-16-le": (lambda text: text.encode("utf-16-le"), {"utf-16"}),
+    "utf-16-be": (lambda text: text.encode("utf-16-be"), {"utf-16"}),
+    "hex": (lambda text: text.encode().hex().encode(), {"hex"}),
+    "HEX": (lambda text: text.encode().hex().upper().encode(), {"hex"}),
+    **{
+        f"base64, {shift} before": ((lambda text, x=b"x" * shift: base64.b64encode(x + text.encode())), {"base64"})  # type: ignore[misc]  # its own shift
+        for shift in range(3)
+    },
+    "URL's base64": (lambda text: base64.urlsafe_b64encode(text.encode() + b"\xff\xfe"), {"base64"}),
+    "Arrow's strings": (lambda text: arrow({"x": pa.array(["", text, "y"])}), {"raw"}),
+    "Arrow's dictionary": (lambda text: arrow({"x": pa.array([text, "y"]).dictionary_encode()}), {"raw"}),
+    "Arrow's schema": (lambda text: arrow({text: pa.array([1])}), {"raw"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_forms(tmp_path: Path, form: str) -> None:
-    """The search finds a text in every form, wherever base64's groups of three begin, and finds nothing else."""
-    mark = secrets.token_hex(12)
-    for shift in range(3):
-        text = "x" * shift + mark + "-word"
-        raw = text.encode()
-        written = {"raw": raw, "utf-16": text.encode("utf-16-le"), "hex": raw.hex().upper().encode()}
-        written["base64"] = base64.b64encode(raw)
-        (tmp_path / str(shift)).write_bytes(bytes(5000) + written[form] + bytes(5000))
+    """Each channel's canary is found in every form, says which it is, and nothing else is found."""
+    mark = new_mark()
+    spell, forms = FORMS[form]
+    for channel, text in canaries(mark).items():
+        (tmp_path / channel).write_bytes(bytes(5000) + spell(text) + bytes(5000))
 
-    assert [hit.form for hit in search(mark, (), since=0, trees=[tmp_path]).hits] == [form] * 3
-    assert search(secrets.token_hex(12), (), since=0, trees=[tmp_path]).hits == []
+    hits = search(mark, (), since=0, trees=[tmp_path]).hits
+    assert {(hit.where, hit.channel) for hit in hits} == {(str(tmp_path / name), name) for name in canaries(mark)}
+    assert {hit.form for hit in hits} == forms
+    assert search(new_mark(), (), since=0, trees=[tmp_path]).hits == []
+
+
+@pytest.mark.parametrize(
+    ("number", "form"), [(as_int64, "arrow"), (as_float64, "arrow"), (as_int64, "decimal"), (as_float64, "decimal")]
+)
+def test_numbers(tmp_path: Path, number: Callable[[str], Any], form: str) -> None:
+    """A number is found in Arrow's buffers and in what prints it; the lone one that msgpack writes, too."""
+    mark = new_mark()
+    column = pa.array([number(mark)] * 3)
+    (tmp_path / "x").write_bytes(arrow({"x": column}) if form == "arrow" else str(column[0]).encode())
+    found = search(mark, (), since=0, trees=[tmp_path]).hits
+    (tmp_path / "x").write_bytes(msgpack.packb(number(mark)))
+    lone = search(mark, (), since=0, trees=[tmp_path]).hits
+
+    assert (form, "value") in {(hit.form, hit.channel) for hit in found}
+    assert [hit.form for hit in lone] == ["big-endian"]
+
+
+@pytest.mark.parametrize("before", [0, PIECE - 4, PIECE - 300, PIECE + 1])
+def test_between_two_pieces(tmp_path: Path, before: int) -> None:
+    """A canary is found once or twice, whole, wherever a file is cut for the search."""
+    mark = new_mark()
+    with (tmp_path / "x").open("wb") as file:
+        file.write(b"x" * before + canaries(mark)["closure"].encode() + b"x" * 3)
+
+    found = search(mark, (), since=0, trees=[tmp_path])
+    assert [hit.channel for hit in found.hits] in (["closure"], ["closure"] * 2)
