@@ -20,7 +20,8 @@ import pytest
 
 from ray_gpu.ports import GATEWAY_UID, PORTS
 from testbed import Host, Testbed, disk, lacking
-from testbed.cluster import HOSTS, STATE, BedCluster
+from testbed.bed import HOSTS
+from testbed.cluster import STATE, BedCluster
 from testbed.host import HostProcess
 from tests.attack.canary_call import ENDINGS, LEAVING
 from tests.attack.capture import Capture

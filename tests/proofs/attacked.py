@@ -69,7 +69,7 @@ class Attacked:
 
     def node_processes(self, node: str) -> list[int]:
         """Return what runs below a Ray node's first process, caged or not, parents first."""
-        return _below(int(self.document["nodes"][node]))
+        return below(int(self.document["nodes"][node]))
 
     def custodian(self, node: str) -> int:
         """Return a node's custodian."""
