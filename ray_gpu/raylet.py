@@ -235,6 +235,8 @@ class _Plan:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_LONGEST_DRAIN_S if self.drains else 0),
             # For each client relay the head starts a driver, which takes a busy one long. Seconds.
             **({"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"} if self.is_head else {}),
+            # It starts it by fork, and with other threads inside gRPC the child died of gRPC's own handlers.
+            **({"GRPC_ENABLE_FORK_SUPPORT": "0"} if self.is_head else {}),
             # Version 2 does not start the workers of a provider `local`.
             **({"RAY_enable_autoscaler_v2": "0"} if self.spec.autoscaler else {}),
             actor.CUSTODIAN_VARIABLE: str(self.sockets / CUSTODIAN_SOCKET),

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from ray_gpu.doctor.software import AGENT_MODULES, modules_found
-from ray_gpu.node_identity import RAY_PKI, RayIdentity, fetch, joined_addresses, write
+from ray_gpu.node_identity import RAY_PKI, RayIdentity, certified_addresses, fetch, joined_addresses, write
 from ray_gpu.nodes import free_base_port
 from ray_gpu.sandbox import boundary
 from ray_gpu.vault_declaration import Declaration, NodeSpec
@@ -60,7 +60,10 @@ def nodes() -> Iterator[Nodes]:
             root = server.root_client()
             made = setup(root, Declaration(zones=("clinic",), nodes=tuple(specs)), policies=ROOT / "policies" / "vault")
             logins = {n: server.client().login_approle(r.role_id, r.secret_id) for n, r in made.nodes.items()}
-            identities = {n: fetch(logins[n], node=n, addresses=[a]) for n, a in ADDRESSES.items()}
+            identities = {
+                n: fetch(logins[n], node=n, addresses=certified_addresses([a], head=n == "head"))
+                for n, a in ADDRESSES.items()
+            }
             stranger = _stranger(root, identities["gpu-2"])
             ended = _ended(root, identities["gpu-2"])
             root.revoke()

@@ -35,7 +35,13 @@ people:
   - {name: dana, zone: clinic, groups: [research]}
   - {name: eli, zone: trading, groups: [research, night-shift]}
 """
-ADDRESSES = {"head": ["10.9.0.1"], "gpu-1": ["10.9.0.2", "fd00::2"], "gpu-2": ["10.9.0.3"], "zone-clinic": ["10.9.0.4"]}
+#: What each certificate names: the head's has its loopback as well.
+ADDRESSES = {
+    "head": ["10.9.0.1", "127.0.0.1"],
+    "gpu-1": ["10.9.0.2", "fd00::2"],
+    "gpu-2": ["10.9.0.3"],
+    "zone-clinic": ["10.9.0.4"],
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
