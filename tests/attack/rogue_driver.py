@@ -95,8 +95,8 @@ def found_in_memory(pids, needles):
         for line in maps.splitlines():
             span, access, _, _, inode, *_ = line.split(None, 5)
             start, end = (int(part, 16) for part in span.split("-"))
-            # What is mapped of a file, read-only, holds no secret of a process; and shared memory has its own search.
-            if not access.startswith("rw") or end - start > 1 << 28:
+            # A secret that a process made, or was given, is in private memory of its own.
+            if access != "rw-p" or end - start > 1 << 28:
                 continue
             try:
                 memory.seek(start)

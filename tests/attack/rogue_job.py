@@ -17,17 +17,22 @@ VEHICLES = ("task", "function_table", "ray_call", "pip")
 #: Enters the cage of a Ray node of this host, and becomes the program given: with the cage's uid, namespaces and
 #: environment, as whoever has taken it over. Where Ray has no cage, the same leads to no other place.
 ENTER = """
-import os, pathlib, sys
+import os, pathlib, sys, time
 address, own, *program = sys.argv[1:]
-for process in pathlib.Path("/proc").glob("[0-9]*"):
-    try:
-        command = (process / "cmdline").read_bytes().split(b"\\0")
-        if command[0].endswith(b"/raylet") and all(any(word.encode() in p for p in command) for word in (address, own)):
-            break
-    except OSError:
-        continue
-else:
-    sys.exit("no raylet here")
+def raylet():
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\\0")
+            wanted = (any(word.encode() in part for part in command) for word in (address, own))
+            if command[0].endswith(b"/raylet") and all(wanted):
+                return process
+        except OSError:
+            pass
+deadline = time.monotonic() + 60
+while (process := raylet()) is None:
+    if time.monotonic() > deadline:
+        sys.exit("no raylet here")
+    time.sleep(0.1)
 environment = dict(
     item.split("=", 1) for item in (process / "environ").read_text("utf-8", "replace").split("\\0") if "=" in item
 )

@@ -294,7 +294,7 @@ def test_network_without_rules(cluster: BedCluster, plain: Callable[[str], Plain
     for host in (cluster.bed.router, *cluster.bed):
         host.flush_rules()
     try:
-        report = control.job.vehicle("task", control.node, zone_targets(cluster))
+        report = control.job.vehicle("task", control.node, {"tcp": zone_targets(cluster)["tcp"]})
     finally:
         cluster.bed.load_firewalls()
 
