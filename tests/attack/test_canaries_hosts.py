@@ -241,7 +241,7 @@ def leases(cluster: BedCluster) -> list[int]:
 
 def lives(pid: int) -> bool:
     """Whether a process runs; one that has ended and is not collected has no command line any more."""
-    return bool(command(pid) and command(pid)[0])
+    return any(command(pid))
 
 
 # -- what is left ------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ def search_ray(
     """Search all that Ray has: the processes of every cage, what they map and have open, what they can write to."""
     cages = {name: pids for name, pids in attacked.caged().items() if pids}
     pids = [pid for pids in cages.values() for pid in pids if leave_out not in command(pid) or not leave_out]
-    trees = [Path(f"/proc/{pids[0]}/root", place) for pids in cages.values() for place in WRITABLE if place in places]
+    # One that has ended and is not collected yet has no root.
+    roots = [next(root for pid in pids if (root := Path(f"/proc/{pid}/root")).exists()) for pids in cages.values()]
+    trees = [root / place for root in roots for place in WRITABLE if place in places]
     return search(marks, pids, since=since, trees=trees, places=frozenset(places))
 
 
