@@ -80,7 +80,7 @@ def held(mark: str) -> Callable[..., Any]:
 
 
 def open_lease(zone: Any, options: dict[str, Any]) -> None:
-    """Have a lease open, so that a time limit is the function's alone. Ray may place it on what was just killed."""
+    """Have a lease open, so that a time limit is the function's alone. Ray may still place it on what was killed."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
