@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from ray_gpu.ports import TABLE
 from testbed.init import Plan
 from testbed.network import Link
 from zones.errors import ClusterError
@@ -224,8 +225,8 @@ class Host:
         self._in_network(["nft", "--file", "-"], ruleset)
 
     def flush_rules(self) -> None:
-        """Remove every nftables rule of the host's network, for controls of tests."""
-        self._in_network(["nft", "flush", "ruleset"], "")
+        """Remove the host's firewall, for controls of tests. Its cage's rules stay: they are the cage's network."""
+        self.load_rules(f"table inet {TABLE}\ndelete table inet {TABLE}\n")
 
     def _in_network(self, command: Sequence[str], text: str) -> None:
         done = subprocess.run(
