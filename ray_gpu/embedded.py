@@ -59,8 +59,13 @@ class Plan:
 
 
 def _usual_carrier() -> Carrier:
-    """Return ``client``, which needs no root, for whoever is not root; without grpcio there is ``edge`` alone."""
-    return Carrier.EDGE if os.geteuid() == 0 or not raylet.has_ray_client() else Carrier.CLIENT
+    """Return ``client``, which needs no root, for whoever is not root.
+
+    There is ``edge`` alone without grpcio, and without namespaces: a relay that shares the host's network gains nothing
+    by a tunnel out of one.
+    """
+    possible = raylet.has_ray_client() and boundary.survey().mode != "none"
+    return Carrier.CLIENT if possible and os.geteuid() != 0 else Carrier.EDGE
 
 
 def shipped_policies() -> Path:
