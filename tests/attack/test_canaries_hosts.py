@@ -22,7 +22,7 @@ from ray_gpu.ports import GATEWAY_UID, PORTS
 from testbed import Host, Testbed, disk, lacking
 from testbed.bed import HOSTS
 from testbed.cluster import STATE, BedCluster
-from testbed.host import HostProcess
+from testbed.host import HOME, HostProcess
 from tests.attack.canary_call import ENDINGS, LEAVING
 from tests.attack.capture import Capture
 from tests.proofs import visits
@@ -54,7 +54,7 @@ with open(sys.argv[1], "w") as file:
 os.unlink(sys.argv[1])
 """
 #: Where on a GPU host's disk that is, and the channel whose canary it is.
-PLANTED = {"/var/lib/ray-gpu/planted": "session", "/tmp/planted": "tmp", "/root/planted": "opened"}
+PLANTED = {"/var/lib/ray-gpu/planted": "session", "/tmp/planted": "tmp", f"{HOME}/planted": "opened"}
 #: Takes one connection and answers; and who connects. Both send in two packets, with no whole canary in either.
 SERVE = """
 import socket, sys

@@ -125,22 +125,21 @@ def target(attacked: Attacked, lease: ray_gpu.Session, other: ray_gpu.Session) -
         "gcs": gcs,
         "cluster_name": f"ray-gpu-ports-{gcs[1]}",
         "vault": [vault.hostname, vault.port],
-        **_ray(attacked.node_processes(node)),
+        **_ray(attacked.node_processes(node), attacked.custodian(node)),
     }
 
 
-def _ray(caged: list[int]) -> dict[str, Any]:
-    """Return the sockets of a node's raylet, as the host can reach them, and the endpoint of its GPU actor."""
+def _ray(caged: list[int], custodian: int) -> dict[str, Any]:
+    """Return the sockets of a node's raylet, as the host can reach them, and the endpoint of its lease."""
     (pid,) = (pid for pid in caged if command(pid)[0].endswith("/raylet"))
     options = dict(
         word.removeprefix("--").split("=", 1) for word in command(pid) if word.startswith("--") and "=" in word
     )
-    actor = next(pid for pid in caged if command(pid)[0].startswith("ray::GpuActor"))
     return {
         "raylet_socket": f"/proc/{pid}/root{options['raylet_socket_name']}",
         "plasma_socket": f"/proc/{pid}/root{options['store_socket_name']}",
         "raylet": [options["node_ip_address"], int(options["node_manager_port"])],
-        "endpoint": _listens(actor, options["node_ip_address"]),
+        "endpoint": _listens(custodian, options["node_ip_address"]),
     }
 
 
