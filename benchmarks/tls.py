@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from attacks.catalogue.mutation import Edit
+from attacks.mutants import apply
 from benchmarks import machine
 from testbed import Testbed, lacking
 from testbed.bed import HOSTS as ONE_OF_EACH
@@ -26,12 +28,16 @@ from testbed.cluster import BedCluster
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "benchmarks-tls.md"
 ROUNDS, CALLS = 24, 300
-#: What the copy lacks: file, text, and what stands there instead.
+#: What the copy lacks.
 WITHOUT = (
-    ("ray_gpu/node_identity.py", '"RAY_USE_TLS": "1"', '"RAY_USE_TLS": "0"'),
-    ("ray_gpu/node_identity.py", '"RAY_AUTH_MODE": "token"', '"RAY_AUTH_MODE": "disabled"'),
+    Edit(file="ray_gpu/node_identity.py", old='"RAY_USE_TLS": "1"', new='"RAY_USE_TLS": "0"'),
+    Edit(file="ray_gpu/node_identity.py", old='"RAY_AUTH_MODE": "token"', new='"RAY_AUTH_MODE": "disabled"'),
     # It shakes hands by TLS.
-    ("ray_gpu/node.py", 'if config.role != "head":\n            head_probe', "if False:\n            head_probe"),
+    Edit(
+        file="ray_gpu/node.py",
+        old='if config.role != "head":\n            head_probe',
+        new="if False:\n            head_probe",
+    ),
 )
 #: A person's script on a zone's host: for each line that it reads, one session, and a line with what it measured.
 _SCRIPT = """
@@ -122,11 +128,8 @@ def without_tls(target: Path) -> None:
     for name in ("zones", "ray_gpu", "testbed", "benchmarks", "policies", "examples"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "cluster.yaml", target)
-    for name, old, new in WITHOUT:
-        text = (target / name).read_text(encoding="utf-8")
-        if text.count(old) != 1:
-            raise RuntimeError(f"{name} does not have {old!r} once; correct WITHOUT in benchmarks/tls.py")
-        (target / name).write_text(text.replace(old, new), encoding="utf-8")
+    for edit in WITHOUT:
+        apply(edit, target)
 
 
 def serve() -> None:

@@ -104,7 +104,11 @@ class ClientRelay:
         spec, directory = self._spec, self._directory
         uid = self._make_directory()
         profile = profiles.gateway(
-            f"forwarder-{spec.zone}", uid=uid, bind_ro=(), bind_rw=((directory, directory),), caged=_caged()
+            f"forwarder-{spec.zone}",
+            uid=uid,
+            bind_ro=(),
+            bind_rw=((directory, directory),),
+            caged=boundary.survey().namespaces,
         )
         host, port = spec.head
         command = [sys.executable, "-P", "-m", "ray_gpu.forwarder", f"--socket={directory / FORWARDER_SOCKET}"]
@@ -172,9 +176,5 @@ def relay_profile(zone: str, *, uid: int | None, files: RayFiles, sockets: tuple
         sockets: Read-only, which is enough to connect.
     """
     shown = (*files.paths(), *sockets)
-    profile = profiles.gateway(f"relay-{zone}", uid=uid, bind_ro=shown, bind_rw=(), caged=_caged())
+    profile = profiles.gateway(f"relay-{zone}", uid=uid, bind_ro=shown, bind_rw=(), caged=boundary.survey().namespaces)
     return dataclasses.replace(profile, network=False, env={**profile.env, **_ENVIRONMENT, **files.environment()})
-
-
-def _caged() -> bool:
-    return boundary.survey().mode != "none"

@@ -64,7 +64,7 @@ def _usual_carrier() -> Carrier:
     There is ``edge`` alone without grpcio, and without namespaces: a relay that shares the host's network gains nothing
     by a tunnel out of one.
     """
-    possible = raylet.has_ray_client() and boundary.survey().mode != "none"
+    possible = raylet.has_ray_client() and boundary.survey().namespaces
     return Carrier.CLIENT if possible and os.geteuid() != 0 else Carrier.EDGE
 
 

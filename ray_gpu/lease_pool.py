@@ -119,14 +119,10 @@ class LeasePool:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._lock:
-                check()
-                self.check_open()
-                self._drop_lost()
-                same = self._same(terms)
-                for lease in same:
-                    if lease.lock.acquire(blocking=False):
-                        return lease
-                if len(same) + self._opening < options.concurrency:
+                lease, same = self._claim(terms, check)
+                if lease is not None:
+                    return lease
+                if same + self._opening < options.concurrency:
                     self._opening += 1
                     break
                 if deadline is not None and time.monotonic() > deadline:
@@ -136,27 +132,33 @@ class LeasePool:
                         pool=terms.pool,
                         reason="in use",
                     )
-                self._waiting += 1
-                self._room.wait(timeout=WAKE_S)
-                self._waiting -= 1
+                self._await_change()
         return self._open(terms, decision, options, timeout_s)
 
     def take_free(self, terms: LeaseTerms, *, check: Callable[[], None]) -> Lease | None:
         """Return one of the session's leases once it is free; ``None`` when it has none, nor opens any."""
         while True:
             with self._lock:
-                check()
-                self.check_open()
-                self._drop_lost()
-                same = self._same(terms)
-                for lease in same:
-                    if lease.lock.acquire(blocking=False):
-                        return lease
+                lease, same = self._claim(terms, check)
+                if lease is not None:
+                    return lease
                 if not same and not self._opening:
                     return None
-                self._waiting += 1
-                self._room.wait(timeout=WAKE_S)
-                self._waiting -= 1
+                self._await_change()
+
+    def _claim(self, terms: LeaseTerms, check: Callable[[], None]) -> tuple[Lease | None, int]:
+        """Return a lease that was free and is now the caller's, if any, and how many there are; with the lock held."""
+        check()
+        self.check_open()
+        self._drop_lost()
+        same = self._same(terms)
+        return next((lease for lease in same if lease.lock.acquire(blocking=False)), None), len(same)
+
+    def _await_change(self) -> None:
+        """Wait until a lease may be free; with the lock held."""
+        self._waiting += 1
+        self._room.wait(timeout=WAKE_S)
+        self._waiting -= 1
 
     def _same(self, terms: LeaseTerms) -> list[Lease]:
         return [lease for lease in self._leases if lease.terms is terms or lease.terms == terms]

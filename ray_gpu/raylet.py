@@ -280,10 +280,6 @@ def has_ray_client() -> bool:
     return importlib.util.find_spec("grpc") is not None
 
 
-def _can_cage() -> bool:
-    return boundary.survey().mode != "none"
-
-
 def degradations(*, shared_network: bool = False) -> tuple[str, ...]:
     """Return the ids of the controls that nodes started here lack.
 
@@ -291,7 +287,7 @@ def degradations(*, shared_network: bool = False) -> tuple[str, ...]:
         shared_network: Whether they share the host's network wherever they are, as several on one host do.
     """
     network = () if can_have_network() and not shared_network else ("shared-network",)
-    return (*(() if _can_cage() else ("uncaged-ray",)), *network)
+    return (*(() if boundary.survey().namespaces else ("uncaged-ray",)), *network)
 
 
 def can_have_network() -> bool:
@@ -309,7 +305,7 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
         uid: Uid of the cage when root.
         credentials: Files that *uid* can read.
     """
-    caged = _can_cage()
+    caged = boundary.survey().namespaces
     if caged:
         session, sockets = _CAGE_SESSION, _CAGE_SOCKETS
     else:

@@ -128,7 +128,7 @@ def start_gateway(
         uid=uid,
         bind_ro=tuple(readable),
         bind_rw=tuple((path, path) for path in modes),
-        caged=boundary.survey().mode != "none",
+        caged=boundary.survey().namespaces,
     )
     command = [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings_file)]
     with log.open("ab") as output, _standard_input(login.secret_id) as stdin:
@@ -193,12 +193,17 @@ def listens(path: Path) -> bool:
 
 def gateway_is_ready(path: Path) -> bool:
     """Whether a gateway serves people: its relay has joined."""
+    return ask_gateway(path, "ready").get("ready") is True
+
+
+def ask_gateway(path: Path, op: str) -> dict[str, Any]:
+    """Ask a gateway a question that needs no session; nothing is the answer of one that does not answer."""
     try:
         with unix_connect(str(path)) as sock:
-            send_message(sock, {"op": "ready"})
-            return recv_message(sock)[0].get("ready") is True
+            send_message(sock, {"op": op})
+            return recv_message(sock)[0]
     except (OSError, MalformedMessageError):
-        return False
+        return {}
 
 
 def _descendants(pid: int) -> list[int]:

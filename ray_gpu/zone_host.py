@@ -22,7 +22,6 @@ from ray_gpu.node_identity import RayIdentity
 from ray_gpu.ports import PORTS
 from ray_gpu.sandbox import boundary
 from ray_gpu.state import Layout
-from ray_gpu.wire import MalformedMessageError, recv_message, send_message, unix_connect
 from zones.config import load_zone
 from zones.document import Document, FileModel, Id, read_text_file
 from zones.errors import ClusterError
@@ -255,13 +254,8 @@ def cluster_nodes(config: GatewayFile) -> list[dict[str, Any]]:
 
     Empty where its relay has not joined, or the caller is neither root nor the gateway's own user.
     """
-    path = Layout(Path(config.state)).gateway_socket(config.zone)
-    try:
-        with unix_connect(str(path)) as sock:
-            send_message(sock, {"op": "nodes"})
-            return list(recv_message(sock)[0].get("nodes") or [])
-    except (OSError, MalformedMessageError):
-        return []
+    answer = services.ask_gateway(Layout(Path(config.state)).gateway_socket(config.zone), "nodes")
+    return list(answer.get("nodes") or [])
 
 
 def stop(config: GatewayFile) -> bool:

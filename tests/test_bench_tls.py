@@ -37,7 +37,7 @@ def test_the_copy_lacks_tls_alone(tmp_path: Path) -> None:
         if path.read_text(encoding="utf-8") != (root / path.relative_to(tmp_path)).read_text(encoding="utf-8")
     }
 
-    assert changed == {name for name, _, _ in WITHOUT}
+    assert changed == {edit.file for edit in WITHOUT}
 
 
 @pytest.mark.parametrize(("ours", "met"), [(1.0, "yes"), (1.2, "**no**")])

@@ -46,6 +46,11 @@ class Survey:
     swap: bool
 
     @property
+    def namespaces(self) -> bool:
+        """Whether a process here can have namespaces of its own."""
+        return self.mode != "none"
+
+    @property
     def counts_processes(self) -> bool:
         """Whether a limit on processes fits: it counts all of a uid, since Linux 5.14 within its user namespace."""
         return self.root or (self.mode == "userns" and _kernel() >= (5, 14))

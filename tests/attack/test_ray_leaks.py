@@ -27,7 +27,7 @@ from ray_gpu import cage, services
 from ray_gpu.nodes import Cluster, free_base_port
 from ray_gpu.ports import NodePorts
 from ray_gpu.raylet import NodeSpec
-from tests.proofs.attacked import all_powerful, command
+from tests.proofs.attacked import all_powerful, below, command
 from tests.proofs.memory_search import search
 from zones.errors import ClusterError
 
@@ -87,7 +87,7 @@ class Driven:
 
     def pids(self) -> list[int]:
         """Return the processes of the node."""
-        return below(self.root)
+        return [self.root, *below(self.root)]
 
     def in_files(self, word: str) -> bool:
         """Whether a file of the session has this canary."""
@@ -156,14 +156,6 @@ def driving(node: Driven, prefix: list[str], address: str, own: str, environment
         driver.stdin.close()
 
 
-def below(pid: int) -> list[int]:
-    """Return a process and all below it."""
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
-        return [pid, *(found for child in children for found in below(int(child)))]
-    return [pid]
-
-
 @contextlib.contextmanager
 def directory() -> Iterator[Path]:
     """Make a directory on the disk: short, for Ray's socket paths, and open to the cages' uids."""
@@ -204,7 +196,7 @@ def product() -> Iterator[Driven]:
             prefix = ["nsenter", f"--target={first}", "--mount", "--pid", "--ipc", "--net", "--"]
             prefix += ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
             lines = Path(f"/proc/{first}/environ").read_text(encoding="utf-8").strip("\0").split("\0")
-            node = Driven(session=Path(f"/proc/{first}/root/s/ray/ray"), root=first)
+            node = Driven(session=Path(f"/proc/{first}/root", "s/ray/ray"), root=first)
             environment = dict(line.split("=", 1) for line in lines)
             stack.enter_context(driving(node, prefix, cluster.address, spec.address, environment))
             yield node
@@ -244,7 +236,7 @@ def answers(address: str, port: int) -> bool:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End stock Ray: its processes leave the process group, and each is below the first."""
-    family = below(process.pid)
+    family = [process.pid, *below(process.pid)]
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
