@@ -156,10 +156,12 @@ def everything(vault: Vault) -> dict[str, Any]:
     for path, below in _LISTS.items():
         keys = (vault.find(path, method="LIST") or {"data": {"keys": []}})["data"]["keys"]
         paths += [item.format(key) for key in keys for item in below]
-    found = {}
+    found: dict[str, Any] = {}
     for path in paths:
         method, _, name = path.rpartition(" ")
         found[path] = (vault.find(name, method=method or "GET") or {}).get("data")
+        if "group_ids" in (found[path] or {}):  # sets, told in any order
+            found[path] |= {kind: sorted(found[path][kind]) for kind in ("group_ids", "direct_group_ids")}
     return found
 
 

@@ -47,6 +47,8 @@ def other_sockets(process: Path) -> int:
             if not os.readlink(entry).startswith("socket:"):
                 continue
             copy = ctypes.CDLL(None, use_errno=True).syscall(_SYS_PIDFD_GETFD, pidfd, int(entry.name), 0)
+            if copy < 0:
+                raise OSError(ctypes.get_errno(), "the process, or its descriptor, is gone")
             network = fcntl.ioctl(copy, _SIOCGSKNS)
             found += os.fstat(network).st_ino != own
             os.close(network)
