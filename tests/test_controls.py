@@ -170,6 +170,31 @@ def test_evidence(kind: str) -> None:
     assert [control.id for control in CONTROLS.values() if not evidence(control)[kind]] == []
 
 
+def quick(test: str) -> bool:
+    """Return whether `make test` runs a test: neither it nor its file is marked heavy."""
+    file, _, name = test.partition("::")
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    marks = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            marks += map(ast.unparse, node.decorator_list)
+    return not any("mark.heavy" in mark for mark in marks)
+
+
+@pytest.mark.parametrize("kind", ["attacks", "positives"])
+def test_smoke_subset(kind: str) -> None:
+    """`make test` attacks every control once, and once without it."""
+    assert [control.id for control in CONTROLS.values() if not any(map(quick, evidence(control)[kind]))] == []
+
+
+def test_a_heavy_test_is_not_quick() -> None:
+    """Control: what is marked heavy, itself or with its file, is told from what is not."""
+    assert quick("tests/test_controls.py::test_smoke_subset")
+    assert not quick("tests/attack/test_tenants.py::test_at_the_same_time")
+    assert not quick("tests/proofs/test_sandbox_escape.py::test_own_ray")
+    assert quick("tests/proofs/test_sandbox_escape.py::test_refused")
+
+
 @pytest.mark.parametrize(
     ("document", "mark", "table"),
     [("controls.md", "controls", markdown_table(MUTATIONS)), ("doctor.md", "roles", roles_table())],

@@ -238,10 +238,9 @@ TLS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_C
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("without", "who", "gets_in"),
-    [((), "ended", False), (TLS, "stranger", True), (TOKEN, "gpu-2", True)],
+    [pytest.param((), "ended", False, marks=pytest.mark.heavy), (TLS, "stranger", True), (TOKEN, "gpu-2", True)],
     ids=["certificate ended", "control: no TLS", "control: no token, as with an old Ray"],
 )
 def test_each_keeps_out(nodes: Nodes, tmp_path: Path, without: tuple[str, ...], who: str, gets_in: bool) -> None:
@@ -291,7 +290,6 @@ def full_ray() -> Iterator[list[str]]:
         yield [directory]
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("full", [False, True], ids=["plain ray", "control: ray[default]"])
 def test_agents(nodes: Nodes, tmp_path: Path, full: bool, request: pytest.FixtureRequest) -> None:
     """No agent of a node with plain Ray answers a stranger; with ray[default] they do, though TLS and token are on."""

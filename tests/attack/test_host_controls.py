@@ -146,7 +146,6 @@ def switched(path: Path, value: str) -> Iterator[None]:
             path.write_text(before, encoding="ascii")
 
 
-@pytest.mark.heavy
 @needs_root
 def test_crash_handler(place: Path) -> None:
     """A crash handler gets nothing of our processes, and of no other where there is none; a plain one's memory it gets.
@@ -283,7 +282,6 @@ def merged(run: str) -> int:
             process.communicate()
 
 
-@pytest.mark.heavy
 @needs_root
 def test_page_merging() -> None:
     """Equal pages of two processes stay apart where page merging is off, and become one where it is on."""

@@ -83,23 +83,32 @@ server = socket.create_server(("", 0))
 print(server.getsockname()[1], flush=True)
 sys.stdin.read()
 """
-#: Calls until its standard input ends; says each hundred.
+#: Calls, and fits in small shards meanwhile, until its standard input ends; says each hundred calls.
 STREAM = """
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from ray_gpu.examples import RANDHIE_COLUMNS, least_squares, solve, statistics
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
 @ray_gpu.gpu_remote
 def double(x):
     return x * 2
-with attach() as zone:
-    count, nodes = 0, set()
+def fit(zone):
+    exact, data = [], zone.read("randhie", columns=RANDHIE_COLUMNS)
+    wanted = least_squares(data.to_arrow())
+    while not ended.is_set():
+        found = statistics.options(session=zone, concurrency=2, shard_bytes=1 << 16).map_reduce(data, solve)
+        exact.append(bool(np.allclose(found, wanted, rtol=1e-9, atol=1e-12)))
+    return exact
+with ThreadPoolExecutor(1) as background, attach() as zone:
+    count, nodes, fits = 0, set(), background.submit(fit, zone)
     while not ended.is_set():
         assert double.remote(np.arange(4.0)).result().tolist() == [0, 2, 4, 6]
         count += 1
         if count % 100 == 1:
             nodes |= {lease["node"] for lease in zone.status()["leases"]}
             print(json.dumps({"count": count, "nodes": sorted(nodes)}), flush=True)
-    print(json.dumps({"count": count, "nodes": sorted(nodes)}), flush=True)
+    print(json.dumps({"count": count, "nodes": sorted(nodes), "exact": fits.result()}), flush=True)
 """
 
 
@@ -353,7 +362,7 @@ def test_every_ray_process_is_confined(zones: BedCluster) -> None:
     """Every process of Ray has TLS and token on, the cage's uid, and namespaces, a network and a tmpfs of its own."""
     stream = zones.begin_call("clinic", STREAM)
     assert stream.stdout is not None
-    (used,) = json.loads(stream.stdout.readline())["nodes"]
+    used = json.loads(stream.stdout.readline())["nodes"][0]
     assert any("ray::GpuActor" in process["command"] for process in survey(zones.bed[used]))  # a lease is at work
     for name in (*POOL, "zone-clinic"):
         found = [
@@ -457,11 +466,11 @@ def test_a_cage_reaches_rays_ports_alone(listening: BedCluster) -> None:
 
 
 def test_restart_loses_no_call(zones: BedCluster) -> None:
-    """Calls go on while the GPU node that they use is restarted with a new certificate; none is lost."""
+    """Calls and fits go on while a GPU node that they use is restarted with a new certificate; none is lost."""
     stream = zones.begin_call("clinic", STREAM)
     assert stream.stdout is not None
     assert stream.stdin is not None
-    (used,) = json.loads(stream.stdout.readline())["nodes"]
+    used = json.loads(stream.stdout.readline())["nodes"][0]
     before = zones.status(used)
     zones.bed[used].run(["ray-gpu", "node", "restart"], timeout_s=100)
     out, errors = stream.communicate("", 60)
@@ -470,6 +479,8 @@ def test_restart_loses_no_call(zones: BedCluster) -> None:
     assert stream.returncode == 0, errors
     assert last["count"] > 100
     assert last["nodes"] == ["gpu-1", "gpu-2"]
+    assert len(last["exact"]) > 3
+    assert all(last["exact"])
     after = zones.status(used)
     assert before is not None
     assert after is not None, zones.bed[used].read(f"{STATE}/nodes/{used}/node.log")[-2000:]
