@@ -174,11 +174,14 @@ def quick(test: str) -> bool:
     """Return whether `make test` runs a test: neither it nor its file is marked heavy."""
     file, _, name = test.partition("::")
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    marks = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+    marks: list[ast.expr] = []
+    for line in tree.body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "pytestmark":
+            marks += line.value.elts if isinstance(line.value, ast.List) else [line.value]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            marks += map(ast.unparse, node.decorator_list)
-    return not any("mark.heavy" in mark for mark in marks)
+            marks += node.decorator_list
+    return "pytest.mark.heavy" not in map(ast.unparse, marks)
 
 
 @pytest.mark.parametrize("kind", ["attacks", "positives"])
