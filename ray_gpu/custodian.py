@@ -47,6 +47,8 @@ from zones.vault import Vault
 
 #: A sandbox that has not come up by then is given up, seconds.
 START_TIMEOUT_S = 30.0
+#: How long a lease may wait for what is left of another one to end, seconds.
+FREE_TIMEOUT_S = 15.0
 #: Longest lease any custodian accepts, seconds.
 MAX_LEASE_S = 24 * 3600
 #: Offers without a grant that are kept; the oldest goes first.
@@ -105,6 +107,7 @@ class Custodian:
         stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
         self._degradations = (*boundary.degradations(), *stand_in, *settings.degradations)
         self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
         self._offers: dict[str, tuple[Offer, ExchangeKey]] = {}
         self._used: set[str] = set()
         self._leases: dict[str, Lease] = {}
@@ -187,7 +190,7 @@ class Custodian:
         with self._lock:
             offer, exchange = self._take_offer(lease, grant)
             self._check_terms(grant)
-            self._reserved_milli += grant.gpu_milli
+            self._reserve(grant)
         try:
             data_key = self._vault.unwrap(grant.zone, grant.node, lease, grant.digest(), str(request.get("wrapped")))
             key = derive_lease_key(data_key, exchange.shared(grant.exchange_key), grant.digest())
@@ -226,11 +229,18 @@ class Custodian:
                 node=settings.node,
                 reasons=sorted(missing),
             )
-        if self._reserved_milli + grant.gpu_milli > settings.gpu_milli:
-            raise GrantRefusedError(f"node {settings.node} has no free GPU share of {grant.gpu_milli / 1000}")
         refusal = self._policy.refusal(grant)
         if refusal:
             raise GrantRefusedError(f"pool {settings.pool} refuses the grant: {refusal}; ask the pool's operator")
+
+    def _reserve(self, grant: Grant) -> None:
+        """Take a share of the node's GPUs. Ray may place a lease while what is left of the last one is still ending."""
+        room = self._settings.gpu_milli - grant.gpu_milli
+        if not self._freed.wait_for(lambda: self._reserved_milli <= room, FREE_TIMEOUT_S):
+            raise GrantRefusedError(
+                f"node {self._settings.node} has no free GPU share of {grant.gpu_milli / 1000}; ask for a new lease"
+            )
+        self._reserved_milli += grant.gpu_milli
 
     def _start(self, grant: Grant, key: LeaseKey) -> Lease:
         """Start keeper and sandbox; return when both are ready."""
@@ -338,8 +348,9 @@ class Custodian:
         running.ended.set()
 
     def _release(self, grant: Grant) -> None:
-        with self._lock:
+        with self._freed:
             self._reserved_milli -= grant.gpu_milli
+            self._freed.notify_all()
 
     def close(self) -> None:
         """End every lease."""

@@ -36,7 +36,10 @@ ALLOWED = {"fork bomb": {"no-cgroup", "no-namespaces"}}
 NOT_HERE = {"memory bomb", "memory bomb in a file"}
 #: Refused outside too, to anybody but root: these processes are not open to their own uid. The host's root reaches them
 #: in tests/proofs.
-CLOSED = {"keeper's memory", "keeper's environment", "keeper's socket", "other lease's memory"}
+CLOSED = {
+    "custodian's memory", "custodian's environment", "keeper's memory", "keeper's environment", "keeper's socket",
+    "other lease's memory",
+}  # fmt: skip
 #: What denying user namespaces denies to everybody.
 DENIED = {"user namespace", "clone user namespace", "clone3 user namespace"}
 ATTEMPTS = [name for name in probe.ATTEMPTS if name not in NOT_HERE]

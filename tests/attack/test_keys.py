@@ -25,7 +25,7 @@ from ray_gpu.frames import SILENCE_LIMIT_S
 from ray_gpu.vault_server import VaultServer
 from ray_gpu.vault_server import _config as vault_server_config
 from tests.attack.eavesdropper import Recorder, derivable, opened
-from tests.proofs.attacked import Attacked, all_powerful, command
+from tests.proofs.attacked import Attacked, all_powerful, another_secret, command
 from tests.proofs.lessee import Lessee
 from zones import values
 from zones.errors import VaultDeniedError
@@ -154,9 +154,8 @@ def await_none(found: Callable[[], Any], what: str) -> None:
 
 
 def login(server: VaultServer, attacked: Attacked, who: str) -> Vault:
-    """Log in to a server with what a node, or the gateway, has of the first one."""
-    settings = attacked.settings(who)
-    return server.client().login_approle(settings["role_id"], settings["secret_id"])
+    """Log in to a server as a node, or as the gateway, with a secret id that its root makes for them."""
+    return server.client().login_approle(attacked.settings(who)["role_id"], another_secret(server, attacked.role(who)))
 
 
 WAYS = ("end", "revoke", "expiry")

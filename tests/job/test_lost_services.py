@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ray_gpu import Batch, gpu_remote
+from ray_gpu.vault_server import VaultServer
 from tests.proofs.attacked import another_secret
 from zones.errors import (
     GatewayError,
@@ -186,7 +187,8 @@ def test_start_beside_a_running_gateway(services: Any, tmp_path: Path) -> None:
     """A second gateway on the same ledger does not start, so that nobody shreds the first one's keys."""
     with services.cluster.attach() as zone:
         assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
-        ran = _start_again(services, tmp_path, "gateway", {}, another_secret(services.layout, "gateway-clinic"))
+        secret = another_secret(VaultServer.find(services.layout.vault), "gateway-clinic")
+        ran = _start_again(services, tmp_path, "gateway", {}, secret)
 
         assert ran.returncode == 1
         assert "LedgerUnavailableError" in ran.stderr

@@ -94,8 +94,11 @@ class Attacked:
 
     def secret_id(self, who: str) -> str:
         """Return one more secret id of the gateway's or a custodian's, as whoever has an embedded Vault's disk can."""
-        role = f"gateway-{self.zone}" if who == "gateway" else f"custodian-{who}"
-        return another_secret(self.layout, role)
+        return another_secret(VaultServer.find(self.layout.vault), self.role(who))
+
+    def role(self, who: str) -> str:
+        """Return the name of the gateway's or a custodian's AppRole."""
+        return f"gateway-{self.zone}" if who == "gateway" else f"custodian-{who}"
 
     @contextlib.contextmanager
     def vault(self, who: str) -> Iterator[Vault]:
@@ -108,9 +111,8 @@ class Attacked:
             client.close()
 
 
-def another_secret(layout: Layout, role: str) -> str:
-    """Return one more secret id of an AppRole. The older ones stay good."""
-    server = VaultServer.find(layout.vault)
+def another_secret(server: VaultServer | None, role: str) -> str:
+    """Return one more secret id of an AppRole of a running server. The older ones stay good."""
     assert server is not None
     root = server.root_client()
     try:

@@ -125,11 +125,11 @@ def target(attacked: Attacked, lease: ray_gpu.Session, other: ray_gpu.Session) -
         "gcs": gcs,
         "cluster_name": f"ray-gpu-ports-{gcs[1]}",
         "vault": [vault.hostname, vault.port],
-        **_ray(attacked.node_processes(node), attacked.custodian(node)),
+        **_ray(attacked.node_processes(node), attacked.settings(node)["endpoint_ports"]),
     }
 
 
-def _ray(caged: list[int], custodian: int) -> dict[str, Any]:
+def _ray(caged: list[int], endpoint_ports: str) -> dict[str, Any]:
     """Return the sockets of a node's raylet, as the host can reach them, and the endpoint of its lease."""
     (pid,) = (pid for pid in caged if command(pid)[0].endswith("/raylet"))
     options = dict(
@@ -139,28 +139,20 @@ def _ray(caged: list[int], custodian: int) -> dict[str, Any]:
         "raylet_socket": f"/proc/{pid}/root{options['raylet_socket_name']}",
         "plasma_socket": f"/proc/{pid}/root{options['store_socket_name']}",
         "raylet": [options["node_ip_address"], int(options["node_manager_port"])],
-        "endpoint": _listens(custodian, options["node_ip_address"]),
+        "endpoint": _listens(options["node_ip_address"], endpoint_ports),
     }
 
 
-def _listens(pid: int, address: str) -> list[Any]:
-    """Return where a process accepts connections at *address*."""
-    inodes = set()
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            inodes.add(os.readlink(path))
-    wanted = f"{struct.unpack('=I', socket.inet_aton(address))[0]:08X}:"
-    for line in Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
-        (
-            _,
-            local,
-            _,
-            state,
-            *_,
-        ) = fields = line.split()
-        if state == "0A" and local.startswith(wanted) and f"socket:[{fields[9]}]" in inodes:
-            return [address, int(local.split(":")[1], 16)]
-    raise LookupError(f"process {pid} listens nowhere at {address}")
+def _listens(address: str, ports: str) -> list[Any]:
+    """Return where somebody accepts connections at *address*, at one of *ports*, ``lowest-highest``."""
+    wanted = f"{struct.unpack('=I', socket.inet_aton(address))[0]:08X}"
+    lowest, highest = map(int, ports.split("-"))
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        _, local, _, state, *_ = line.split()
+        host, port = local.split(":")
+        if state == "0A" and host == wanted and lowest <= int(port, 16) <= highest:
+            return [address, int(port, 16)]
+    raise LookupError(f"nobody listens at {address} on a port from {ports}")
 
 
 def _address(text: str) -> list[Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,21 @@ def test_changed_grant_alone_is_fine(lessee: Lessee) -> None:
     grant = lessee.terms(offer, gpu_milli=500, memory_bytes=1 << 36, policy_digest="1" * 64)
 
     assert lessee.hand_over(grant, lessee.wrap(grant))["ok"] is True
+
+
+def test_share_that_is_still_ending(attacked: Attacked, lessee: Lessee) -> None:
+    """A lease that Ray placed while the last one is still ending waits for its share of the GPU, and gets it."""
+    with Lessee(attacked, lessee.node) as last, ThreadPoolExecutor(1) as background:
+        offer = last.offer()
+        whole = last.terms(offer, gpu_milli=1000)
+        last.hand_over(whole, last.wrap(whole))
+        grant = lessee.terms(lessee.offer(), gpu_milli=1000)
+        waiting = background.submit(lessee.hand_over, grant, lessee.wrap(grant))
+        with pytest.raises(TimeoutError):
+            waiting.result(1)
+        last.actor.close()
+
+        assert waiting.result(30)["ok"] is True
 
 
 @pytest.mark.parametrize("terms", [{"memory_bytes": (64 << 30) + 1}, {"zone": "elsewhere"}], ids=["memory", "zone"])
