@@ -22,6 +22,7 @@ import msgpack
 import numpy as np
 
 from ray_gpu import custodian
+from ray_gpu.endpoint import Endpoint
 from ray_gpu.frames import SealedSocket
 from tests.proofs.forging import answer_bytes, bombs, forgeries
 from zones import ipc, values
@@ -251,7 +252,7 @@ class Rogue(custodian.Custodian):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lie_file, self._told_file = Path(sys.argv[2]), Path(sys.argv[3])
-        self._open: dict[str, tuple[LeaseKey, Grant]] = {}
+        self._endpoints: dict[str, Endpoint] = {}
 
     def _lie(self) -> str:
         return self._lie_file.read_text(encoding="utf-8").strip()
@@ -282,18 +283,23 @@ class Rogue(custodian.Custodian):
         return {**made, "offer": changed}
 
     def grant(self, lease: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Open the lease's key, as the real one does, and keep it."""
+        """Open the lease's key and listen for its data, as the real one does."""
         grant = custodian._parse_grant(request.get("grant"))
         with self._lock:
             offer, exchange = self._take_offer(lease, grant)
         data_key = self._vault.unwrap(grant.zone, grant.node, lease, grant.digest(), str(request.get("wrapped")))
-        self._open[lease] = derive_lease_key(data_key, exchange.shared(grant.exchange_key), grant.digest()), grant
-        return {"device": "none", "offer": offer.document()}
+        key = derive_lease_key(data_key, exchange.shared(grant.exchange_key), grant.digest())
+        endpoint = self._endpoints[lease] = Endpoint(self._settings.address, self._settings.endpoint_ports)
+        endpoint.serve(lambda fd: self._lie_to(fd, key, grant))
+        return {"device": "none", "offer": offer.document(), "endpoint": endpoint.address}
 
-    def _hand_over(self, lease: str, fd: int) -> None:
-        key, grant = self._open[lease]
+    def _lie_to(self, fd: int, key: LeaseKey, grant: Grant) -> None:
         liar = Liar(socket.socket(fileno=os.dup(fd)), key, grant, self._lie(), self._told)
         threading.Thread(target=liar.serve, daemon=True).start()
+
+    def _end(self, lease: str) -> None:
+        if endpoint := self._endpoints.pop(lease, None):
+            endpoint.close()
 
 
 if __name__ == "__main__":

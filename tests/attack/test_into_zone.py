@@ -21,6 +21,7 @@ import ray_gpu
 from ray_gpu import raylet, services
 from ray_gpu.embedded import shipped_policies
 from ray_gpu.frames import SealedSocket
+from ray_gpu.handover import secret_file
 from ray_gpu.leases import LeaseOpener
 from tests.attack import rogue
 from tests.attack.relay import AttackersRelay
@@ -63,11 +64,14 @@ class World:
         never = ClusterError("the attacker's program did not start", node=LIAR, reason="")
         services.await_until(lambda: not services.listens(socket_path), check=lambda: None, timeout_s=60, failure=never)
         command = [sys.executable, "-m", "tests.attack.rogue", str(layout.node(LIAR) / "settings.json")]
+        login = secret_file(self.attacked.secret_id(LIAR))
         process = subprocess.Popen(
             [*command, str(self._lie), str(self._told)],
+            stdin=login,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), rogue.ARMED_VARIABLE: self.witness.armed().hex()},
         )
+        os.close(login)
         services.await_until(lambda: services.listens(socket_path), check=lambda: None, timeout_s=60, failure=never)
         return process
 

@@ -220,7 +220,7 @@ KINDS = ("file", "unix", "program", "memory")
 def zone_targets(cluster: BedCluster) -> dict[str, Any]:
     """Return what there is to have on the zone's host, and where nothing of a zone's Ray has any business."""
     home, bed = f"{STATE}/zones/clinic", cluster.bed
-    gateway = json.loads(bed[ZONE].read(f"{home}/settings.json"))
+    login = json.loads(bed[ZONE].read(GATEWAY_CREDENTIALS))
     files = {
         "zone data": f"{home}/data/*",
         "ledger": f"{home}/ledger/*",
@@ -242,7 +242,7 @@ def zone_targets(cluster: BedCluster) -> dict[str, Any]:
         "unix": {"gateway": f"{home}/run/gw.sock"},
         "tcp": tcp,
         "programs": {"gateway": "ray_gpu.gateway"},
-        "needles": masked({"gateway's secret": gateway["secret_id"]}),
+        "needles": masked({"gateway's secret": login["secret_id"]}),
     }
 
 
@@ -321,13 +321,13 @@ def test_relay_holds_nothing(cluster: BedCluster, rogue: RogueJob) -> None:
 
 def gpu_targets(cluster: BedCluster) -> dict[str, Any]:
     """Return what there is to have on a GPU node's host."""
-    settings = json.loads(cluster.bed[GPU].read(f"{STATE}/nodes/{GPU}/settings.json"))
+    login = json.loads(cluster.bed[GPU].read(NODE_CREDENTIALS))
     return {
         "files": {"custodian's settings": f"{STATE}/nodes/{GPU}/settings.json", "node's login": NODE_CREDENTIALS},
         "programs": {
             "custodian": "ray_gpu.custodian", "keeper": "ray_gpu.keeper", "sandbox": "ray_gpu.sandbox.child",
         },
-        "needles": masked({"custodian's secret": settings["secret_id"], "canary": f"{CANARY}-kept"}),
+        "needles": masked({"custodian's secret": login["secret_id"], "canary": f"{CANARY}-kept"}),
     }  # fmt: skip
 
 
