@@ -82,16 +82,30 @@ class Outcome:
         """Return the controls that this run did not show to hold, and what of theirs is missing or was skipped."""
         found: dict[str, list[str]] = {}
         for name in self.controls:
-            for kind, cases in (
-                ("attack", self.of_control(name, "attack")), ("positive control", self.of_control(name, "positive")),
-            ):  # fmt: skip
-                if self.cases and not count(cases).made:
+            for kind, cases in self._shown_by(name):
+                if self.cases and not count(cases).made and not _needs_gpu(cases):
                     found.setdefault(name, []).append(kind)
             if self.verdicts and not any(v.mutation.control == name for v in self.made()):
                 found.setdefault(name, []).append("mutation")
         return found
 
+    def unproven(self) -> dict[str, list[str]]:
+        """Return what of which controls only a machine with a GPU can show, where this one has none."""
+        found: dict[str, list[str]] = {}
+        for name in self.controls:
+            for kind, cases in self._shown_by(name):
+                if not count(cases).made and _needs_gpu(cases):
+                    found.setdefault(name, []).append(kind)
+        return found
+
+    def _shown_by(self, name: str) -> tuple[tuple[str, list[Case]], ...]:
+        return ("attack", self.of_control(name, "attack")), ("positive control", self.of_control(name, "positive"))
+
     def perfect(self) -> bool:
         """Whether no attack succeeded, all positive controls did, all mutants were caught, and all controls shown."""
         fine = all(count(cases).perfect for cases in (self.all_cases(), self.positives()))
         return fine and self.caught() == len(self.made()) and not self.not_shown()
+
+
+def _needs_gpu(cases: Sequence[Case]) -> bool:
+    return bool(cases) and all(case.outcome == "skipped" and case.test.startswith("tests/gpu/") for case in cases)

@@ -153,6 +153,8 @@ def _skipped(outcome: Outcome) -> Iterator[str]:
             reasons.setdefault(verdict.why, []).append(f"mutation of {verdict.mutation.control}")
     if not reasons:
         yield "Everything ran."
+    for name, kinds in outcome.unproven().items():
+        yield f"- **`{name}`: {', '.join(kinds)} unproven here, for want of a GPU**"
     for reason, tests in reasons.items():
         yield f"- {_cell(reason)}: {_names(tests)}"
 

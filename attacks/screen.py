@@ -102,6 +102,8 @@ class Screen:
         made = len(outcome.made())
         for name, kinds in outcome.not_shown().items():
             self._console.print(f"[yellow]{name}: no {', no '.join(kinds)} ran here[/yellow]")
+        for name, kinds in outcome.unproven().items():
+            self._console.print(f"[yellow]{name}: {', '.join(kinds)} unproven here, for want of a GPU[/yellow]")
         self._console.print()
         self._total("attacks", f"{attacks.made} made, {attacks.wrong} succeeded", attacks.perfect)
         self._total("positive controls", f"{positives.made} made, {positives.right} succeeded", positives.perfect)

@@ -67,6 +67,7 @@ _PROBE_HEAD = "tests/test_head_probe.py::"
 _INTO, _OUT = "tests/attack/test_into_zone.py::", "tests/attack/test_out_of_zone.py::"
 _RELAY, _FLIPPING = "tests/attack/test_lying_relay.py::", "tests/attack/test_flipping.py::"
 _GETS = "tests/attack/test_what_a_node_gets.py::"
+_CLIENT = "tests/attack/test_client_relay.py::"
 _LATERAL, _TENANTS = "tests/attack/test_lateral.py::", "tests/attack/test_tenants.py::"
 _AFTERWARDS, _REVOCATION = "tests/attack/test_keys.py::", "tests/proofs/test_revocation.py::"
 _SCRUB = "tests/sandbox/test_scrub.py::"
@@ -289,6 +290,22 @@ _ALL = (
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
         attacks=(_IDENTITY + "test_whom_ray_lets_in",),
         positives=(_IDENTITY + "test_each_keeps_out", _LATERAL + "test_zone_node_without_cage")),
+    Control(
+        id="ray-token", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
+        keeps_off="Whoever has a certificate but not the cluster's token from Ray's ports.",
+        attacks=(_IDENTITY + "test_whom_ray_lets_in", _CLIENT + "test_strangers_at_the_heads_port"),
+        positives=(_IDENTITY + "test_each_keeps_out",)),
+    Control(
+        id="relay-network", where="zone", promise="P3", told="built in",
+        code="ray_gpu/client_relay.py::relay_profile",
+        keeps_off="A client zone's relay, and Ray's code in it, from every network.",
+        attacks=(_CLIENT + "test_cage_has_no_network", _CLIENT + "test_relay_as_it_runs"),
+        positives=(_CLIENT + "test_cage_has_no_network",)),
+    Control(
+        id="forwarder", where="zone", promise="P3", told="built in", code="ray_gpu/forwarder.py::Forwarder",
+        keeps_off="A client zone's relay from all destinations but one, and everybody else from that one.",
+        attacks=(_CLIENT + "test_forwarder_has_one_destination", _CLIENT + "test_forwarder_serves_its_relay_alone"),
+        positives=(_CLIENT + "test_forwarder_has_one_destination", _CLIENT + "test_forwarder_serves_its_relay_alone")),
     Control(
         id="node-addresses", where="Vault", promise="P1", told="built in", code="ray_gpu/vault_pki.py::ray_pki",
         keeps_off="One node from a certificate for another's address.",

@@ -45,7 +45,7 @@ from zones.errors import EnvelopeError
 from zones.model import Direction, Kind, Slot
 
 #: A side that hears nothing authentic for this long while it waits for a message is alone, seconds.
-SILENCE_LIMIT_S = 10.0
+SILENCE_LIMIT_S = 9.0
 #: What is opened of a large message buys the rest of it time at this rate, bytes per second. Slower connections than
 #: that are none; and whoever held back a message and lets it drip keeps a lease for its size at this rate, no longer.
 PROVEN_BYTES_PER_S = 1 << 20

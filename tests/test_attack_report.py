@@ -61,6 +61,23 @@ def test_perfect(run: Outcome, perfect: bool) -> None:
     assert run.perfect() is perfect
 
 
+def test_unproven_without_a_gpu() -> None:
+    """What only a GPU can show is said to be unproven, and spoils nothing; another attack skipped does."""
+    scrub = CONTROLS["gpu-scrub"]
+    on_gpu = Case(id=scrub.positives[0], outcome="skipped", doc="", message="no GPU")
+    attack = next(test for test in scrub.attacks if not test.startswith("tests/gpu/"))
+
+    def run(outcome: Any) -> Outcome:
+        cases = {"Tenants": [on_gpu, Case(id=attack, outcome=outcome, doc="", message="")]}
+        return Outcome(cases=cases, verdicts=[], controls=("gpu-scrub",))
+
+    assert run("passed").unproven() == {"gpu-scrub": ["positive control"]}
+    assert run("passed").perfect()
+    assert "`gpu-scrub`: positive control unproven here" in markdown(run("passed"), {}, minutes=1.0)
+    assert run("skipped").not_shown() == {"gpu-scrub": ["attack"]}
+    assert not run("skipped").perfect()
+
+
 def test_counts() -> None:
     """An attack that succeeds is counted as such, and one that could not be made is not counted as made."""
     attacks = count(outcome(attack="failed").of_kind("attack"))

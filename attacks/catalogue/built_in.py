@@ -33,6 +33,21 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/test_node_identity.py::test_whom_ray_lets_in", r"waited in vain for .*ended",
     ),
     mutation(
+        "ray-token", "Ray's ports ask for no token",
+        Edit(file="ray_gpu/node_identity.py", old='"RAY_AUTH_MODE": "token"', new='"RAY_AUTH_MODE": "disabled"'),
+        "tests/test_node_identity.py::test_whom_ray_lets_in", r"waited in vain for .*ended",
+    ),
+    mutation(
+        "relay-network", "a client zone's relay has the host's network",
+        Edit(file="ray_gpu/client_relay.py", old="network=False, env={", new="network=True, env={"),
+        "tests/attack/test_client_relay.py::test_cage_has_no_network", r"== \['lo'\]",
+    ),
+    mutation(
+        "forwarder", "the forwarder serves every uid",
+        Edit(file="ray_gpu/forwarder.py", old="if boundary.peer_uid(asker) in self.uids:", new="if True:"),
+        "tests/attack/test_client_relay.py::test_forwarder_serves_its_relay_alone", r"\('1', '1'\) == \('0', '1'\)",
+    ),
+    mutation(
         "node-addresses", "neither lock binds a node's certificate to its addresses",
         (
             Edit(file="policies/vault/ray-node.hcl", old='"ip_sans"     = ["${addresses}"]', new='"ip_sans"     = []'),

@@ -124,6 +124,16 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/doctor/test_checks.py::test_private_file", r"'holds'.* == \('missing'",
     ),
     _unchecked("session-on-disk", Edit(file=_FILES, old="    if kind in IN_MEMORY:\n        return holds(", new="    if True:\n        return holds("), "disk"),
+    mutation(
+        "credentials-open", "a host starts with a login that all can read",
+        Edit(file="ray_gpu/host_file.py", old="    if mode & 0o077:", new="    if False:"),
+        "tests/test_host_files.py::test_login_refused", "DID NOT RAISE",
+    ),
+    mutation(
+        "session-on-disk", "a node starts with its token on a disk",
+        Edit(file="ray_gpu/node.py", old="        if kind not in IN_MEMORY:", new="        if False:"),
+        "tests/attack/test_host_controls.py::test_files_on_a_disk", r"'session-on-disk' in '",
+    ),
     _unchecked("full-ray", Edit(file=_SOFTWARE, old="    if set(AGENT_MODULES) <= set(modules):", new="    if False:"),
                "Ray with agents"),
     _unchecked("old-ray", Edit(file=_SOFTWARE, old="    if _numbers(installed) < _numbers(floors[0]):", new="    if False:"),
@@ -137,6 +147,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "vault-unproven", "logins go to a Vault without TLS",
         Edit(file="zones/vault.py", old='if not address.startswith("https://"):', new="if not address:"),
         "tests/test_vault.py::test_plain_http_refused", "DID NOT RAISE",
+    ),
+    mutation(
+        "clock-skew", "nodes and gateways log in whatever their clock says",
+        Edit(file="zones/vault.py", old="        if abs(ahead_s) > MOST_SKEW_S:", new="        if False:"),
+        "tests/attack/test_site_controls.py::test_clock", "DID NOT RAISE",
     ),
     _unchecked("clock-skew", Edit(file=_VAULT, old="    if abs(skew) > MOST_SKEW_S:", new="    if False:"), "clock ahead"),
     mutation(

@@ -131,7 +131,7 @@ def probe(tmp_path: Path, forwarder: Path, wanted: dict[str, Any], *, network: b
     )
     process = boundary.launch(
         [sys.executable, "-P", "-c", PROBE, json.dumps({**wanted, "forwarder": str(forwarder)})],
-        dataclasses.replace(profile, network=network),
+        dataclasses.replace(profile, network=True) if network else profile,
         stdout=subprocess.PIPE,
     )
     try:
