@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ and took turns: this product with all controls on, and a copy of it in which Ray
 {rounds} rounds on each side, each in a session of its own through the public API. The interval holds the median ratio
 with 95 % probability (order statistics); the target is that it includes 1.
 """
+#: Longest that `ray up` may take until every node is ready, seconds.
+MOST_UP_S = 90.0
+_NO = "**no**"
 #: What is measured, in the report's words.
 _MEASURED = {
     "call": f"call of 1,024 bytes, p50 of {CALLS}, ms",
@@ -136,11 +140,14 @@ def serve() -> None:
     """Be one side: bring a cluster up, and pass lines on to a person's script on the zone's host."""
     roles = {name: role for name, role in ONE_OF_EACH.items() if name != "zone-trading"}
     with Testbed(roles) as bed, BedCluster(bed) as cluster:
+        started = time.monotonic()
         cluster.up()
+        up_s = time.monotonic() - started
         cluster.join("clinic")
+        joined_s = time.monotonic() - started
         script = cluster.begin_call("clinic", _SCRIPT % CALLS)
         tls = "RAY_USE_TLS=1" in bed["head"].run(["sh", "-c", "cat /proc/[0-9]*/environ | tr '\\0' '\\n'"]).stdout
-        print(json.dumps({"tls": tls}), flush=True)
+        print(json.dumps({"tls": tls, "up_s": up_s, "joined_s": joined_s}), flush=True)
         print(_pipe(script.stdout).readline(), end="", flush=True)
         for line in sys.stdin:
             _pipe(script.stdin).write(line)
@@ -168,14 +175,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[rank - 1], ordered[count - rank]
 
 
-def markdown(rounds: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], host: Mapping[str, str]) -> str:
-    """Return the report: pairs of seconds with and without TLS, by what was measured."""
+def markdown(
+    rounds: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], host: Mapping[str, str], up: Mapping[str, float]
+) -> str:
+    """Return the report: pairs of seconds with and without TLS, by what was measured, and how long `ray up` took."""
     rows = []
     for what, words in _MEASURED.items():
         ratios = [ours[what] / bare[what] for ours, bare in rounds]
         low, high = interval(ratios)
         times = [f"{statistics.median(side[what] for side in sides) * 1e3:.3f}" for sides in zip(*rounds, strict=True)]
-        met = "yes" if low <= 1.0 <= high else "**no**"
+        met = "yes" if low <= 1.0 <= high else _NO
         rows.append(
             f"| {words} | {times[0]} | {times[1]} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} | {met} |"
         )
@@ -190,6 +199,11 @@ def markdown(rounds: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], 
             "| measured | TLS and token | neither | median ratio | 95 % interval | includes 1 |",
             "| --- | --- | --- | --- | --- | --- |",
             *rows,
+            "",
+            f"`ray up` took {up['up_s']:.0f} s until head and both GPU hosts were ready, over SSH, with TLS and token; "
+            f"with the zone's node, which joins by itself, {up['joined_s']:.0f} s. "
+            f"The target is less than {MOST_UP_S:.0f} s: "
+            f"{'met' if up['joined_s'] < MOST_UP_S else _NO}.",
             "",
         ]
     )
@@ -208,7 +222,7 @@ def main() -> int:
     if reason := lacking():
         sys.stderr.write(f"error: {reason}\n")
         return 1
-    host, sides = machine.describe(), []
+    host, sides, said = machine.describe(), [], []
     with tempfile.TemporaryDirectory(prefix="rgt") as directory:
         copy = Path(directory)
         copy.chmod(0o755)
@@ -217,7 +231,7 @@ def main() -> int:
             for tree in (ROOT, copy):
                 sys.stderr.write(f"starting a cluster {'with' if tree is ROOT else 'without'} TLS and token\n")
                 sides.append(Side.start(tree))
-            said = [side.read() for side in sides]
+                said.append(sides[-1].read())
             assert [one["tls"] for one in said] == [True, False], said
             for side in sides:
                 side.read()  # the first session warms Ray up
@@ -231,10 +245,10 @@ def main() -> int:
         finally:
             for side in sides:
                 side.stop()
-    text = markdown(rounds, host)
+    text = markdown(rounds, host, said[0])
     sys.stdout.write(text)
     options.report.write_text(text, encoding="utf-8")
-    return 0
+    return 1 if _NO in text else 0
 
 
 if __name__ == "__main__":

@@ -40,10 +40,22 @@ def test_the_copy_lacks_tls_alone(tmp_path: Path) -> None:
     assert changed == {edit.file for edit in WITHOUT}
 
 
+#: Seconds until a cluster was up, and until the zone's node had joined.
+UP = {"up_s": 20.0, "joined_s": 30.0}
+
+
+@pytest.mark.parametrize(("joined_s", "met"), [(89.0, "seconds: met."), (90.0, "seconds: **no**.")])
+def test_report_says_whether_ray_up_was_in_time(joined_s: float, met: str) -> None:
+    """The report says how long `ray up` took, and whether that is less than it may."""
+    rounds = [({"call": 1.0, "job": 1.0}, {"call": 1.0, "job": 1.0})] * 6
+
+    assert markdown(rounds, {}, UP | {"joined_s": joined_s}).rstrip().endswith(met.replace("seconds", "less than 90 s"))
+
+
 @pytest.mark.parametrize(("ours", "met"), [(1.0, "yes"), (1.2, "**no**")])
 def test_report_says_whether_one_is_inside(ours: float, met: str) -> None:
     """A side that is slower in every round does not meet the target."""
     rounds = [({"call": ours * base, "job": base}, {"call": base, "job": base}) for base in (1.0, 1.1, 0.9) * 3]
-    rows = [line for line in markdown(rounds, {}).splitlines() if line.startswith("| call")]
+    rows = [line for line in markdown(rounds, {}, UP).splitlines() if line.startswith("| call")]
 
     assert rows[0].endswith(f"| {met} |")

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from ray_gpu.cli.main import cli
+from ray_gpu.controls import CONTROLS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -26,6 +27,16 @@ def test_links(document: Path) -> None:
     links = [link for link in LINK.findall(document.read_text(encoding="utf-8")) if "://" not in link]
 
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_threat_model_is_whole() -> None:
+    """The threat model links every file of the attack suite, and names every control."""
+    text = (ROOT / "docs/threat-model.md").read_text(encoding="utf-8")
+    table = text[text.index("### Which tests play them") : text.index("**Not protected against:**")]
+    files = {f"../{path.relative_to(ROOT)}" for path in (ROOT / "tests/attack").glob("test_*.py")}
+
+    assert files - set(LINK.findall(table)) == set()
+    assert set(CONTROLS) ^ set(re.findall(r"`([a-z]+(?:-[a-z]+)*)`", table.partition("|---|")[2])) == set()
 
 
 def test_named_tests_exist() -> None:

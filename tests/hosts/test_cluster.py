@@ -35,6 +35,7 @@ from testbed.cluster import (
 )
 from testbed.host import HOME
 from testbed.ssh import LAUNCHER_KEY
+from tests.attack.rogue_job import ENTER
 from zones.keys import loopback_tls
 
 CAGE_UID = 61001
@@ -268,6 +269,31 @@ def test_status(zones: BedCluster) -> None:
     # The node list is for whoever runs the gateway: a person attaches.
     said = zones.bed["zone-clinic"].run(["ray-gpu", "status"], uid=PERSON_UID, check=False)
     assert "gpu-2" not in said.stdout
+
+
+#: What an operator types in a cage, and the labels of the nodes as Ray has them.
+RAY_STATUS = """
+import json, sys, ray
+from ray.scripts.scripts import main
+address, own = sys.argv[1:]
+ray.init(address=address, _node_ip_address=own, log_to_driver=False)
+print(json.dumps([node["Labels"] for node in ray.nodes() if node["Alive"]]))
+ray.shutdown()
+sys.argv = ["ray", "status", "--verbose", f"--address={address}"]
+main()
+"""
+
+
+def test_ray_status(zones: BedCluster) -> None:
+    """Ray's own `ray status`, in the head's cage, shows the zone's node beside the pool's; its label says the zone."""
+    head = zones.bed["head"]
+    command = ["python", "-c", ENTER, f"{head.address}:{PORTS.gcs}", head.address, "-c", RAY_STATUS]
+    lines = head.run(command, timeout_s=100).stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("["))
+    labels, said = json.loads(lines[start]), "\n".join(lines[start + 1 :])
+
+    assert [item["ray-gpu-zone"] for item in labels if "ray-gpu-zone" in item] == ["clinic"]
+    assert len(labels) == len(re.findall(r"^Node: ", said, re.MULTILINE)) == len(POOL) + 1, said
 
 
 def test_two_zones(zones: BedCluster) -> None:
