@@ -5,13 +5,14 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint attack chaos bench bench-tls testbed up down status gpu lock clean
+.PHONY: help demo test lint attack chaos client bench bench-tls testbed up down status gpu lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
 	@echo "make test    every check: lint, types, import contracts, tests"
 	@echo "make attack  every attack beside its positive control, every control removed once; writes docs/attacks.md"
 	@echo "make chaos   more ways for processes to end than make test has time for"
+	@echo "make client  the jobs and proofs of make test once more, with zones that reach Ray by its client"
 	@echo "make bench   measure against plain Ray"
 	@echo "make bench-tls measure what Ray's TLS costs the data path, on several hosts, as root"
 	@echo "make up      start the embedded cluster and leave it running; also: make status, make down"
@@ -35,6 +36,9 @@ lint: .venv/ready
 
 chaos: .venv/ready
 	@$(BIN)/python -m pytest -m chaos
+
+client: .venv/ready
+	@$(BIN)/python -m pytest --carrier client tests/job tests/proofs
 
 attack: .venv/ready
 	@$(BIN)/python -m attacks

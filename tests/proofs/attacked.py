@@ -61,8 +61,14 @@ class Attacked:
     # -- processes ------------------------------------------------------------------------------
 
     def caged(self) -> dict[str, list[int]]:
-        """Return each living Ray node's processes: all that share the PID namespace of its first one inside."""
-        inside = {name: below(pid)[:1] for name, pid in self.document["nodes"].items()}
+        """Return each living cage's processes: all that share the PID namespace of its first one inside.
+
+        That is each Ray node's, and a relay's that has a cage of its own.
+        """
+        cages = dict(self.document["nodes"])
+        if self.document["carrier"] == "client":
+            cages["relay"] = self.document["processes"]["relay"]
+        inside = {name: below(pid)[:1] for name, pid in cages.items()}
         spaces = {name: _space(first) for name, firsts in inside.items() for first in firsts}
         everything = [(pid, _space(pid)) for pid in _all()]
         return {name: [pid for pid, space in everything if space == wanted] for name, wanted in spaces.items()}

@@ -56,7 +56,8 @@ def search_trusted(attacked: Attacked, marks: str | Iterable[str], since: float)
     layout = attacked.layout
     server = VaultServer.find(layout.vault)
     assert server is not None
-    pids = [pid for pid in (*map(attacked.custodian, NODES), server.pid) if command(pid)]
+    others = [server.pid, *(pid for name, pid in attacked.document["processes"].items() if name == "forwarder")]
+    pids = [pid for pid in (*map(attacked.custodian, NODES), *others) if command(pid)]
     done = search(marks, pids, since=since, trees=[layout.vault, *map(layout.node, NODES)])
     done.file(layout.log)
     shown = search(marks, _since_the_cluster(attacked), since=since, places=frozenset({"environ", "cmdline"}))

@@ -1,7 +1,7 @@
 """The control of every search for canaries: plain Ray, as anybody with the cluster's token can use it. Needs root.
 
-A driver in the zone's cage, beside the relay, and an actor on a GPU node hold one canary of each channel, as plain Ray
-has them, and one in each place that a search looks at.
+A driver in a cage, the zone's where it has one, and an actor on a GPU node hold one canary of each channel, as plain
+Ray has them, and one in each place that a search looks at.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_gpu.embedded import GPU_NODES
 from tests.proofs.attacked import Attacked, command
 from tests.proofs.canary import new_mark
 
@@ -136,16 +137,18 @@ class PlainRay:
 
 @contextlib.contextmanager
 def run_plain_ray(attacked: Attacked, node: str) -> Iterator[PlainRay]:
-    """Run it, its actor on *node*, from inside the zone's cage."""
-    mark = new_mark()
-    relay = next(pid for pids in attacked.caged().values() for pid in pids if "ray_gpu.relay" in command(pid)[:3])
-    environment = Path(f"/proc/{relay}/environ").read_text(encoding="utf-8").strip("\0").split("\0")
-    uid = Path(f"/proc/{relay}").stat().st_uid
-    options = dict(word.split("=", 1) for word in command(relay) if word.startswith("--"))
-    inside = ["nsenter", f"--target={relay}", "--mount", "--pid", "--ipc", "--"]
+    """Run it, its actor on *node*, from inside the zone's cage, or another node's where the zone has none."""
+    mark, cages = new_mark(), attacked.caged()
+    home = cages.get(f"zone-{attacked.zone}") or next(pids for name, pids in cages.items() if name in GPU_NODES)
+    raylet = next(pid for pid in home if command(pid)[0].endswith("/raylet"))
+    environment = Path(f"/proc/{raylet}/environ").read_text(encoding="utf-8").strip("\0").split("\0")
+    uid = Path(f"/proc/{raylet}").stat().st_uid
+    words = (word.removeprefix("--").partition("=") for word in command(raylet) if word.startswith("--"))
+    options = {name: value for name, _, value in words}
+    inside = ["nsenter", f"--target={raylet}", "--mount", "--pid", "--ipc", "--"]
     inside += ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", sys.executable, "-c", DRIVER]
     with subprocess.Popen(
-        [*inside, options["--address"], options["--node-address"], node],
+        [*inside, options["gcs-address"], options["node_ip_address"], node],
         env=dict(line.split("=", 1) for line in environment), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip

@@ -39,7 +39,13 @@ from tests.proofs.plain_ray import DRIVER, PLANTED, PlainRay, run_plain_ray
 #: The custodian learns of a session's end from the keeper or the actor, whichever is first; seconds.
 GONE_TIMEOUT_S = 5.0
 #: What must be among the processes that were searched, or the search proves nothing.
-RAY = {"raylet": 3, "gcs_server": 1, "ray::RuntimeEnvAgent": 3, "ray::GpuActor": 2, "ray_gpu.relay": 1}
+RAY = {
+    "edge": {"raylet": 3, "gcs_server": 1, "ray::RuntimeEnvAgent": 3, "ray::GpuActor": 2, "ray_gpu.relay": 1},
+    "client": {
+        "raylet": 2, "gcs_server": 1, "ray::RuntimeEnvAgent": 2, "ray::GpuActor": 2, "ray_gpu.relay": 1,
+        "ray.util.client.server": 1,
+    },
+}  # fmt: skip
 #: Values of a category column never leave the zone; what a sandbox sees is all else.
 LEAVING = {*CHANNELS, ARGUMENT} - {"category"}
 
@@ -132,11 +138,12 @@ def test_the_job_ran(run: Run, attacked: Attacked) -> None:
     assert sorted(run.nodes) == list(NODES)
 
 
-def test_ray_sees_nothing(run: Run) -> None:
+def test_ray_sees_nothing(run: Run, attacked: Attacked) -> None:
     """No canary in any form, in the memory, files, shared memory or session directories of any Ray process."""
     assert run.ray.hits == []
     assert run.ray_after.hits == []
-    assert {name: run.searched.count(name) >= least for name, least in RAY.items()} == dict.fromkeys(RAY, True)
+    wanted = RAY[attacked.document["carrier"]]
+    assert {name: run.searched.count(name) >= least for name, least in wanted.items()} == dict.fromkeys(wanted, True)
     assert run.ray.searched_bytes > 256 << 20
 
 
