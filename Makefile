@@ -26,7 +26,7 @@ demo: .venv/ready
 	@$(BIN)/ray-gpu demo
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --most-minutes 24
 
 lint: .venv/ready
 	$(BIN)/ruff check

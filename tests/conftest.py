@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ RESAMPLED_ROWS = 40_000
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the whole suite run with one carrier or the other."""
+    parser.addoption("--most-minutes", type=float, help="say when a run takes longer")
     parser.addoption("--carrier", choices=["edge", "client"], help="how the zones of embedded clusters reach Ray")
 
 
@@ -243,8 +245,17 @@ def _mentioning(directory: Path) -> set[Identity]:
 # -- what did not run -------------------------------------------------------------------------------
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List every skipped test with its reason."""
+_STARTED = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """List every skipped test with its reason, and say when a run took longer than it may."""
+    most, took = config.getoption("--most-minutes"), (time.monotonic() - _STARTED) / 60
+    if most is not None and took > most:
+        terminalreporter.section(f"TOO LONG: {took:.0f} minutes, {most:.0f} are allowed", red=True)
+        terminalreporter.write_line(
+            "on 2 idle cores: mark repeats `heavy` or `chaos`, see CONTRIBUTING.md"
+        )
     skipped: list[pytest.TestReport | pytest.CollectReport] = terminalreporter.stats.get("skipped", [])
     if not skipped:
         return
