@@ -253,9 +253,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     most, took = config.getoption("--most-minutes"), (time.monotonic() - _STARTED) / 60
     if most is not None and took > most:
         terminalreporter.section(f"TOO LONG: {took:.0f} minutes, {most:.0f} are allowed", red=True)
-        terminalreporter.write_line(
-            "on 2 idle cores: mark repeats `heavy` or `chaos`, see CONTRIBUTING.md"
-        )
+        terminalreporter.write_line("on 2 idle cores: mark repeats `heavy` or `chaos`, see CONTRIBUTING.md")
     skipped: list[pytest.TestReport | pytest.CollectReport] = terminalreporter.stats.get("skipped", [])
     if not skipped:
         return

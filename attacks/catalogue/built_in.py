@@ -222,7 +222,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     mutation(
         "strangers", "whoever says anything at the data port counts as the gateway",
         Edit(file="ray_gpu/keeper.py", old="        except (ZoneError, OSError):\n            proven = False", new="        except (ZoneError, OSError):\n            proven = True"),
-        "tests/test_frames.py::test_strangers_at_the_keeper", "PeerClosedError|ConnectionResetError|EnvelopeError|assert False",
+        "tests/test_frames.py::test_strangers_at_the_keeper", "PeerClosedError|ConnectionResetError|EnvelopeError|assert False|TimeoutError: timed out",
     ),
     mutation(
         "second-opinion", "what one node answers is believed",
