@@ -129,7 +129,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 def without_tls(target: Path) -> None:
     """Copy this project to *target* and take TLS and token away from Ray there."""
-    for name in ("zones", "ray_gpu", "testbed", "benchmarks", "policies", "examples"):
+    for name in ("zones", "ray_gpu", "testbed", "attacks", "benchmarks", "policies", "examples"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "cluster.yaml", target)
     for edit in WITHOUT:

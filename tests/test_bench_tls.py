@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,12 @@ def test_the_copy_lacks_tls_alone(tmp_path: Path) -> None:
     }
 
     assert changed == {edit.file for edit in WITHOUT}
+    # It is whole: a side of the benchmark starts in it.
+    command = [sys.executable, "-P", "-c", "import benchmarks.tls; print(benchmarks.tls.__file__)"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith(str(tmp_path))
 
 
 #: Seconds until a cluster was up, and until the zone's node had joined.
