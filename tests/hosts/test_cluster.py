@@ -277,7 +277,7 @@ import json, sys, ray
 from ray.scripts.scripts import main
 address, own = sys.argv[1:]
 ray.init(address=address, _node_ip_address=own, log_to_driver=False)
-print(json.dumps([node["Labels"] for node in ray.nodes() if node["Alive"]]))
+print("labels", json.dumps([node["Labels"] for node in ray.nodes() if node["Alive"]]))
 ray.shutdown()
 sys.argv = ["ray", "status", "--verbose", f"--address={address}"]
 main()
@@ -288,12 +288,11 @@ def test_ray_status(zones: BedCluster) -> None:
     """Ray's own `ray status`, in the head's cage, shows the zone's node beside the pool's; its label says the zone."""
     head = zones.bed["head"]
     command = ["python", "-c", ENTER, f"{head.address}:{PORTS.gcs}", head.address, "-c", RAY_STATUS]
-    lines = head.run(command, timeout_s=100).stdout.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("["))
-    labels, said = json.loads(lines[start]), "\n".join(lines[start + 1 :])
+    said = head.run(command, timeout_s=100).stdout
+    labels = json.loads(re.findall(r"^labels (.*)$", said, re.MULTILINE)[0])
 
     assert [item["ray-gpu-zone"] for item in labels if "ray-gpu-zone" in item] == ["clinic"]
-    assert len(labels) == len(re.findall(r"^Node: ", said, re.MULTILINE)) == len(POOL) + 1, said
+    assert len(labels) == len(re.findall(r"^Node: ", said, re.MULTILINE)) == len(POOL) + 1, (labels, said)
 
 
 def test_two_zones(zones: BedCluster) -> None:
