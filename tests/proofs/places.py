@@ -43,8 +43,12 @@ def search_ray(
     cages = {name: pids for name, pids in attacked.caged().items() if pids}
     pids = [pid for pids in cages.values() for pid in pids if leave_out not in command(pid) or not leave_out]
     # One that has ended and is not collected yet has no root.
-    roots = [next(root for pid in pids if (root := Path(f"/proc/{pid}/root")).exists()) for pids in cages.values()]
-    trees = [root / place for root in roots for place in WRITABLE if place in places]
+    roots = {
+        name: next(root for pid in pids if (root := Path(f"/proc/{pid}/root")).exists()) for name, pids in cages.items()
+    }
+    # A relay in a cage of its own is no node and has no session.
+    wanted = {name: [place for place in WRITABLE if (name, place) != ("relay", "s")] for name in roots}
+    trees = [root / place for name, root in roots.items() for place in wanted[name] if place in places]
     return search(marks, pids, since=since, trees=trees, places=frozenset(places))
 
 
