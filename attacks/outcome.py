@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attacks.cases import Case, is_of
@@ -82,24 +82,25 @@ class Outcome:
         """Return the controls that this run did not show to hold, and what of theirs is missing or was skipped."""
         found: dict[str, list[str]] = {}
         for name in self.controls:
-            for kind, cases in self._shown_by(name):
-                if self.cases and not count(cases).made and not _needs_gpu(cases):
-                    found.setdefault(name, []).append(kind)
+            kinds = [kind for kind, needs_gpu in self._unmade(name) if not needs_gpu]
             if self.verdicts and not any(v.mutation.control == name for v in self.made()):
-                found.setdefault(name, []).append("mutation")
+                kinds.append("mutation")
+            if kinds:
+                found[name] = kinds
         return found
 
     def unproven(self) -> dict[str, list[str]]:
         """Return what of which controls only a machine with a GPU can show, where this one has none."""
-        found: dict[str, list[str]] = {}
-        for name in self.controls:
-            for kind, cases in self._shown_by(name):
-                if not count(cases).made and _needs_gpu(cases):
-                    found.setdefault(name, []).append(kind)
-        return found
+        found = {name: [kind for kind, needs_gpu in self._unmade(name) if needs_gpu] for name in self.controls}
+        return {name: kinds for name, kinds in found.items() if kinds}
 
-    def _shown_by(self, name: str) -> tuple[tuple[str, list[Case]], ...]:
-        return ("attack", self.of_control(name, "attack")), ("positive control", self.of_control(name, "positive"))
+    def _unmade(self, name: str) -> Iterator[tuple[str, bool]]:
+        """Yield what was not made of a control's cases, and whether it is for want of a GPU."""
+        kinds: tuple[tuple[str, Kind], ...] = (("attack", "attack"), ("positive control", "positive"))
+        for words, kind in kinds:
+            cases = self.of_control(name, kind)
+            if self.cases and not count(cases).made:
+                yield words, _needs_gpu(cases)
 
     def perfect(self) -> bool:
         """Whether no attack succeeded, all positive controls did, all mutants were caught, and all controls shown."""

@@ -57,7 +57,7 @@ from zones.vault import lease_name
 HELLO_TIMEOUT_S = 10.0
 #: A keeper that hangs up before its hello is asked again for so long, and after this pause, seconds.
 HELLO_AGAIN_S, HELLO_PAUSE_S = 3.0, 0.1
-#: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 10.
+#: An idle lease gets a sealed heartbeat this often, seconds; the keeper gives up after 9.
 HEARTBEAT_S = 3.0
 #: So long one waits for room while nodes are passed over, before looking again at which, seconds.
 LOOK_AGAIN_S = 2.0

@@ -171,7 +171,7 @@ def test_evidence(kind: str) -> None:
 
 
 def quick(test: str) -> bool:
-    """Return whether `make test` runs a test: neither it nor its file is marked heavy."""
+    """Return whether `make test` runs a test: neither it nor its file is marked heavy, or chaos."""
     file, _, name = test.partition("::")
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     marks: list[ast.expr] = []
@@ -181,7 +181,7 @@ def quick(test: str) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             marks += node.decorator_list
-    return "pytest.mark.heavy" not in map(ast.unparse, marks)
+    return not {"pytest.mark.heavy", "pytest.mark.chaos"} & set(map(ast.unparse, marks))
 
 
 @pytest.mark.parametrize("kind", ["attacks", "positives"])

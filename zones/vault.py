@@ -34,7 +34,7 @@ from zones.model import check_id
 NODE_PKI = "pki-nodes"
 #: Seconds to wait for a connection and for an answer. A call takes milliseconds; a dead host must not hang a job.
 _TIMEOUT_S = (3.0, 10.0)
-#: Clocks that differ by more are set before leases are lost by it, seconds. A lease lives without heartbeat for 10.
+#: Clocks that differ by more are set before leases are lost by it, seconds. A lease lives without heartbeat for 9.
 MOST_SKEW_S = 5.0
 #: ``<random>-<not_after>``: what :func:`lease_name` makes.
 _LEASE_PATTERN = re.compile(r"[0-9a-f]{16,24}-([0-9]{1,12})")

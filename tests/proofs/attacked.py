@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,13 @@ def command(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").strip("\0").split("\0")
     except OSError:
         return []
+
+
+def raylet_of(pids: Iterable[int]) -> tuple[int, dict[str, str]]:
+    """Return the one raylet among processes, and the options that it was started with."""
+    (pid,) = (pid for pid in pids if command(pid) and command(pid)[0].endswith("/raylet"))
+    words = (word.removeprefix("--").split("=", 1) for word in command(pid) if word.startswith("--") and "=" in word)
+    return pid, dict(words)
 
 
 def _all() -> list[int]:

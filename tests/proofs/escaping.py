@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import ray_gpu
 from ray_gpu import raylet
-from tests.proofs.attacked import Attacked, command
+from tests.proofs.attacked import Attacked, raylet_of
 from tests.sandbox import probe
 from tests.sandbox.bait import Bait
 
@@ -131,10 +131,7 @@ def target(attacked: Attacked, lease: ray_gpu.Session, other: ray_gpu.Session) -
 
 def _ray(caged: list[int], endpoint_ports: str) -> dict[str, Any]:
     """Return the sockets of a node's raylet, as the host can reach them, and the endpoint of its lease."""
-    (pid,) = (pid for pid in caged if command(pid)[0].endswith("/raylet"))
-    options = dict(
-        word.removeprefix("--").split("=", 1) for word in command(pid) if word.startswith("--") and "=" in word
-    )
+    pid, options = raylet_of(caged)
     return {
         "raylet_socket": f"/proc/{pid}/root{options['raylet_socket_name']}",
         "plasma_socket": f"/proc/{pid}/root{options['store_socket_name']}",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_gpu.embedded import GPU_NODES
-from tests.proofs.attacked import Attacked, command
+from tests.proofs.attacked import Attacked, raylet_of
 from tests.proofs.canary import new_mark
 
 #: The mark comes by standard input, so that no command line has it, and what is planted stays referenced. Then each
@@ -140,11 +140,9 @@ def run_plain_ray(attacked: Attacked, node: str) -> Iterator[PlainRay]:
     """Run it, its actor on *node*, from inside the zone's cage, or another node's where the zone has none."""
     mark, cages = new_mark(), attacked.caged()
     home = cages.get(f"zone-{attacked.zone}") or next(pids for name, pids in cages.items() if name in GPU_NODES)
-    raylet = next(pid for pid in home if command(pid)[0].endswith("/raylet"))
+    raylet, options = raylet_of(home)
     environment = Path(f"/proc/{raylet}/environ").read_text(encoding="utf-8").strip("\0").split("\0")
     uid = Path(f"/proc/{raylet}").stat().st_uid
-    words = (word.removeprefix("--").partition("=") for word in command(raylet) if word.startswith("--"))
-    options = {name: value for name, _, value in words}
     inside = ["nsenter", f"--target={raylet}", "--mount", "--pid", "--ipc", "--"]
     inside += ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", sys.executable, "-c", DRIVER]
     with subprocess.Popen(
