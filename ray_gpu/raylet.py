@@ -314,7 +314,6 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
         if os.geteuid() == 0:
             os.chown(session, uid, uid)
     plan = _Plan(spec=spec, gcs=gcs, ports=ports, uid=uid, session=session, sockets=sockets, credentials=credentials)
-    roots = {path.parent for path in profiles.package_paths() if not path.is_relative_to(sys.prefix)}
     writable = [(spec.socket_dir, sockets)] + ([] if caged else [(session, session)])
     if spec.autoscaler and caged:
         # A file of root's: nobody inside can write it.
@@ -323,13 +322,11 @@ def start_node(spec: NodeSpec, *, gcs: str, ports: NodePorts, uid: int, credenti
         spec.name,
         uid=uid if os.geteuid() == 0 else None,
         bind_rw=tuple(writable),
-        # Python lists the directory that a package is in to find it, and Landlock shows the packages
-        # alone. An empty tmpfs below them can be listed and holds nothing else of a checkout.
-        tmpfs=_TMPFS_BYTES | {str(root): 1 << 12 for root in roots} if caged else {},
+        tmpfs=_TMPFS_BYTES if caged else {},
         env=plan.environment(),
         network=spec.network is None,
     )
-    extra = credentials.files if caged else (*credentials.files, *roots, *_PLAIN_PATHS)
+    extra = credentials.files if caged else (*credentials.files, *profiles.package_roots(), *_PLAIN_PATHS)
     if spec.autoscaler:
         extra += (spec.autoscaler.config, spec.autoscaler.key)
     profile = dataclasses.replace(profile, bind_ro=(*profile.bind_ro, *extra))

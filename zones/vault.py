@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -241,7 +242,7 @@ class Vault:
             answer = adapter.request(method, f"/v1/{path}", json=dict(body) or None)
         except OSError as error:  # The base of every exception of requests, and what it raises for a missing CA file.
             raise VaultUnreachableError(
-                f"no answer from Vault at {self.address} ({type(error).__name__}); "
+                f"no answer from Vault at {self.address} ({_reason(error)}); "
                 "check that it runs, the address and the CA file"
             ) from None
         except hvac.exceptions.VaultError as error:
@@ -394,6 +395,16 @@ def _key_bytes(encoded: str) -> bytes:
     if len(key) != 32:
         raise VaultError("Vault answered with something that is no 256-bit key; check what runs at its address")
     return key
+
+
+def _reason(error: BaseException) -> str:
+    """Return what is wrong with Vault's certificate, or what kind of error it was."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
 
 
 def _translated(error: hvac.exceptions.VaultError, address: str, request: str) -> VaultError:

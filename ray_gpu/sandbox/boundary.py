@@ -227,6 +227,8 @@ def _surroundings(profile: Profile, mode: Mode) -> str:
     """Return what the child is told, see :class:`Surroundings`."""
     plain = mode == "none"
     shown = [*profiles.SYSTEM, *profiles.SYSTEM_FILES, *profiles.runtime_paths(), *profile.bind_ro]
+    # Python lists what a package is in to find it. bubblewrap shows of it nothing but what is shown anyway.
+    shown += profiles.package_roots() if profile.kind == "cage" and not plain else []
     shown += [Path("/proc") / name for name in _OWN_PROC] if plain else [Path("/proc"), Path("/dev")]
     write = [*profile.devices, *(outside if plain else inside for outside, inside in profile.bind_rw)]
     write += [] if plain else [Path(place) for place in profile.tmpfs]

@@ -111,12 +111,10 @@ def gateway(
     name: str, *, uid: int | None, bind_ro: tuple[Path, ...], bind_rw: tuple[tuple[Path, Path], ...], caged: bool
 ) -> Profile:
     """Return the profile for a zone's gateway: the host's network, its own files, and those it must read."""
-    roots = tuple(dict.fromkeys(path.parent for path in package_paths()))
-    # Python lists the directory that a package is in to find it; an empty tmpfs can be listed and shows nothing.
+    roots = () if caged else package_roots()
     return Profile(
-        name=name, kind="cage", uid=uid, network=True, bind_ro=(*NETWORK_FILES, *bind_ro, *(() if caged else roots)),
-        bind_rw=bind_rw, tmpfs={"/tmp": 16 << 20, **{str(root): 1 << 12 for root in roots}} if caged else {},
-        env=python_env(),
+        name=name, kind="cage", uid=uid, network=True, bind_ro=(*NETWORK_FILES, *bind_ro, *roots),
+        bind_rw=bind_rw, tmpfs={"/tmp": 16 << 20} if caged else {}, env=python_env(),
     )  # fmt: skip
 
 
@@ -128,6 +126,12 @@ def package_paths() -> tuple[Path, ...]:
         spec = importlib.util.find_spec(name)
         found += [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     return tuple(found)
+
+
+@functools.cache
+def package_roots() -> tuple[Path, ...]:
+    """Return the directories of a checkout that these packages are in."""
+    return tuple(dict.fromkeys(path.parent for path in package_paths() if not path.is_relative_to(sys.prefix)))
 
 
 @functools.cache
@@ -153,12 +157,11 @@ def cuda_env() -> dict[str, str]:
 
 def python_env() -> dict[str, str]:
     """Return the environment of a confined Python."""
-    roots = [p.parent for p in package_paths() if not p.is_relative_to(sys.prefix)]
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
-        "PYTHONPATH": ":".join(map(str, dict.fromkeys(roots))),
+        "PYTHONPATH": ":".join(map(str, package_roots())),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
         # Leases share a node's cores; a library that takes them all for one spins against the others.

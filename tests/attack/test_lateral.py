@@ -12,6 +12,7 @@ import functools
 import json
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ print(vault.data_key(zone, node, lease, digest)[1])
 
 #: Ends what the control's Ray leaves running.
 _KILL = "for p in $(grep -lz /run/plain /proc/[0-9]*/cmdline | cut -d/ -f3); do kill -9 $p; done"
+
+#: Those that get somewhere in a cage.
+CAGED_VEHICLES = tuple(vehicle for vehicle in VEHICLES if vehicle != "pip")
 
 Report = dict[str, Any]
 
@@ -254,7 +258,7 @@ OTHERS = {"tcp other zone", "tcp other zone's IPv6", "tcp SSH of a GPU node", "t
 OWN = {"tcp own loopback", "tcp own address"}
 
 
-@pytest.mark.parametrize("vehicle", VEHICLES)
+@pytest.mark.parametrize("vehicle", CAGED_VEHICLES)
 def test_zone_node(cluster: BedCluster, reports: Reports, vehicle: str) -> None:
     """On a zone's node the rogue code runs, whichever way it came, in the cage; and finds nothing there."""
     report = reports(vehicle, ZONE)
@@ -273,7 +277,36 @@ def test_zone_node_without_cage(cluster: BedCluster, plain: Callable[[str], Plai
     assert got(report, *KINDS) == EVERYTHING_IN_A_ZONE, report["refused"]
 
 
-@pytest.mark.parametrize("vehicle", VEHICLES)
+@pytest.mark.parametrize("node", [ZONE, GPU])
+def test_no_build_in_a_cage(rogue: RogueJob, node: str) -> None:
+    """Ray's agent builds nothing in a cage: nobody can put there what it needs. Control: without a cage it does."""
+    with pytest.raises(RuntimeError, match=r"RuntimeEnvSetupError(.|\n)*virtualenv"):
+        rogue.vehicle("pip", node, {})
+
+
+#: A cage's file system, whose root Landlock does not let it list, and this project.
+EVERYWHERE = ["/", *(f"/{name}" for name in ("dev", "etc", "home", "opt", "root", "run", "s", "tmp", "usr", "var"))]
+EVERYWHERE += [str(ROOT), str(ROOT / "ray_gpu"), sys.prefix]
+
+
+@pytest.mark.parametrize("node", [ZONE, GPU])
+def test_cage_writes_its_own_memory_alone(rogue: RogueJob, node: str) -> None:
+    """A cage's code writes to the session's tmpfs, its own /dev/shm and /tmp, and nowhere else."""
+    report = rogue.vehicle("task", node, {"writable": EVERYWHERE})
+    places = {item.removeprefix("write ") for item in got(report, "write")}
+
+    assert places == {"/s", "/dev/shm", "/tmp"}
+
+
+def test_writes_without_cage(cluster: BedCluster, plain: Callable[[str], Plain]) -> None:
+    """Control: without a cage the same code writes to the host's own directories, the project's, and the kernel's."""
+    control = plain(ZONE)
+    report = control.job.vehicle("task", control.node, {"writable": EVERYWHERE})
+
+    assert {"write /", "write /etc", "write /proc/sys/kernel/core_pattern"} <= got(report, "write")
+
+
+@pytest.mark.parametrize("vehicle", CAGED_VEHICLES)
 def test_network(reports: Reports, vehicle: str) -> None:
     """From a zone's node the rogue code reaches neither another zone nor anybody's SSH."""
     assert got(reports(vehicle, ZONE), "tcp") <= OWN
@@ -337,7 +370,7 @@ EVERYTHING_ON_A_GPU_NODE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("vehicle", VEHICLES)
+@pytest.mark.parametrize("vehicle", CAGED_VEHICLES)
 def test_gpu_node(cluster: BedCluster, reports: Reports, vehicle: str) -> None:
     """On a GPU node at work the rogue code finds nothing of the custodian or of any lease, in a GPU actor neither."""
     report = reports(vehicle, GPU)

@@ -115,6 +115,16 @@ class Driven:
         limits = [Path(f"/proc/{pid}/limits").read_text(encoding="ascii") for pid in self.pids() if command(pid)]
         return any(not re.search(r"Max core file size +0 +0 ", text) for text in limits)
 
+    def reports_usage(self) -> bool:
+        """Whether one of Ray's own programs is not told to keep its usage statistics to itself."""
+        told = [
+            Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            for pid in self.pids()
+            if any(word in " ".join(command(pid) or []) for word in ("/raylet", "gcs_server"))
+        ]
+        assert told
+        return any(b"RAY_USAGE_STATS_ENABLED=0" not in variables for variables in told)
+
     def open_to_others(self) -> bool:
         """Whether another user of the host may list the session, by the modes of all that leads there."""
         inside = self.session / "session_latest"
@@ -134,6 +144,7 @@ LEAKS: dict[str, Callable[[Driven], bool]] = {
     "files on a disk": Driven.on_disk,
     "core files": Driven.writes_cores,
     "session directory": Driven.open_to_others,
+    "usage statistics": Driven.reports_usage,
 }
 
 
@@ -206,13 +217,14 @@ def product() -> Iterator[Driven]:
 def stock() -> Iterator[Driven]:
     """Stock Ray as its documentation starts it, but for ports, and a store that the driver can fill."""
     ports, address = NodePorts.of(free_base_port(), 0), "127.0.62.1"
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
     with directory() as root, contextlib.ExitStack() as stack:
         command = [*_STOCK, *ports.flags(), f"--port={ports.gcs}", f"--node-ip-address={address}"]
-        command += [f"--temp-dir={root}/r", "--object-store-memory=80000000", "--disable-usage-stats"]
+        command += [f"--temp-dir={root}/r", "--object-store-memory=80000000"]
+        null = subprocess.DEVNULL
         with cores_wanted():
             process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                command, env=environment, stdin=null, stdout=null, stderr=null, start_new_session=True
             )
         node = Driven(session=root / "r", root=process.pid)
         stack.callback(end, process)

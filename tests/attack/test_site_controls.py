@@ -119,7 +119,7 @@ def impostor(directory: Path) -> Iterator[tuple[str, Path, list[bytes]]]:
 def test_impostor(site: Site, tmp_path: Path) -> None:
     """Who answers at Vault's address without its certificate hears no login; if our file had its CA it would."""
     with impostor(tmp_path) as (address, its_ca, heard):
-        with pytest.raises(VaultUnreachableError, match="CA file"):
+        with pytest.raises(VaultUnreachableError, match=r"self-signed certificate|unable to get local issuer"):
             Vault(address, ca_file=str(site.server.ca_file)).login_approle("r", CANARY)
         assert heard == []
         Vault(address, ca_file=str(its_ca)).login_approle("r", CANARY)

@@ -1,4 +1,4 @@
-"""A server that answers like Vault's health page, with a clock, a certificate and a condition of one's choice.
+"""A server that answers like Vault, with one document, and with a clock and a certificate of one's choice.
 
 ``python tls_vault.py CERTIFICATE KEY ADVANCE_S DOCUMENT``: prints its port on 127.0.0.1, and serves until it is ended.
 What a real Vault cannot be made to say on a machine with one clock.
@@ -21,6 +21,11 @@ def main(certificate: str, key: str, advance_s: str, document: str) -> None:
         def date_time_string(self, timestamp: float | None = None) -> str:
             """Return the header ``Date`` of a clock that is ahead."""
             return super().date_time_string((time.time() if timestamp is None else timestamp) + float(advance_s))
+
+        def do_POST(self) -> None:
+            """Answer a login."""
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
 
         def do_GET(self) -> None:
             """Answer."""

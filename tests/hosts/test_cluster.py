@@ -36,6 +36,7 @@ from testbed.cluster import (
 from testbed.host import HOME
 from testbed.ssh import LAUNCHER_KEY
 from tests.attack.rogue_job import ENTER
+from tests.hosts.vault_like import stand_in
 from zones.keys import loopback_tls
 
 CAGE_UID = 61001
@@ -198,6 +199,8 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         f"sed -i 's/^address: .*/address: 198.18.2.9/' {NODE_FILE}",
         "compare its addresses with those that `ray-gpu vault setup` was given",
     ),
+    "missing CA": ("gpu-1", "node", f"rm {VAULT_CA}", r"vault-ca\.pem: no such file"),
+    "missing CA of a gateway": ("zone-clinic", "gateway", f"rm {VAULT_CA}", r"vault-ca\.pem: no such file"),
     "foreign CA": ("gpu-1", "node", f"cp {FOREIGN_CA} {VAULT_CA}", "check .* the CA file"),
     "secret": ("gpu-1", "node", f"{FORGE} {NODE_CREDENTIALS}", "refuse"),
     "head": ("gpu-1", "node", "true", r"the head at \S+:26000 does not answer \(Connection refused\); start it first"),
@@ -220,6 +223,33 @@ def test_wrong(cluster: BedCluster, name: str, part: str, command: str, message:
     host.run(["sh", "-c", command])
     try:
         refuses(cluster, name, message, part)
+    finally:
+        cluster.equip(name)
+
+
+#: Vault's clock and certificate: what is said of them, and where to turn.
+WRONG_VAULTS: dict[str, tuple[dict[str, int], str]] = {
+    "clock behind": ({"advance_s": 90}, "this host's clock is 90 s behind Vault's"),
+    "clock ahead": ({"advance_s": -90}, "this host's clock is 90 s ahead of Vault's"),
+    "expired certificate": ({"days": 1, "ago": 2}, r"certificate has expired"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_VAULTS.values(), ids=WRONG_VAULTS)
+@pytest.mark.parametrize(
+    ("name", "part", "file"),
+    [("gpu-1", "node", NODE_FILE), ("zone-clinic", "gateway", GATEWAY_FILE)],
+    ids=["node", "gateway"],
+)
+def test_wrong_vault(
+    cluster: BedCluster, name: str, part: str, file: str, options: dict[str, int], message: str
+) -> None:
+    """A node or gateway whose clock differs from Vault's, or whose Vault's certificate has ended, does not start."""
+    host, says = cluster.bed[name], {"auth": {"client_token": "t"}}
+    try:
+        with stand_in(host, VAULT_CA, says=says, **options) as address:
+            host.run(["sed", "-i", f"s#https://[^, }}]*#{address}#", file])
+            refuses(cluster, name, message, part)
     finally:
         cluster.equip(name)
 

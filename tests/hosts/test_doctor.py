@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -15,10 +14,10 @@ import pytest
 
 from ray_gpu.node import CAGE_UID, RUN_DIR
 from testbed import Host, Testbed
+from tests.hosts.vault_like import stand_in
 from zones.keys import loopback_tls
 
 PROJECT = Path(__file__).parents[2]
-TLS_VAULT = PROJECT / "tests/doctor/tls_vault.py"
 CONFIG, LOGIN, CA = "/etc/ray-gpu/node.yaml", "/etc/ray-gpu/login.json", "/etc/ray-gpu/ca.pem"
 RAY = RUN_DIR / "gpu-1/ray"
 #: Starts a real Vault, which outlives this program and ends with its host; prints its CA.
@@ -123,24 +122,15 @@ def certificate(host: Host, end: timedelta) -> Iterator[None]:
 
 
 @contextmanager
-def vault_like(host: Host, *, advance_s: int = 0, sealed: bool = False, days: int = 30, ago: int = 0) -> Iterator[None]:
+def vault_like(host: Host, *, sealed: bool = False, **options: Any) -> Iterator[None]:
     """Point the host at a server on itself that says what a real Vault cannot be made to say here."""
-    tls = loopback_tls(datetime.now(UTC) - timedelta(days=ago), days)
-    before = {path: host.read(path) for path in (CONFIG, CA)}
-    host.write("/tmp/tls.pem", tls.certificate_pem.decode())
-    host.write("/tmp/tls.key", tls.key_pem.decode(), mode=0o600)
-    host.write(CA, tls.ca_pem.decode())
-    says = json.dumps({"initialized": True, "sealed": sealed})
-    command = ["python", str(TLS_VAULT), "/tmp/tls.pem", "/tmp/tls.key", str(advance_s), says]
-    with host.popen(command, stdout=subprocess.PIPE) as server:
+    before = host.read(CONFIG)
+    with stand_in(host, CA, says={"initialized": True, "sealed": sealed}, **options) as address:
+        host.write(CONFIG, node_file(address))
         try:
-            assert server.stdout is not None
-            host.write(CONFIG, node_file(f"https://127.0.0.1:{server.stdout.readline().strip()}"))
             yield
         finally:
-            server.kill()
-            for path, text in before.items():
-                host.write(path, text)
+            host.write(CONFIG, before)
 
 
 BROKEN: dict[str, tuple[Callable[[Host], Any], set[str]]] = {
