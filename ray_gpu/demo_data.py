@@ -50,6 +50,23 @@ def macrodata() -> pa.Table:
     return pa.table({name: np.ascontiguousarray(frame[name], dtype=np.float64) for name in frame.columns})
 
 
+def diabetes() -> pa.Table:
+    """Return scikit-learn's diabetes data: 442 patients, ten scaled measurements and the target."""
+    from sklearn.datasets import load_diabetes  # noqa: PLC0415 - slow, optional
+
+    data = load_diabetes()
+    columns = {str(name): data.data[:, i].copy() for i, name in enumerate(data.feature_names)}
+    return pa.table({**columns, "target": data.target})
+
+
+def fair() -> pa.Table:
+    """Return statsmodels' survey of 6,366 people about their marriages."""
+    from statsmodels.datasets import fair as data  # noqa: PLC0415 - slow, optional
+
+    frame = data.load_pandas().data
+    return pa.table({name: np.ascontiguousarray(frame[name], dtype=np.float64) for name in frame.columns})
+
+
 def write(zone: str, directory: Path) -> None:
     """Write the data sets of an embedded zone that are not there yet."""
     makers: dict[str, dict[str, Callable[[], pa.Table]]] = {
@@ -59,6 +76,7 @@ def write(zone: str, directory: Path) -> None:
             "breast_cancer_resampled": lambda: resampled(breast_cancer()),
         },
         "trading": {"macrodata": macrodata},
+        "openlab": {"diabetes": diabetes, "fair": fair},
     }
     for name, make in makers.get(zone, {}).items():
         path = directory / f"{name}.arrow"

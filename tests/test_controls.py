@@ -101,7 +101,7 @@ def test_what_a_zone_may_accept() -> None:
     assert told_by("receipt") == RECEIPT_IDS
 
 
-@pytest.mark.parametrize("zone", ["clinic", "trading"])
+@pytest.mark.parametrize("zone", ["clinic", "openlab", "trading"])
 def test_policies_name_controls(zone: str) -> None:
     """Each degradation that a shipped zone accepts is one that a receipt may say."""
     accepted = load_zone(ROOT / "policies", zone).obligations.accepted_degradations

@@ -86,13 +86,20 @@ class Document:
                 message = f"{message}: {error['loc'][-1]}"
             self.refuse((*error["loc"], *([] if key is None else [key])), message)
 
+    def line(self, loc: Loc) -> int:
+        """Return the line of the value at *loc*, or of the nearest that stands around it."""
+        return self._lines[self._nearest(loc)]
+
     def refuse(self, loc: Loc, message: str) -> NoReturn:
         """Raise :class:`ConfigError` for the value at *loc*, or the nearest that stands around it."""
-        where = loc
-        while where not in self._lines:
-            where = where[:-1]
+        where = self._nearest(loc)
         label = ".".join(str(part) for part in where)
         self._fail(f"{label}: {message}" if label else message, self._lines[where])
+
+    def _nearest(self, loc: Loc) -> Loc:
+        while loc not in self._lines:
+            loc = loc[:-1]
+        return loc
 
     def _fail(self, message: str, line: int) -> NoReturn:
         raise ConfigError(f"{self.path}:{line}: {message}; correct the file", file=str(self.path), line=line)

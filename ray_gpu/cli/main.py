@@ -11,11 +11,13 @@ import rich_click as click
 from rich.console import Console
 
 from ray_gpu.cli.doctor import doctor
+from ray_gpu.cli.names import checked_zone
 from ray_gpu.cli.node import gateway, node
+from ray_gpu.cli.policy import policy
 from ray_gpu.cli.vault import vault
 from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
-from zones.model import Carrier, check_id
+from zones.model import Carrier
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -48,17 +50,9 @@ def _state(command: _Command) -> _Command:
 
 
 def _zone(command: _Command) -> _Command:
-    return click.option("--zone", default="clinic", show_default=True, callback=_checked, help="Name of the zone.")(
+    return click.option("--zone", default="clinic", show_default=True, callback=checked_zone, help="Name of the zone.")(
         command
     )
-
-
-def _checked(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Return a name that may become part of a path."""
-    try:
-        return check_id(value, what="zone")
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def _start(command: _Command) -> _Command:
@@ -271,6 +265,7 @@ def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
 cli.add_command(doctor)
 cli.add_command(node)
 cli.add_command(gateway)
+cli.add_command(policy)
 cli.add_command(vault)
 
 

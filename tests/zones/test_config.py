@@ -45,8 +45,8 @@ def test_clinic() -> None:
 
 def test_every_shipped_zone_loads() -> None:
     """Both shipped zones load."""
-    assert zone_names(SHIPPED) == ["clinic", "trading"]
-    assert [load_zone(SHIPPED, name).name for name in zone_names(SHIPPED)] == ["clinic", "trading"]
+    assert zone_names(SHIPPED) == ["clinic", "openlab", "trading"]
+    assert [load_zone(SHIPPED, name).name for name in zone_names(SHIPPED)] == ["clinic", "openlab", "trading"]
 
 
 @pytest.mark.parametrize(("dataset", "module"), [("randhie", "clinic"), ("macrodata", "trading")])
@@ -76,7 +76,7 @@ def test_unknown_zone() -> None:
     with pytest.raises(UnknownNameError, match=r"did you mean 'clinic'\?") as caught:
         load_zone(SHIPPED, "clinc")
 
-    assert (caught.value.kind, caught.value.name, caught.value.known) == ("zone", "clinc", ["clinic", "trading"])
+    assert (caught.value.kind, caught.value.name, caught.value.known) == ("zone", "clinc", ["clinic", "openlab", "trading"])
 
 
 @pytest.mark.parametrize("name", ["pools", "vault", "..", "../policies/clinic", "", "clinic/"])
