@@ -38,6 +38,8 @@ _PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH_BYTES = 107
 #: This module as ``python -m`` knows it, also when it is ``__main__``.
 _MODULE = "ray_gpu.embedded"
+#: The demo person's team in each shipped zone, as the zone's policy names it.
+_TEAMS = {"clinic": "research", "openlab": "staff", "trading": "quants"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +153,7 @@ class Supervisor:
 
     def _setup_vault(self, server: VaultServer) -> dict[str, Any]:
         root = server.root_client()
-        person = PersonSpec(name="dana", zone=self._plan.zone, groups=("research",))
+        person = PersonSpec(name="dana", zone=self._plan.zone, groups=(_TEAMS.get(self._plan.zone, "research"),))
         declaration = Declaration(
             zones=(self._plan.zone,),
             nodes=(

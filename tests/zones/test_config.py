@@ -76,7 +76,8 @@ def test_unknown_zone() -> None:
     with pytest.raises(UnknownNameError, match=r"did you mean 'clinic'\?") as caught:
         load_zone(SHIPPED, "clinc")
 
-    assert (caught.value.kind, caught.value.name, caught.value.known) == ("zone", "clinc", ["clinic", "openlab", "trading"])
+    assert (caught.value.kind, caught.value.name) == ("zone", "clinc")
+    assert caught.value.known == ["clinic", "openlab", "trading"]
 
 
 @pytest.mark.parametrize("name", ["pools", "vault", "..", "../policies/clinic", "", "clinic/"])
