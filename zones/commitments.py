@@ -1,0 +1,49 @@
+"""Commitments to the fields of a ledger entry, one each: any of them can be opened without the others. Pure.
+
+docs/ledger.md is the specification. An entry has a random salt of 32 bytes; each field has a salt of its own from it, so
+that an opened field says nothing about another one, not even about one whose value can be guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from zones.model import canonical
+
+#: Bytes of a salt.
+SALT_BYTES = 32
+
+_FIELD_LABEL = b"ray-gpu ledger v2 field\n"
+_ENTRY_LABEL = b"ray-gpu ledger v2 entry\n"
+
+
+def field_salt(salt: bytes, name: str) -> bytes:
+    """Return the salt of the field *name* in an entry with this salt, 32 bytes."""
+    return hmac.digest(salt, name.encode(), "sha256")
+
+
+def commit(salt: bytes, name: str, value: Any) -> bytes:
+    """Return the commitment to one field, 32 bytes, from the field's own salt.
+
+    Raises:
+        TypeError: *value* has no canonical bytes.
+    """
+    return hashlib.sha256(_FIELD_LABEL + salt + canonical([name, value])).digest()
+
+
+def commitments(salt: bytes, entry: Mapping[str, Any]) -> list[bytes]:
+    """Return the commitments to all fields of an entry in ascending order, which tells no name."""
+    return sorted(commit(field_salt(salt, name), name, value) for name, value in entry.items())
+
+
+def digest_of(commitments: Iterable[bytes]) -> bytes:
+    """Return what stands for an entry in chain and tree, 32 bytes, from its commitments in ascending order."""
+    return hashlib.sha256(_ENTRY_LABEL + b"".join(commitments)).digest()
+
+
+def entry_digest(salt: bytes, entry: Mapping[str, Any]) -> bytes:
+    """Return what stands for an entry in chain and tree, 32 bytes."""
+    return digest_of(commitments(salt, entry))
