@@ -52,6 +52,7 @@ from zones.config import load_zone
 from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
+from zones.signing import Signer
 from zones.vault import Vault
 
 #: Connections that one session may have at once.
@@ -105,6 +106,7 @@ class Gateway:
         self._lock = threading.Lock()
         self.watchdog = Watchdog()
         policy = Policy.load(settings.policies, zone)
+        self._signer = Signer(self._vault, zone.name)
         ledger = Ledger.open(settings.ledger, zone=zone.name)
         # After the ledger, whose lock says that no other gateway uses these directories.
         self._keys = LeaseKeys(self._vault, zone.name, settings.ledger.parent / "lease-keys")
@@ -118,6 +120,8 @@ class Gateway:
             reclaim=self.reclaim,
         )
         self._keys.sweep(int(time.time()))
+        # What the last gateway left without one, above all after a crash.
+        self._signer.sign(ledger)
 
     def _check_login(self) -> None:
         """Ask for what Vault shows to this zone's gateway alone: a wrong login shall be known before anybody attaches.
@@ -224,8 +228,16 @@ class Gateway:
     def detach(self, session: Session) -> None:
         """Close a session. Known until it is closed: the gateway's own end must wait for it."""
         session.close()
+        self._sign()
         with self._lock:
             self._sessions.pop(session.id, None)
+
+    def _sign(self) -> None:
+        """Sign the ledger as it is. Without Vault nothing leaves anyway, and the next signature covers this as well."""
+        try:
+            self._signer.sign(self._services.ledger)
+        except ZoneError as error:
+            print(f"the ledger's checkpoint was not signed: {error.message}", file=sys.stderr)  # noqa: T201 - its log
 
     def close(self) -> None:
         """Close every session and the ledger."""
@@ -245,6 +257,7 @@ class Gateway:
             "pools": list(zone.pools),
             "datasets": self.catalog(),
             "zone_degradations": degradations,
+            "ledger_key": str(self._signer.key),
             "relay": self._relay.connected,
         }
 

@@ -23,6 +23,7 @@ from ray_gpu.node_identity import joined_addresses
 from ray_gpu.vault_declaration import Declaration, NodeSpec, OidcSpec, PersonSpec
 from ray_gpu.vault_pki import node_pki, ray_pki, ray_token
 from ray_gpu.vault_plan import Change, Planner
+from zones import signing
 from zones.errors import ConfigError, UnknownNameError
 from zones.model import check_id
 from zones.vault import Vault, zone_mount
@@ -105,6 +106,10 @@ def plan(vault: Vault, declaration: Declaration, *, policies: Path, renew: Renew
         _check_audit(vault, declaration.audit_file)
     for zone in declaration.zones:
         planner.want_mount(zone_mount(zone), "transit")
+    planner.want_mount(signing.MOUNT, "transit")
+    for zone in declaration.zones:
+        ledger_key = {"type": "ed25519", "exportable": False, "allow_plaintext_backup": False}
+        planner.want(f"ledger key of zone {zone}", f"{signing.MOUNT}/keys/{zone}", ledger_key)
     for kind in ("approle", "userpass", *(["oidc"] if declaration.oidc else [])):
         planner.want_auth(kind)
     _policies(planner, declaration, policies)

@@ -1,7 +1,7 @@
 """Read, verify and copy a ledger file. docs/ledger.md is the specification.
 
 Does I/O: reads a SQLite file and its ``-wal`` (``zones.wal``), and never writes to either. The chain itself
-(:func:`genesis`, :func:`entry_hash`) is a matter of arguments alone.
+(:func:`genesis`, :func:`next_head`) is a matter of arguments alone.
 
 Rules:
 
@@ -12,27 +12,33 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zones import checkpoint
+from zones.checkpoint import Checkpoint, VerifierKey
+from zones.commitments import entry_digest
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
+from zones.merkle import Frontier, leaf_hash
 from zones.model import canonical
 from zones.wal import lacks_wal, wal_is_whole, wal_path
 
-SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
+SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, salt TEXT NOT NULL, hash TEXT NOT NULL)"
 
-_GENESIS_LABEL = b"ray-gpu ledger v1 genesis\n"
-_ENTRY_LABEL = b"ray-gpu ledger v1 entry\n"
-_COLUMNS = "seq, typeof(body), body, typeof(hash), hash"
+_GENESIS_LABEL = b"ray-gpu ledger v2 genesis\n"
+_HEAD_LABEL = b"ray-gpu ledger v2 head\n"
+_COLUMNS = "seq, typeof(body), body, typeof(salt), salt, typeof(hash), hash"
+_SALT = re.compile(rb"[0-9a-f]{64}")
 #: What reading a damaged file raises: sqlite3 quotes damaged names in its messages, and then fails to decode them.
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 
@@ -44,9 +50,9 @@ def genesis(zone: str) -> bytes:
     return hashlib.sha256(_GENESIS_LABEL + zone.encode()).digest()
 
 
-def entry_hash(previous: bytes, body: bytes) -> bytes:
-    """Return head(n), 32 bytes, from head(n-1), 32 bytes, and the canonical bytes of entry n."""
-    return hashlib.sha256(_ENTRY_LABEL + previous + body).digest()
+def next_head(previous: bytes, digest: bytes) -> bytes:
+    """Return head(n), 32 bytes, from head(n-1) and the digest of entry n (:mod:`zones.commitments`), 32 bytes each."""
+    return hashlib.sha256(_HEAD_LABEL + previous + digest).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +91,10 @@ class Report:
     last: str
     #: Hash of the last entry, 64 hexadecimal digits.
     head_hash: str
+    #: The state of its tree, as a checkpoint says it.
+    checkpoint: Checkpoint
+    #: Entries up to which a signed checkpoint in the ledger covers it; 0 where no key was named, or none is there.
+    signed: int = 0
     #: The file was copied from a running gateway without its -wal: later entries may be missing.
     without_wal: bool = False
 
@@ -100,10 +110,37 @@ class _Row:
 
     seq: int
     body: bytes | None
+    salt: bytes | None
     hash: bytes | None
 
     def entry(self) -> dict[str, Any] | None:
         return parse(self.body or b"")
+
+    def follows(self, previous: bytes) -> bool:
+        """Whether it was chained to this head, with the body, salt and hash that it has."""
+        digest = digest_of(self.body or b"", self.salt or b"")
+        return digest is not None and next_head(previous, digest).hex().encode() == self.hash
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One entry that verified."""
+
+    entry: dict[str, Any]
+    #: What stands for it in chain and tree, 32 bytes.
+    digest: bytes
+    #: Salt of its commitments, 32 bytes.
+    salt: bytes
+    #: head(n), 32 bytes.
+    head: bytes
+
+
+def digest_of(body: bytes, salt: bytes) -> bytes | None:
+    """Return the digest of an entry, 32 bytes, or ``None`` if *body* is none in canonical form, or *salt* no salt."""
+    entry = parse(body)
+    if entry is None or not _SALT.fullmatch(salt) or _canonical_or_none(entry) != body:
+        return None
+    return entry_digest(bytes.fromhex(salt.decode("ascii")), entry)
 
 
 def parse(body: bytes) -> dict[str, Any] | None:
@@ -115,29 +152,102 @@ def parse(body: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def verify(path: Path, *, expected_head: Head | None = None) -> Report:
-    """Check every entry of the ledger at *path*, running or copied.
+def verify(
+    path: Path, *, expected_head: Head | None = None, key: VerifierKey | None = None, noted: Checkpoint | None = None
+) -> Report:
+    """Check every entry of the ledger at *path*, running or copied, its tree, and the checkpoints in it.
 
     Args:
         path: The database file. A ``-wal`` file beside it is part of it.
-        expected_head: A head noted earlier. Without it, entries cut off at the end are not found.
+        expected_head: A head noted earlier.
+        key: The zone's; checkpoints in the ledger must be signed by it. Without it their signatures are not checked.
+        noted: A checkpoint that was kept outside, already opened (:func:`zones.checkpoint.opened`). Without it and
+            *expected_head*, entries cut off at the end are not found.
 
     Raises:
-        LedgerCorruptError: An entry does not verify, is missing, or cannot be read.
+        LedgerCorruptError: An entry does not verify, is missing, or cannot be read; or a checkpoint does not hold.
         LedgerUnavailableError: There is no such file, or it may not be read.
     """
     first = last = zone = ""
     without_wal = lacks_wal(path)
     head = Head(seq=0, hash="")
-    for entry, head_hash in _walk(path):
-        head = Head(seq=entry["seq"], hash=head_hash)
+    tree = _Tree(key=key, noted=noted)
+    for row in _walk(path, tree.want):
+        entry = row.entry
+        head = Head(seq=entry["seq"], hash=row.head.hex())
         first, last, zone = first or entry["time"], entry["time"], zone or entry["zone"]
         if expected_head is not None and head.seq == expected_head.seq and head != expected_head:
             raise _corrupt(head.seq, "it is not the entry whose head was noted; the ledger was rewritten")
-    if expected_head is not None and head.seq < expected_head.seq:
-        noted = f"a head of {expected_head.seq} was noted"
-        raise _corrupt(head.seq + 1, f"missing: the ledger ends at entry {head.seq}, {noted}")
-    return Report(zone=zone, entries=head.seq, first=first, last=last, head_hash=head.hash, without_wal=without_wal)
+        tree.grow(zone, row)
+    for noted_size in ([] if expected_head is None else [expected_head.seq]) + ([] if noted is None else [noted.size]):
+        if head.seq < noted_size:
+            raise _corrupt(head.seq + 1, f"missing: the ledger ends at entry {head.seq}, one of {noted_size} was noted")
+    return Report(
+        zone=zone,
+        entries=head.seq,
+        first=first,
+        last=last,
+        head_hash=head.hash,
+        checkpoint=Checkpoint(origin=checkpoint.origin(zone), size=head.seq, root=tree.frontier.root()),
+        signed=tree.signed,
+        without_wal=without_wal,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tree:
+    """The tree of a ledger that is being verified, beside what its entries and a noted checkpoint say of it."""
+
+    key: VerifierKey | None
+    noted: Checkpoint | None
+    frontier: Frontier = field(default_factory=Frontier)
+    #: Root at each size that a checkpoint is about.
+    roots: dict[int, bytes] = field(default_factory=dict)
+    wanted: set[int] = field(default_factory=set)
+    signed: int = 0
+
+    def want(self, database: sqlite3.Connection) -> None:
+        """Learn beforehand which sizes the checkpoints are about: roots are not kept for all."""
+        self.wanted = {0 if self.noted is None else self.noted.size}
+        for (body,) in database.execute('SELECT body FROM entries WHERE body LIKE \'%"kind":"checkpoint"%\''):
+            entry = parse(body if isinstance(body, bytes) else b"")
+            with contextlib.suppress(ValueError):
+                self.wanted.add(checkpoint.unsigned(str((entry or {}).get("note"))).size)
+
+    def grow(self, zone: str, row: Verified) -> None:
+        """Take the next entry; check what it says of those before it."""
+        entry = row.entry
+        if entry["kind"] == "opened" and entry.get("frontier") != hashes(self.frontier):
+            raise _corrupt(
+                entry["seq"], "its hash matches, but the tree that it names is not that of the entries before"
+            )
+        if entry["kind"] == "checkpoint":
+            self._check(zone, entry)
+        self.frontier.append(leaf_hash(row.digest))
+        size, noted = self.frontier.size, self.noted
+        if size in self.wanted:
+            self.roots[size] = self.frontier.root()
+        if (
+            noted is not None
+            and noted.size == size
+            and (noted.origin, noted.root) != (checkpoint.origin(zone), self.roots[size])
+        ):
+            raise _corrupt(size, "up to it the ledger is not the one whose checkpoint was noted; it was rewritten")
+
+    def _check(self, zone: str, entry: dict[str, Any]) -> None:
+        note = str(entry.get("note"))
+        try:
+            found = checkpoint.unsigned(note) if self.key is None else checkpoint.opened(note, self.key)
+        except ValueError as error:
+            raise _corrupt(entry["seq"], f"its checkpoint does not hold: {error}") from None
+        if (found.origin, found.root) != (checkpoint.origin(zone), self.roots.get(found.size)):
+            raise _corrupt(entry["seq"], f"its checkpoint is not of the first {found.size} entries")
+        self.signed = 0 if self.key is None else max(self.signed, found.size)
+
+
+def hashes(frontier: Frontier) -> list[str]:
+    """Return a tree as an ``opened`` entry names it: the hashes of its frontier, hexadecimal."""
+    return [node.hex() for node in frontier.nodes]
 
 
 def copy_ledger(path: Path, target: Path) -> None:
@@ -169,21 +279,29 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         LedgerCorruptError: When the first entry that does not verify is reached.
         LedgerUnavailableError: There is no such file, or it may not be read.
     """
-    return (entry for entry, _ in _walk(path))
+    return (row.entry for row in _walk(path))
 
 
-def _walk(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield ``(entry, hash)`` of one snapshot; the caller's last entry is not the end until this returns."""
+def read_verified(path: Path) -> Iterator[Verified]:
+    """Yield the same with digests, salts and heads. Raises as :func:`read`."""
+    return _walk(path)
+
+
+def _walk(path: Path, prepare: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Verified]:
+    """Yield the entries of one snapshot; the caller's last entry is not the end until this returns."""
     seq = 0
     try:
         with closing(_open_to_read(path)) as database:
             database.execute("BEGIN")
             _check_schema(database, path)
+            if prepare is not None:
+                prepare(database)
             previous: bytes | None = None
             for row in _rows(database, "ORDER BY seq"):
-                entry, previous = _check(database, row, seq + 1, previous)
+                checked = _check(database, row, seq + 1, previous)
+                previous = checked.head
                 seq += 1
-                yield entry, previous.hex()
+                yield checked
             if seq == 0:
                 raise _corrupt(1, "missing: the ledger is empty")
             _check_surroundings(database, path, seq)
@@ -200,36 +318,38 @@ def _unreadable(path: Path, seq: int, error: Exception) -> LedgerUnavailableErro
     return _corrupt(seq + 1, f"not readable: SQLite stops at or after this entry ({error})")
 
 
-def check_row(row: tuple[int, bytes, bytes], *, seq: int, previous: bytes) -> tuple[dict[str, Any], bytes]:
-    """Return entry and head(seq) of a row ``seq, body, hash`` that must be number *seq* after head *previous*.
+def check_row(row: tuple[int, bytes, bytes, bytes], *, seq: int, previous: bytes) -> Verified:
+    """Return the entry in a row ``seq, body, salt, hash`` that must be number *seq* after head *previous*.
 
     Raises:
         LedgerCorruptError: It does not verify.
     """
-    found, body, stored = row
-    entry, head = parse(body), entry_hash(previous, body)
-    if found != seq or head.hex().encode() != stored:
+    number, body, salt, stored = row
+    digest = digest_of(body, salt)
+    if number != seq or digest is None or next_head(previous, digest).hex().encode() != stored:
         raise _corrupt(seq, "run `ray-gpu audit verify` to see what is wrong")
-    if entry is None or entry.get("seq") != seq or _canonical_or_none(entry) != body:
-        raise _corrupt(seq, "its hash matches, but it is not a ledger entry with this number in canonical form")
+    entry = parse(body)
+    assert entry is not None  # it has a digest
+    if entry.get("seq") != seq:
+        raise _corrupt(seq, "its hash matches, but it is not a ledger entry with this number")
     if not isinstance(entry.get("time"), str) or not isinstance(entry.get("kind"), str):
         raise _corrupt(seq, "its hash matches, but it has no time or no kind")
-    return entry, head
+    return Verified(entry, digest, bytes.fromhex(salt.decode("ascii")), bytes.fromhex(stored.decode("ascii")))
 
 
-def _check(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | None) -> tuple[dict[str, Any], bytes]:
-    """Return the entry and head(seq) of a row that must be number *seq*."""
+def _check(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | None) -> Verified:
+    """Return the entry of a row that must be number *seq*."""
     entry = row.entry()
-    if row.seq != seq or row.body is None or row.hash is None:
+    if row.seq != seq or row.body is None or row.salt is None or row.hash is None:
         raise _corrupt(seq, _explain(database, row, seq, previous))
     if previous is None:
         previous = genesis(str(entry.get("zone"))) if entry else bytes(32)
-    if entry_hash(previous, row.body).hex().encode() != row.hash:
+    if not row.follows(previous):
         raise _corrupt(seq, _explain(database, row, seq, previous))
-    checked, head = check_row((row.seq, row.body, row.hash), seq=seq, previous=previous)
-    if seq == 1 and not (checked["kind"] == "opened" and isinstance(checked.get("zone"), str)):
+    checked = check_row((row.seq, row.body, row.salt, row.hash), seq=seq, previous=previous)
+    if seq == 1 and not (checked.entry["kind"] == "opened" and isinstance(checked.entry.get("zone"), str)):
         raise _corrupt(seq, "its hash matches, but it does not open a ledger of a named zone")
-    return checked, head
+    return checked
 
 
 def _canonical_or_none(entry: dict[str, Any]) -> bytes | None:
@@ -246,8 +366,8 @@ def _explain(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes 
     if row.seq != seq:
         what = "missing" if row.seq > seq else "duplicated or out of order"
         return f"{what}: the row in its place has number {row.seq}"
-    if row.body is None or row.hash is None:
-        return "truncated: body or hash is not text"
+    if row.body is None or row.salt is None or row.hash is None:
+        return "truncated: body, salt or hash is not text"
     held = entry.get("seq") if entry else None
     if isinstance(held, int) and held != seq:
         return _explain_moved(database, row, seq, held)
@@ -256,12 +376,13 @@ def _explain(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes 
     if entry is None:
         return "truncated: its JSON ends early" if not row.body.endswith(b"}") else "content changed: not JSON"
     following = next(_rows(database, "WHERE seq = ?", seq + 1), None)
-    if following is not None and following.body is not None and previous is not None:
-        if entry_hash(entry_hash(previous, row.body), following.body).hex().encode() == following.hash:
+    if following is not None and previous is not None:
+        digest = digest_of(row.body, row.salt)
+        if digest is not None and following.follows(next_head(previous, digest)):
             return "hash changed: the next entry follows from this content with another hash"
         if _follows(row.hash, following):
-            return "content changed: the next entry follows from this hash with other content"
-    return "content or hash changed"
+            return "content changed: the next entry follows from this hash with other content or salt"
+    return "content, salt or hash changed"
 
 
 def _explain_moved(database: sqlite3.Connection, row: _Row, seq: int, held: int) -> str:
@@ -273,7 +394,7 @@ def _explain_moved(database: sqlite3.Connection, row: _Row, seq: int, held: int)
             return f"reordered: its row holds entry {held}, and it is in row {other.seq}"
     following = next(_rows(database, "WHERE seq = ?", seq + 1), None)
     if following is not None and (following.entry() or {}).get("seq") == seq + 1 and _follows(row.hash, following):
-        return "content changed: the next entry follows from this hash with other content"
+        return "content changed: the next entry follows from this hash with other content or salt"
     return f"missing: its row holds entry {held}"
 
 
@@ -283,7 +404,7 @@ def _follows(stored: bytes | None, following: _Row) -> bool:
         previous = bytes.fromhex((stored or b"").decode("ascii"))
     except ValueError:
         return False
-    return entry_hash(previous, following.body or b"").hex().encode() == following.hash
+    return following.follows(previous)
 
 
 def sqlite_name(error: Exception) -> str:
@@ -293,8 +414,9 @@ def sqlite_name(error: Exception) -> str:
 
 def _rows(database: sqlite3.Connection, where: str, *values: int) -> Iterator[_Row]:
     # `where` is one of this module's own literals.
-    for seq, body_type, body, hash_type, stored in database.execute(f"SELECT {_COLUMNS} FROM entries {where}", values):
-        yield _Row(seq, body if body_type == b"text" else None, stored if hash_type == b"text" else None)
+    for seq, *columns in database.execute(f"SELECT {_COLUMNS} FROM entries {where}", values):
+        types, found = columns[::2], columns[1::2]
+        yield _Row(seq, *(value if of == b"text" else None for of, value in zip(types, found, strict=True)))
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:

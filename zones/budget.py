@@ -22,6 +22,7 @@ REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
     "session-start": frozenset({"person", "session"}),
     "session-end": frozenset({"person", "session"}),
     "lease-end": frozenset({"person", "session", "lease", "node", "outcome", "receipt"}),
+    "checkpoint": frozenset({"note"}),
     "decision": _EGRESS_FIELDS | {"decision", "rules", "reasons", "policy_digest"},
 }
 _RESERVED = frozenset({"seq", "time"})

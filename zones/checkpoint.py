@@ -55,7 +55,7 @@ class VerifierKey:
         match = _KEY.fullmatch(text.strip())
         data = _decoded(match[3]) if match else b""
         if match is None or data[:1] != _ED25519 or len(data) != 1 + _KEY_BYTES:
-            raise ValueError("a key is written as name+id+base64, as `ray-gpu audit key` prints it")
+            raise ValueError("a key is written as name+id+base64, as `ray-gpu vault ledger-key` prints it")
         key = cls(match[1], data[1:])
         if key.id.hex() != match[2]:
             raise ValueError("the key does not belong to its id; copy it again")
@@ -80,24 +80,35 @@ class Checkpoint:
         return f"{self.text()}\n— {key.name} {base64.b64encode(key.id + signature).decode()}\n"
 
 
-def opened(note: str, key: VerifierKey) -> Checkpoint:
-    """Return the checkpoint in a note that *key* signed. Signatures of other keys are ignored.
+def unsigned(note: str) -> Checkpoint:
+    """Return what a note says, whoever signed it.
 
     Raises:
-        ValueError: It is no such note, of another origin than the key's name, or not signed by *key*.
+        ValueError: It is no checkpoint.
     """
-    text, separator, signatures = note.rpartition("\n\n")
+    text, separator, _ = note.rpartition("\n\n")
     lines = text.split("\n")
     if not separator or len(lines) < 3 or not _SIZE.fullmatch(lines[1]):
         raise ValueError("this is no checkpoint: it has an origin, a size, a root and signatures")
     root = _decoded(lines[2])
     if len(root) != HASH_BYTES:
         raise ValueError("this is no checkpoint: its root is not 32 bytes in base64")
-    if lines[0] != key.name:
-        raise ValueError(f"the checkpoint is of {lines[0]!r}, the key of {key.name!r}")
+    return Checkpoint(origin=lines[0], size=int(lines[1]), root=root)
+
+
+def opened(note: str, key: VerifierKey) -> Checkpoint:
+    """Return the checkpoint in a note that *key* signed. Signatures of other keys are ignored.
+
+    Raises:
+        ValueError: It is no such note, of another origin than the key's name, or not signed by *key*.
+    """
+    found = unsigned(note)
+    text, _, signatures = note.rpartition("\n\n")
+    if found.origin != key.name:
+        raise ValueError(f"the checkpoint is of {found.origin!r}, the key of {key.name!r}")
     if not any(_holds(line, f"{text}\n".encode(), key) for line in signatures.removesuffix("\n").split("\n")):
         raise ValueError(f"no signature of it is by the key {key.name}+{key.id.hex()}")
-    return Checkpoint(origin=lines[0], size=int(lines[1]), root=root)
+    return found
 
 
 def _holds(line: str, signed: bytes, key: VerifierKey) -> bool:

@@ -1,7 +1,7 @@
 """Commitments to the fields of a ledger entry, one each: any of them can be opened without the others. Pure.
 
-docs/ledger.md is the specification. An entry has a random salt of 32 bytes; each field has a salt of its own from it, so
-that an opened field says nothing about another one, not even about one whose value can be guessed.
+docs/ledger.md is the specification. An entry has a random salt of 32 bytes, and each field a salt of its own from it,
+so that an opened field says nothing about another one, not even about one whose value can be guessed.
 """
 
 from __future__ import annotations

@@ -204,6 +204,10 @@ class LedgerCorruptError(LedgerError):
     entry: int | None
 
 
+class ProofError(LedgerError):
+    """A proof from a ledger proves nothing."""
+
+
 class BudgetSpentError(LedgerError):
     """The intent in the ledger does not cover this call; nothing left. Write another intent."""
 

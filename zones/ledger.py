@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from zones import audit
+from zones import audit, checkpoint
 from zones.audit import Head, Report, copy_ledger, read, verify
 from zones.budget import MAX_ENTRY_BYTES, Budget, Egress, check_entry, check_kind, recovered
+from zones.checkpoint import Checkpoint
+from zones.commitments import SALT_BYTES, entry_digest
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
+from zones.merkle import Frontier, leaf_hash
 from zones.model import Decision, canonical, check_id
 from zones.wal import wal_path
 
@@ -35,7 +39,7 @@ __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "c
 #: How long a write waits for another program that holds the database, milliseconds.
 BUSY_TIMEOUT_MS = 1000
 
-_FORMAT = 1
+_FORMAT = 2
 #: SQLite error name prefix: (what happened and what to do, whether a later write may be tried).
 _CAUSES = {
     "SQLITE_FULL": ("the disk is full; free space, then call again", True),
@@ -70,6 +74,8 @@ class _Chain:
 
     seq: int = 0
     hash: bytes = b""
+    #: Its tree, which has *seq* leaves.
+    tree: Frontier = field(default_factory=Frontier)
     #: Intents of the previous run that have no completion.
     unfinished: list[dict[str, Any]] = field(default_factory=list)
 
@@ -84,6 +90,7 @@ class Ledger:
         self._database = database
         self._lock = lock
         self._chain = _Chain()
+        self._zone = ""
         self._files: dict[Path, tuple[int, int] | None] = {}
         self._allowed: set[int] = set()
         self._refusal = ""
@@ -177,6 +184,12 @@ class Ledger:
         chain = self._chain
         return Head(seq=chain.seq, hash=chain.hash.hex())
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The state of the tree on disk, to be signed and written as a ``checkpoint`` entry."""
+        tree = self._chain.tree
+        return Checkpoint(origin=checkpoint.origin(self._zone), size=tree.size, root=tree.root())
+
     def close(self) -> None:
         """Fold the ``-wal`` into the file, which then says that it has none, and give the ledger back.
 
@@ -201,6 +214,7 @@ class Ledger:
         self.close()
 
     def _start(self, zone: str) -> None:
+        self._zone = zone
         self._database.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         self._database.execute("PRAGMA page_size = 4096")
         self._database.execute("PRAGMA auto_vacuum = NONE")
@@ -210,7 +224,7 @@ class Ledger:
             self._chain = _resume(self._database, self._path, zone)
         else:
             self._chain = _Chain(hash=audit.genesis(zone))
-        opened = {"kind": "opened", "zone": zone, "format": _FORMAT}
+        opened = {"kind": "opened", "zone": zone, "format": _FORMAT, "frontier": audit.hashes(self._chain.tree)}
         self._write([opened, *(recovered(intent) for intent in self._chain.unfinished)])
         self._files = {path: _identity(path) for path in (self._path, wal_path(self._path))}
 
@@ -257,20 +271,23 @@ class Ledger:
 
     def _commit_rows(self, group: Sequence[_Pending]) -> None:
         self._check_files()
-        seq, head, rows, last = self._chain.seq, self._chain.hash, [], []
+        seq, head, tree, rows, last = self._chain.seq, self._chain.hash, self._chain.tree.copy(), [], []
         for pending in group:
             for entry in pending.entries:
                 seq += 1
-                body = canonical({**entry, "seq": seq, "time": _iso(self._clock())})
-                head = audit.entry_hash(head, body)
-                rows.append((seq, body.decode("ascii"), head.hex()))
+                whole = {**entry, "seq": seq, "time": _iso(self._clock())}
+                salt = secrets.token_bytes(SALT_BYTES)
+                digest = entry_digest(salt, whole)
+                head = audit.next_head(head, digest)
+                tree.append(leaf_hash(digest))
+                rows.append((seq, canonical(whole).decode("ascii"), salt.hex(), head.hex()))
             last.append(seq)
         self._database.execute("BEGIN IMMEDIATE")
         if not self._chain.seq:
             self._database.execute(audit.SCHEMA)
-        self._database.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows)
+        self._database.executemany("INSERT INTO entries VALUES (?, ?, ?, ?)", rows)
         self._database.execute("COMMIT")
-        self._chain = _Chain(seq=seq, hash=head)
+        self._chain = _Chain(seq=seq, hash=head, tree=tree)
         for pending, number in zip(group, last, strict=True):
             pending.last_seq = number
 
@@ -298,20 +315,34 @@ def _resume(database: sqlite3.Connection, path: Path, zone: str) -> _Chain:
     named = (audit.parse(rows[0][1]) or {}).get("zone")
     if named != zone:
         raise _unavailable(path, f"it belongs to zone {named!r}, not {zone!r}; give each zone a file of its own")
-    intents: dict[int, dict[str, Any]] = {}
+    tree, intents = _tree_before(rows[0]), {}
     for offset, row in enumerate(rows):
-        entry, head = audit.check_row(row, seq=first + offset, previous=head)
+        checked = audit.check_row(row, seq=first + offset, previous=head)
+        entry, head = checked.entry, checked.head
+        tree.append(leaf_hash(checked.digest))
         if entry["kind"] == "intent":
             intents[entry["seq"]] = entry
         intents.pop(entry.get("intent", 0), None)
-    return _Chain(seq=rows[-1][0], hash=head, unfinished=list(intents.values()))
+    return _Chain(seq=rows[-1][0], hash=head, tree=tree, unfinished=list(intents.values()))
 
 
-def _rows_since_opened(database: sqlite3.Connection) -> list[tuple[int, bytes, bytes]]:
-    """Return ``seq, body, hash`` in order, from the last ``opened`` entry on; none if there is no such entry."""
+def _tree_before(row: tuple[int, bytes, bytes, bytes]) -> Frontier:
+    """Return the tree of the entries before an ``opened`` entry, as it names it."""
+    named = (audit.parse(row[1]) or {}).get("frontier")
+    try:
+        return Frontier(row[0] - 1, [bytes.fromhex(node) for node in named or ()])
+    except (TypeError, ValueError):
+        raise LedgerCorruptError(
+            f"ledger entry {row[0]} names no tree of the entries before it; use a backup", entry=row[0]
+        ) from None
+
+
+def _rows_since_opened(database: sqlite3.Connection) -> list[tuple[int, bytes, bytes, bytes]]:
+    """Return ``seq, body, salt, hash`` in order, from the last ``opened`` entry on; none if there is no such entry."""
     rows = []
     # As blobs, because damaged text must be compared, not decoded.
-    newest_first = "SELECT seq, CAST(body AS BLOB), CAST(hash AS BLOB) FROM entries ORDER BY seq DESC"
+    blobs = ", ".join(f"CAST({column} AS BLOB)" for column in ("body", "salt", "hash"))
+    newest_first = f"SELECT seq, {blobs} FROM entries ORDER BY seq DESC"
     for row in database.execute(newest_first):
         rows.append(row)
         if (audit.parse(row[1]) or {}).get("kind") == "opened":

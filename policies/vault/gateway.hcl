@@ -27,6 +27,14 @@ path "zone-${zone}/datakey/plaintext/+" {
   capabilities = ["update"]
 }
 
+# To sign checkpoints of its ledger. The key cannot be exported, and only set-up makes or rotates one.
+path "ledger/keys/${zone}" {
+  capabilities = ["read"]
+}
+path "ledger/sign/${zone}" {
+  capabilities = ["update"]
+}
+
 # To turn a person's token into a name and groups.
 path "identity/entity/id/+" {
   capabilities = ["read"]

@@ -10,19 +10,19 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
+from ray_gpu.cli.audit import audit
 from ray_gpu.cli.doctor import doctor
-from ray_gpu.cli.names import checked_zone
+from ray_gpu.cli.names import state_option, zone_option
 from ray_gpu.cli.node import gateway, node
 from ray_gpu.cli.policy import policy
 from ray_gpu.cli.vault import vault
-from ray_gpu.state import Layout, default_state_dir
+from ray_gpu.state import Layout
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
 from zones.model import Carrier
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-_STATE_HELP = "State directory of the cluster."
 _Command = Callable[..., Any]
 
 
@@ -41,18 +41,6 @@ class _Commands(click.RichGroup):
         except KeyboardInterrupt:
             errors.print("interrupted; what was started is stopped")
             ctx.exit(130)
-
-
-def _state(command: _Command) -> _Command:
-    shown = "RAY_GPU_STATE, or this user's state directory"
-    kind = click.Path(path_type=Path, file_okay=False)
-    return click.option("--state", type=kind, default=default_state_dir, show_default=shown, help=_STATE_HELP)(command)
-
-
-def _zone(command: _Command) -> _Command:
-    return click.option("--zone", default="clinic", show_default=True, callback=checked_zone, help="Name of the zone.")(
-        command
-    )
 
 
 def _start(command: _Command) -> _Command:
@@ -93,8 +81,8 @@ def _plan(state: Path, zone: str, policies: Path | None, base_port: int | None, 
 
 
 @cli.command()
-@_state
-@_zone
+@state_option
+@zone_option
 @_start
 def up(state: Path, zone: str, policies: Path | None, base_port: int | None, carrier: str | None) -> None:
     """Start an embedded cluster on this machine and keep it running."""
@@ -111,7 +99,7 @@ def up(state: Path, zone: str, policies: Path | None, base_port: int | None, car
 
 
 @cli.command()
-@_state
+@state_option
 def down(state: Path) -> None:
     """Stop the embedded cluster: sessions end, lease keys are shredded, every process is gone."""
     from ray_gpu import embedded  # noqa: PLC0415 - imports what only this command needs
@@ -121,7 +109,7 @@ def down(state: Path) -> None:
 
 
 @cli.command()
-@_state
+@state_option
 @click.option(
     "--config",
     "configs",
@@ -155,7 +143,7 @@ def embedded_runs(state: Path) -> bool:
 
 
 @cli.command()
-@_state
+@state_option
 @_start
 @click.option("--keep", is_flag=True, help="Leave the cluster running afterwards.")
 @click.option("--rows", type=click.IntRange(min=1000), help="Rows of the volume job, instead of all 1,250,000.")
@@ -199,69 +187,7 @@ def check(cluster: Path, hosts: Path | None) -> None:
     console.print(f"[green]ok[/]: {cluster}", soft_wrap=True)
 
 
-@cli.group()
-def audit() -> None:
-    """Check and read the ledger: what was decided, what left a zone, what was refused."""
-
-
-def _ledger(command: _Command) -> _Command:
-    kind = click.Path(path_type=Path, dir_okay=False)
-    return click.argument("ledger", type=kind, required=False)(_state(_zone(command)))
-
-
-@audit.command()
-@_ledger
-@click.option("--head", "head_text", help="Head that was noted down earlier, as `verify` prints it.")
-def verify(ledger: Path | None, state: Path, zone: str, head_text: str | None) -> None:
-    """Verify a ledger file, by default the embedded cluster's, and name the first entry that does not fit.
-
-    Exit status 0: it verifies. 1: it was changed. 2: there is no such file, or it cannot be read.
-    """
-    from zones.ledger import Head  # noqa: PLC0415 - imports what only this command needs
-    from zones.ledger import verify as check  # noqa: PLC0415
-
-    try:
-        head = Head.parse(head_text) if head_text else None
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--head") from None
-    report = check(ledger or Layout(state).ledger(zone), expected_head=head)
-    console.print(
-        f"[green]verifies[/]: zone {report.zone}, {report.entries} entries, head {report.head}", soft_wrap=True
-    )
-    if report.without_wal:
-        errors.print(
-            "[yellow]perhaps not all of it[/]: the file was copied from a running gateway without its -wal file, where "
-            "later entries are; copy it with `ray-gpu audit copy`",
-            soft_wrap=True,
-        )
-
-
-@audit.command()
-@click.argument("target", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--from", "ledger", type=click.Path(path_type=Path, dir_okay=False), help="Ledger file, instead.")
-@_state
-@_zone
-def copy(target: Path, ledger: Path | None, state: Path, zone: str) -> None:
-    """Copy a ledger, by default the embedded cluster's, to the new file TARGET, while its gateway runs or not.
-
-    Copying the file alone leaves out what a running gateway has written last.
-    """
-    from zones import ledger as ledgers  # noqa: PLC0415 - imports what only this command needs
-
-    ledgers.copy_ledger(ledger or Layout(state).ledger(zone), target)
-    console.print(f"copied to {target}; check it with: ray-gpu audit verify {target}", soft_wrap=True)
-
-
-@audit.command()
-@_ledger
-@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Entries to show.")
-def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
-    """Show a ledger's last entries, each verified before it is shown."""
-    from ray_gpu.cli import show  # noqa: PLC0415 - imports what only this command needs
-
-    show.ledger(console, ledger or Layout(state).ledger(zone), last)
-
-
+cli.add_command(audit)
 cli.add_command(doctor)
 cli.add_command(node)
 cli.add_command(gateway)

@@ -1,10 +1,17 @@
-"""Names that people give to several commands."""
+"""Names and options that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import rich_click as click
 
+from ray_gpu.state import default_state_dir
 from zones.model import check_id
+
+Command = Callable[..., Any]
 
 
 def checked_zone(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -13,3 +20,17 @@ def checked_zone(ctx: click.Context, param: click.Parameter, value: str) -> str:
         return check_id(value, what="zone")
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def state_option(command: Command) -> Command:
+    """Give a command the option ``--state``."""
+    shown = "RAY_GPU_STATE, or this user's state directory"
+    kind = click.Path(path_type=Path, file_okay=False)
+    text = "State directory of the cluster."
+    return click.option("--state", type=kind, default=default_state_dir, show_default=shown, help=text)(command)
+
+
+def zone_option(command: Command) -> Command:
+    """Give a command the option ``--zone``."""
+    text = "Name of the zone."
+    return click.option("--zone", default="clinic", show_default=True, callback=checked_zone, help=text)(command)

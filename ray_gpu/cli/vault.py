@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import rich_click as click
 from rich.console import Console
 
+from ray_gpu.cli.names import checked_zone
 from zones.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,6 +121,20 @@ def issue(name: str, address: str, ca: Path | None, token_file: Path, out: Path)
             raise click.BadParameter(str(error), param_hint="NAME") from None
         json.dump(document, file)
     console.print(f"wrote {out}: move it to where {name} runs, and keep no copy", soft_wrap=True)
+
+
+@vault.command("ledger-key")
+@click.argument("zone", callback=checked_zone)
+@_connection
+def ledger_key(zone: str, address: str, ca: Path | None, token_file: Path) -> None:
+    """Print the public key that a ZONE's gateway signs its ledger with, for `ray-gpu audit` and docs/verify_proof.py.
+
+    Any login of the zone may read it, a person's too.
+    """
+    from zones.signing import Signer  # noqa: PLC0415 - imports what only this command needs
+
+    with _login(address, ca, token_file) as client:
+        click.echo(Signer(client, zone).key)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import random
 import shutil
@@ -19,7 +21,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zones.audit import entry_hash, genesis
 from zones.errors import BudgetSpentError, LedgerCorruptError, LedgerUnavailableError
 from zones.ledger import MAX_ENTRY_BYTES, Budget, Egress, Head, Ledger, copy_ledger, read, verify
 from zones.model import Decision, EgressRequest, canonical
@@ -93,7 +94,9 @@ def test_entries_of_a_call(path: Path) -> None:
 
     opened, decision, intent, completion = read(path)
 
-    assert opened == {"kind": "opened", "zone": ZONE, "format": 1, "seq": 1, "time": "2026-05-01T12:00:00.000000Z"}
+    assert opened == {
+        "kind": "opened", "zone": ZONE, "format": 2, "frontier": [], "seq": 1, "time": "2026-05-01T12:00:00.000000Z",
+    }  # fmt: skip
     assert decision["decision"] == "allowed"
     assert decision["rules"] == ["r1"]
     assert intent["columns"] == ["age", "mdvis"]
@@ -165,14 +168,29 @@ def test_round_trip(tmp_path: Path) -> None:
         check()
 
 
-def test_chain_is_as_specified(path: Path, ledger: Ledger) -> None:
-    """The head can be recomputed from the document alone."""
+def test_chain_and_tree_are_as_specified(path: Path, ledger: Ledger) -> None:
+    """Head and root can be recomputed from the document alone."""
     ledger.append(START)
+    with closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT body, salt, hash FROM entries ORDER BY seq").fetchall()
 
-    head = genesis(ZONE)
-    for entry in read(path):
-        head = entry_hash(head, canonical(entry))
-    assert ledger.head == Head(seq=2, hash=head.hex()) == verify(path).head
+    head, leaves = hashlib.sha256(b"ray-gpu ledger v2 genesis\n" + ZONE.encode()).digest(), []
+    for body, salt, stored in rows:
+        commitments = []
+        for name, value in json.loads(body).items():
+            own = hmac.new(bytes.fromhex(salt), name.encode(), "sha256").digest()
+            field = json.dumps([name, value], sort_keys=True, separators=(",", ":")).encode()
+            commitments.append(hashlib.sha256(b"ray-gpu ledger v2 field\n" + own + field).digest())
+        digest = hashlib.sha256(b"ray-gpu ledger v2 entry\n" + b"".join(sorted(commitments))).digest()
+        head = hashlib.sha256(b"ray-gpu ledger v2 head\n" + head + digest).digest()
+        leaves.append(hashlib.sha256(b"\0" + digest).digest())
+        assert stored == head.hex()
+    report = verify(path)
+    assert ledger.head == Head(seq=2, hash=head.hex()) == report.head
+    assert report.checkpoint.root == hashlib.sha256(b"\1" + leaves[0] + leaves[1]).digest()
+    assert ledger.checkpoint == report.checkpoint
+    assert (report.checkpoint.origin, report.checkpoint.size) == ("ray-gpu.ledger/clinic", 2)
+    assert len({salt for _, salt, _ in rows}) == 2
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -480,7 +498,7 @@ def test_locked_by_another_program(path: Path, ledger: Ledger) -> None:
 def test_foreign_row(path: Path, ledger: Ledger) -> None:
     """A row that somebody else wrote stops the ledger."""
     with closing(sqlite3.connect(path)) as other, other:
-        other.execute("INSERT INTO entries VALUES (2, '{}', '')")
+        other.execute("INSERT INTO entries VALUES (2, '{}', '', '')")
 
     for _ in range(2):
         with pytest.raises(LedgerUnavailableError, match="another program wrote"):
@@ -588,12 +606,15 @@ _OTHER = "FROM entries AS other WHERE other.seq = entries.seq"
 TAMPER: dict[str, tuple[Callable[[sqlite3.Connection, int], object], str]] = {
     "content": (_set("""body = replace(body, '"time":"2', '"time":"3')"""), "content changed"),
     "hash": (_set("hash = substr(hash, 2) || substr(hash, 1, 1)"), "hash changed"),
+    "salt": (_set("salt = substr(salt, 2) || substr(salt, 1, 1)"), "content changed"),
+    "salt in capitals": (_set("salt = upper(salt)"), "content changed"),
+    "cut salt": (_set("salt = substr(salt, 1, 63)"), "content changed"),
     "hash in capitals": (_set("hash = upper(hash)"), "hash changed"),
     "deleted": (lambda database, n: database.execute("DELETE FROM entries WHERE seq = ?", (n,)), "missing"),
     "deleted and renumbered": (_shift, "missing"),
     "swapped": (_swap, "reordered"),
     "repeats the one before": (
-        _set(f"(body, hash) = (SELECT body, hash {_OTHER} - 1)"),
+        _set(f"(body, salt, hash) = (SELECT body, salt, hash {_OTHER} - 1)"),
         "duplicated",
     ),
     "not JSON": (_set("body = replace(body, '{', '[')"), "not JSON"),
@@ -652,7 +673,7 @@ def test_added_entry(whole: Path, tmp_path: Path) -> None:
     """A row added behind the last is named."""
     copy = copy_of(whole, tmp_path)
     with closing(sqlite3.connect(copy)) as database, database:
-        database.execute("INSERT INTO entries SELECT 41, body, hash FROM entries WHERE seq = 40")
+        database.execute("INSERT INTO entries SELECT 41, body, salt, hash FROM entries WHERE seq = 40")
 
     with pytest.raises(LedgerCorruptError, match="duplicated") as caught:
         verify(copy)
@@ -740,15 +761,17 @@ def fingerprint(path: Path) -> tuple[list[dict[str, Any]], str] | int | None:
 
 
 def test_every_byte_of_an_entry(whole: Path, tmp_path: Path) -> None:
-    """A byte flipped anywhere in a stored entry or its hash is found, and that entry is named."""
+    """A byte flipped anywhere in a stored entry, its salt or its hash is found, and that entry is named."""
     data = whole.read_bytes()
     rows = list(read(whole))
     copy = tmp_path / "copy.sqlite"
     with closing(sqlite3.connect(whole)) as database:
-        hashes = [row[0].encode() for row in database.execute("SELECT hash FROM entries ORDER BY seq")]
+        kept = [
+            (salt + hash_).encode() for salt, hash_ in database.execute("SELECT salt, hash FROM entries ORDER BY seq")
+        ]
 
     for n in (1, 3, 20, 40):
-        stored = canonical(rows[n - 1]) + hashes[n - 1]
+        stored = canonical(rows[n - 1]) + kept[n - 1]
         start = data.index(stored)
         assert data.count(stored) == 1
         for at in range(start, start + len(stored)):
