@@ -47,7 +47,7 @@ def open_note(note, key):
 def climb(path, place, last, nodes):
     """Walk up the tree of RFC 9162, sections 2.1.3.2 and 2.1.4.2; `nodes` are (hash, whether what is right counts)."""
     for sibling in path:
-        need(last > 0, "the path is too long")
+        need(last > 0 and len(sibling) == 32, "the path is too long, or has something that is no hash")
         if place & 1 or place == last:
             nodes = [(sha256(b"\x01" + sibling + node), counts) for node, counts in nodes]
             while not place & 1 and place:

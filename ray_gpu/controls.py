@@ -71,6 +71,7 @@ _CLIENT = "tests/attack/test_client_relay.py::"
 _LATERAL, _TENANTS = "tests/attack/test_lateral.py::", "tests/attack/test_tenants.py::"
 _AFTERWARDS, _REVOCATION = "tests/attack/test_keys.py::", "tests/proofs/test_revocation.py::"
 _SCRUB = "tests/sandbox/test_scrub.py::"
+_PROOF, _SIGNING = "tests/zones/test_proof.py::", "tests/test_ledger_signing.py::"
 _POLICY, _ERRORS = "tests/zones/test_policy.py::", "tests/test_remote_error.py::"
 #: Any attempt of the probe: refused inside, and done outside by the same uid.
 _PROBE_REFUSED = (_BOUNDARY + "test_escape_is_refused", _ESCAPE + "test_refused")
@@ -374,6 +375,20 @@ _ALL = (
         keeps_off="Whoever can write the ledger's file from changing an entry unnoticed.",
         attacks=(_LEDGER + "test_every_byte_of_an_entry", _LEDGER + "test_tampered_entry"),
         positives=(_LEDGER + "test_control_without_the_chain",)),
+    Control(
+        id="ledger-signed", where="Vault", promise="P3", told="built in", code="zones/signing.py::Signer",
+        keeps_off="Whoever can write the ledger's file from rewriting it, or cutting its end, unseen by who kept a "
+                  "checkpoint.",
+        attacks=(_PROOF + "test_noted_checkpoint", _PROOF + "test_cut_off",
+                 _PROOF + "test_checkpoint_that_does_not_hold", _PROOF + "test_forged_inclusion",
+                 _PROOF + "test_growth", _SIGNING + "test_others_do_not_sign", _SIGNING + "test_key_stays_in_vault",
+                 _SIGNING + "test_commands"),
+        positives=(_PROOF + "test_cut_off", _SIGNING + "test_commands")),
+    Control(
+        id="field-commitments", where="zone", promise="P3", told="built in", code="zones/commitments.py::field_salt",
+        keeps_off="Whoever is shown a field of an entry from learning, or guessing, the others.",
+        attacks=(_PROOF + "test_only_chosen_fields", "tests/zones/test_commitments.py::test_salts"),
+        positives=(_PROOF + "test_only_chosen_fields",)),
     Control(
         id="labels", where="gateway", promise="P3", told="built in", code="zones/labels.py::classify",
         keeps_off="Data from leaving under a lower class than its own: renamed, derived, captured or as an argument.",

@@ -177,11 +177,13 @@ def test_commands(site: Site, ledger: Ledger, tmp_path: Path) -> None:
     assert good.exit_code == 0, good.output
     assert "signed up to entry 4; 1 came later" in good.output
     assert "begins with the 2 entries of the checkpoint that was kept" in good.output
-    stranger = [sys.executable, "-I", ROOT / "docs/verify_proof.py"]
+    stranger = [sys.executable, "-I", str(ROOT / "docs/verify_proof.py")]
     for command, extra in ((["prove", 2, "person", "kind"], []), (["growth", note, "--key", key], [note])):
         proof = tmp_path / "proof.json"
         proof.write_text(run("audit", *command, "--from", path).output)
-        done = subprocess.run([*stranger, proof, key, *extra], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*stranger, str(proof), key, *map(str, extra)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert "nobody's business" not in proof.read_text()
     assert json.loads(run("audit", "prove", 2, "--from", path).output)["opened"][0]["value"] == "session-start"

@@ -121,10 +121,12 @@ def root_from_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[byte
     The leaf is in the tree if this is its root (RFC 9162, section 2.1.3.2).
 
     Raises:
-        ValueError: No proof for this place has so many hashes.
+        ValueError: No proof for this place has so many hashes, or one is not 32 bytes.
     """
     if not 0 <= index < size:
         raise ValueError(f"there is no leaf {index} among {size}")
+    if any(len(one) != HASH_BYTES for one in (leaf, *proof)):
+        raise ValueError("a hash has 32 bytes")
     node, place, last = leaf, index, size - 1
     for sibling in proof:
         if last == 0:
@@ -143,7 +145,7 @@ def root_from_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[byte
 
 def is_consistent(old_size: int, old_root: bytes, size: int, new_root: bytes, proof: Sequence[bytes]) -> bool:
     """Say whether *proof* shows that the tree of *size* leaves begins with that of *old_size* (section 2.1.4.2)."""
-    if not 0 < old_size <= size:
+    if not 0 < old_size <= size or any(len(one) != HASH_BYTES for one in (old_root, new_root, *proof)):
         return False
     if old_size == size:
         return not proof and old_root == new_root

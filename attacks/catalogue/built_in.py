@@ -83,7 +83,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "decision-first", "whatever policy answers is taken for a yes",
-        Edit(file="zones/policy.py", old="_Answer(allowed=mine.allowed and theirs.allowed,", new="_Answer(allowed=True,"),
+        Edit(file="zones/policy.py", old="return Answer(allowed=mine.allowed and theirs.allowed,", new="return Answer(allowed=True,"),
         "tests/zones/test_policy.py::test_deny_by_default", r"assert .*True",
     ),
     mutation(
@@ -93,8 +93,18 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "ledger-chain", "an entry's hash says nothing about what is in it",
-        Edit(file="zones/audit.py", old="hashlib.sha256(_ENTRY_LABEL + previous + body)", new="hashlib.sha256(_ENTRY_LABEL)"),
+        Edit(file="zones/audit.py", old="hashlib.sha256(_HEAD_LABEL + previous + digest)", new="hashlib.sha256(_HEAD_LABEL)"),
         _LEDGER + "test_tampered_entry", "DID NOT RAISE",
+    ),
+    mutation(
+        "ledger-signed", "any signature of a checkpoint holds",
+        Edit(file="zones/checkpoint.py", old="    except InvalidSignature:\n        return False", new="    except InvalidSignature:\n        return True"),
+        "tests/zones/test_proof.py::test_checkpoint_that_does_not_hold", "DID NOT RAISE",
+    ),
+    mutation(
+        "field-commitments", "all fields of an entry have one salt",
+        Edit(file="zones/commitments.py", old='return hmac.digest(salt, name.encode(), "sha256")', new="return salt"),
+        "tests/zones/test_proof.py::test_only_chosen_fields", "assert not",
     ),
     mutation(
         "labels", "a call has the class of its function, whatever data it sends",
