@@ -145,7 +145,7 @@ def root_from_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[byte
 
 def is_consistent(old_size: int, old_root: bytes, size: int, new_root: bytes, proof: Sequence[bytes]) -> bool:
     """Say whether *proof* shows that the tree of *size* leaves begins with that of *old_size* (section 2.1.4.2)."""
-    if not 0 < old_size <= size or any(len(one) != HASH_BYTES for one in (old_root, new_root, *proof)):
+    if not 0 < old_size <= size or any(len(node) != HASH_BYTES for node in proof):
         return False
     if old_size == size:
         return not proof and old_root == new_root
