@@ -6,9 +6,10 @@ so that an opened field says nothing about another one, not even about one whose
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import hmac
 from collections.abc import Iterable, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from zones.model import canonical
@@ -16,13 +17,14 @@ from zones.model import canonical
 #: Bytes of a salt.
 SALT_BYTES = 32
 
+_SALT_LABEL = b"ray-gpu ledger v2 salt\n"
 _FIELD_LABEL = b"ray-gpu ledger v2 field\n"
 _ENTRY_LABEL = b"ray-gpu ledger v2 entry\n"
 
 
 def field_salt(salt: bytes, name: str) -> bytes:
     """Return the salt of the field *name* in an entry with this salt, 32 bytes."""
-    return hmac.digest(salt, name.encode(), "sha256")
+    return hashlib.sha256(_SALT_LABEL + _text(name) + salt).digest()
 
 
 def commit(salt: bytes, name: str, value: Any) -> bytes:
@@ -31,7 +33,7 @@ def commit(salt: bytes, name: str, value: Any) -> bytes:
     Raises:
         TypeError: *value* has no canonical bytes.
     """
-    return hashlib.sha256(_FIELD_LABEL + salt + canonical([name, value])).digest()
+    return hashlib.sha256(_FIELD_LABEL + salt + b"[%b,%b]" % (_text(name), _fragment(value))).digest()
 
 
 def commitments(salt: bytes, entry: Mapping[str, Any]) -> list[bytes]:
@@ -47,3 +49,18 @@ def digest_of(commitments: Iterable[bytes]) -> bytes:
 def entry_digest(salt: bytes, entry: Mapping[str, Any]) -> bytes:
     """Return what stands for an entry in chain and tree, 32 bytes."""
     return digest_of(commitments(salt, entry))
+
+
+@functools.lru_cache(maxsize=256)
+def _text(name: str) -> bytes:
+    return canonical(name)
+
+
+def _fragment(value: Any) -> bytes:
+    """Return canonical bytes; most values are text or numbers, for which there is a shorter way."""
+    kind = type(value)
+    if kind is str:
+        return encode_basestring_ascii(value).encode("ascii")
+    if kind is int:
+        return b"%d" % value
+    return canonical(value)

@@ -103,7 +103,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "field-commitments", "all fields of an entry have one salt",
-        Edit(file="zones/commitments.py", old='return hmac.digest(salt, name.encode(), "sha256")', new="return salt"),
+        Edit(file="zones/commitments.py", old="return hashlib.sha256(_SALT_LABEL + _text(name) + salt).digest()", new="return salt"),
         "tests/zones/test_proof.py::test_only_chosen_fields", "assert not",
     ),
     mutation(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from typing import Any
 
 import pytest
 
 from zones.commitments import commit, commitments, digest_of, entry_digest, field_salt
+from zones.model import canonical
 
 SALT = bytes(range(32))
 ENTRY: dict[str, Any] = {"seq": 3, "kind": "decision", "columns": ["a", "b"], "receipt": None, "rows": 0}
@@ -16,7 +16,7 @@ ENTRY: dict[str, Any] = {"seq": 3, "kind": "decision", "columns": ["a", "b"], "r
 
 def test_written_out() -> None:
     """The digest of an entry, by the words of docs/ledger.md alone."""
-    salts = {name: hmac.new(SALT, name.encode(), hashlib.sha256).digest() for name in ENTRY}
+    salts = {name: hashlib.sha256(f'ray-gpu ledger v2 salt\n"{name}"'.encode() + SALT).digest() for name in ENTRY}
     texts = {
         "seq": '["seq",3]', "kind": '["kind","decision"]', "columns": '["columns",["a","b"]]',
         "receipt": '["receipt",null]', "rows": '["rows",0]',
@@ -45,6 +45,17 @@ def test_every_field_is_bound(changed: dict[str, Any]) -> None:
     """Another value, type, order, name or number of fields is another digest; another order of fields is not."""
     assert entry_digest(SALT, changed) != entry_digest(SALT, ENTRY)
     assert entry_digest(SALT, dict(reversed(ENTRY.items()))) == entry_digest(SALT, ENTRY)
+
+
+@pytest.mark.parametrize(
+    "value", ["", 'a "quote" \n', "\u00e9\u20ac\U0001f600", 0, -1, 1 << 70, True, None, [], ["a", 1], {"b": {"a": []}}]
+)
+def test_any_value(value: Any) -> None:
+    """A commitment is to the canonical bytes, whatever the value's type."""
+    own = field_salt(SALT, "name")
+    text = b"ray-gpu ledger v2 field\n" + own + canonical(["name", value])
+
+    assert commit(own, "name", value) == hashlib.sha256(text).digest()
 
 
 def test_salts() -> None:

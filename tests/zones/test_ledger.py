@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import random
 import shutil
@@ -178,7 +177,7 @@ def test_chain_and_tree_are_as_specified(path: Path, ledger: Ledger) -> None:
     for body, salt, stored in rows:
         commitments = []
         for name, value in json.loads(body).items():
-            own = hmac.new(bytes.fromhex(salt), name.encode(), "sha256").digest()
+            own = hashlib.sha256(f'ray-gpu ledger v2 salt\n"{name}"'.encode() + bytes.fromhex(salt)).digest()
             field = json.dumps([name, value], sort_keys=True, separators=(",", ":")).encode()
             commitments.append(hashlib.sha256(b"ray-gpu ledger v2 field\n" + own + field).digest())
         digest = hashlib.sha256(b"ray-gpu ledger v2 entry\n" + b"".join(sorted(commitments))).digest()
