@@ -48,6 +48,7 @@ from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import share_encoded, share_table, share_value
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
+from zones import replaying
 from zones.config import load_zone
 from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
@@ -108,6 +109,7 @@ class Gateway:
         policy = Policy.load(settings.policies, zone)
         self._signer = Signer(self._vault, zone.name)
         ledger = Ledger.open(settings.ledger, zone=zone.name)
+        ledger.append(replaying.entry(policy))
         # After the ledger, whose lock says that no other gateway uses these directories.
         self._keys = LeaseKeys(self._vault, zone.name, settings.ledger.parent / "lease-keys")
         self._services = ZoneServices(

@@ -16,6 +16,8 @@ from zones.model import EgressRequest, canonical
 
 #: Largest entry, bytes. A thousand long column names fit; a purpose that fills the disk does not.
 MAX_ENTRY_BYTES = 256 * 1024
+#: Largest entry that keeps a policy, bytes: a catalog may have many columns.
+MAX_POLICY_BYTES = 16 << 20
 _EGRESS_FIELDS = frozenset({"person", "session", "purpose", "dataset", "columns", "classes", "function", "pool"})
 #: Kinds that :meth:`Ledger.append` takes, and the fields that each must have.
 REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
@@ -23,6 +25,7 @@ REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
     "session-end": frozenset({"person", "session"}),
     "lease-end": frozenset({"person", "session", "lease", "node", "outcome", "receipt"}),
     "checkpoint": frozenset({"note"}),
+    "policy": frozenset({"policy_digest", "files"}),
     "decision": _EGRESS_FIELDS | {"decision", "rules", "reasons", "policy_digest"},
 }
 _RESERVED = frozenset({"seq", "time"})
@@ -181,5 +184,6 @@ def check_entry(entry: Mapping[str, Any]) -> None:
     if reserved := _RESERVED & entry.keys():
         raise ValueError(f"{sorted(reserved)} are set by the ledger")
     size = len(canonical(entry))
-    if size > MAX_ENTRY_BYTES:
-        raise ValueError(f"the entry has {size} bytes, {MAX_ENTRY_BYTES} are allowed; shorten purpose or column list")
+    most = MAX_POLICY_BYTES if entry.get("kind") == "policy" else MAX_ENTRY_BYTES
+    if size > most:
+        raise ValueError(f"the entry has {size} bytes, {most} are allowed; shorten purpose, column list or policy")

@@ -62,10 +62,14 @@ class PoolPolicy:
 class Policy:
     """The policy of one zone, and of the pools it may use."""
 
-    def __init__(self, zone: Zone, rules: RuleFile, pools: Mapping[str, RuleFile], folder: str) -> None:
+    def __init__(
+        self, zone: Zone, rules: RuleFile, pools: Mapping[str, RuleFile], folder: str, files: Mapping[str, bytes]
+    ) -> None:
         self.zone = zone
         self._rules = rules
         self._pools = pools
+        #: Every file that the policy's digest is over, by its path in the policies directory.
+        self.files = files
         #: Name of the policies directory, for messages.
         self._folder = folder
 
@@ -90,7 +94,7 @@ class Policy:
             "zone": {zone.name},
         }
         pools = {pool: _pool_rules(policies_dir, pool, files) for pool in zone.pools}
-        return cls(zone, RuleFile(policies_dir / path, files[path], schema, known), pools, policies_dir.name)
+        return cls(zone, RuleFile(policies_dir / path, files[path], schema, known), pools, policies_dir.name, files)
 
     def decide(self, request: EgressRequest) -> Decision:
         """Decide whether *request* may leave. Never raises; what cannot be decided is denied.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,34 @@ def verify(
             "later entries are; copy it with `ray-gpu audit copy`",
             soft_wrap=True,
         )
+
+
+@audit.command()
+@_ledger
+def replay(ledger: Path | None, state: Path, zone: str) -> None:
+    """Decide every decision of a ledger again, by the policy that the ledger holds for it; name those that differ.
+
+    Exit status 0: all are as written down. 1: one differs, or the ledger does not verify.
+    """
+    from zones.ledger import read  # noqa: PLC0415 - imports what only this command needs
+    from zones.replaying import replay as again  # noqa: PLC0415 - as above
+
+    count, differ = 0, 0
+    for one in again(read(ledger or Layout(state).ledger(zone))):
+        count += 1
+        if not one.same:
+            differ += 1
+            was, now = (
+                _answer(*each) for each in ((one.allowed, one.rules), (one.decision.allowed, one.decision.rules))
+            )
+            console.print(f"  entry {one.seq}: written down as {was}; the policy says {now}", soft_wrap=True)
+    console.print(f"{count - differ} of {count} decisions are as the policy of their time has them")
+    if differ:
+        sys.exit(1)
+
+
+def _answer(allowed: bool, rules: Sequence[str]) -> str:
+    return f"{'allowed' if allowed else 'refused'} by {', '.join(rules)}"
 
 
 @audit.command()

@@ -188,6 +188,8 @@ def _words(entry: Mapping[str, Any]) -> str:
         return f"of {entry['intent']}: at most {size(entry['at_most_bytes'])} went to {node}"
     if kind == "lease-end":
         return f"{node}, {entry.get('outcome')}, {'its receipt' if entry.get('receipt') else 'without a receipt'}"
+    if kind == "policy":
+        return f"from here on: {entry['policy_digest'][:12]}, {len(entry['files'])} files"
     if kind == "checkpoint":
         return f"signed: the {str(entry['note']).split(chr(10))[1]} entries before"
     purpose = f", purpose: {entry['purpose']}" if entry.get("purpose") else ""
