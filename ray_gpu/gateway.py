@@ -39,6 +39,7 @@ from typing import Any
 
 from ray_gpu import job, source
 from ray_gpu.handover import take_secret
+from ray_gpu.in_force import InForce
 from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.leases import HEARTBEAT_S, LeaseOpener
 from ray_gpu.relay_link import RelayLink
@@ -49,7 +50,6 @@ from ray_gpu.share import share_encoded, share_table, share_value
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones import replaying
-from zones.config import load_zone
 from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
@@ -62,6 +62,8 @@ MAX_CONNECTIONS = 64
 RELAY_TIMEOUT_S = 60.0
 #: How often keys are looked for that outlived their lease, seconds.
 SWEEP_INTERVAL_S = 5.0
+#: How often it is looked whether the policy's files changed, seconds.
+POLICY_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,8 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        zone = load_zone(settings.policies, settings.zone)
+        in_force = InForce(settings.policies, settings.zone)
+        zone = in_force.policy.zone
         self._vault = Vault(settings.vault, ca_file=settings.vault_ca)
         self._vault.login_approle(settings.role_id, settings.secret_id)
         self._vault.check_clock()
@@ -106,15 +109,13 @@ class Gateway:
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self.watchdog = Watchdog()
-        policy = Policy.load(settings.policies, zone)
         self._signer = Signer(self._vault, zone.name)
         ledger = Ledger.open(settings.ledger, zone=zone.name)
-        ledger.append(replaying.entry(policy))
+        ledger.append(replaying.entry(in_force.policy))
         # After the ledger, whose lock says that no other gateway uses these directories.
         self._keys = LeaseKeys(self._vault, zone.name, settings.ledger.parent / "lease-keys")
         self._services = ZoneServices(
-            zone=zone,
-            policy=policy,
+            in_force=in_force,
             ledger=ledger,
             opener=LeaseOpener(zone, self._keys, self._relay, self._vault.node_ca(), settings.degradations),
             data_dir=settings.data_dir,
@@ -145,6 +146,7 @@ class Gateway:
         threading.Thread(target=self._accept_relay, args=(relay_listener,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
         threading.Thread(target=self._sweep, daemon=True).start()
+        threading.Thread(target=self._follow_policy, daemon=True).start()
         threading.Thread(target=self.watchdog.run, daemon=True).start()
         # Whoever finds this socket finds GPU nodes behind it; without a relay people are told so.
         self._relay.wait(RELAY_TIMEOUT_S)
@@ -174,6 +176,19 @@ class Gateway:
         while True:
             time.sleep(SWEEP_INTERVAL_S)
             self._keys.sweep(int(time.time()))
+
+    def _follow_policy(self) -> None:
+        while True:
+            time.sleep(POLICY_INTERVAL_S)
+            try:
+                self._services.in_force.refresh(self._adopt)
+            except Exception:  # noqa: BLE001 - a file system's trouble must not be the last look
+                traceback.print_exc()
+
+    def _adopt(self, policy: Policy) -> None:
+        """Write a new version of the policy down, before anything is decided by it."""
+        self._services.ledger.append(replaying.entry(policy))
+        self._services.opener.zone = policy.zone
 
     def _on_lost(self, lease: str, reason: str) -> None:
         for session in list(self._sessions.values()):

@@ -159,7 +159,8 @@ class LeaseOpener:
     def __init__(
         self, zone: Zone, keys: LeaseKeys, relay: RelayLink, node_ca: str, degradations: tuple[str, ...] = ()
     ) -> None:
-        self._zone = zone
+        #: As the policy in force describes it.
+        self.zone = zone
         self._keys = keys
         self._relay = relay
         self._node_ca = node_ca
@@ -282,7 +283,7 @@ class LeaseOpener:
     def _grant(self, lease: str, offer: Offer, terms: LeaseTerms, decision: Decision, not_after: int) -> Lease:
         exchange = ExchangeKey()
         grant = Grant(
-            zone=self._zone.name,
+            zone=self.zone.name,
             lease=lease,
             node=offer.node,
             pool=offer.pool,
@@ -340,7 +341,7 @@ class LeaseOpener:
             host, port = ipaddress.ip_address(str(endpoint[0])), int(endpoint[1])
         except (TypeError, ArithmeticError, ValueError, LookupError):
             raise GrantRefusedError("the relay named no usable endpoint; see ray-gpu status") from None
-        if not endpoint_allowed(self._zone.endpoints, str(host), port):
+        if not endpoint_allowed(self.zone.endpoints, str(host), port):
             raise GrantRefusedError(f"the relay named {host} port {port}, which zone.yaml's endpoints do not allow")
         sock = socket.create_connection((str(host), port), timeout=HELLO_TIMEOUT_S)
         # A node that vanishes, or takes nothing more, must not hold a call for ever.

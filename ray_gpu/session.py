@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_gpu.in_force import InForce
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
 from ray_gpu.leases import Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
@@ -35,8 +36,7 @@ RESERVED_CALLS, RESERVED_BYTES = 1000, 64 << 20
 class ZoneServices:
     """What all sessions of a gateway share."""
 
-    zone: Zone
-    policy: Policy
+    in_force: InForce
     ledger: Ledger
     opener: LeaseOpener
     data_dir: Path
@@ -44,6 +44,16 @@ class ZoneServices:
     degradations: tuple[str, ...]
     #: Makes the other sessions give back the leases that they do not use.
     reclaim: Callable[[Session], None]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force now; a call keeps to the one that it began with."""
+        return self.in_force.policy
+
+    @property
+    def zone(self) -> Zone:
+        """The zone as that policy describes it."""
+        return self.in_force.policy.zone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +100,19 @@ class Session:
             LedgerUnavailableError: The answer could not be written down.
         """
         self.leases.check_open()
-        zone = self.services.zone
+        policy = self.services.policy
+        zone = policy.zone
         pool = request.work.options.pool or (zone.pools[0] if zone.pools else "")
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
-        small = self._count_small_bytes(request)
+        small = self._count_small_bytes(zone, request)
         what = (source.dataset, tuple(source.columns), source.filter_columns) if source else None
         # The share is here since nodes are told it, and what they are told is written down before.
-        key = (request.work.digest, pool, small, what, request.work.options.gpu_milli)
+        key = (zone.policy_digest, request.work.digest, pool, small, what, request.work.options.gpu_milli)
         found = self._allowed.get(key)
         if found is None:
             try:
-                found = self._allowed[key] = self._ask(request, source, pool, small)
+                found = self._allowed[key] = self._ask(policy, request, source, pool, small)
             except BaseException:
                 with self._lock:
                     # Nothing leaves; the function stays counted, once, so that asking again is not cheaper.
@@ -109,12 +120,12 @@ class Session:
                 raise
         return found
 
-    def _count_small_bytes(self, request: Request) -> frozenset[str]:
+    def _count_small_bytes(self, zone: Zone, request: Request) -> frozenset[str]:
         """Count the function, once, and the arguments towards the session's cap; return their class."""
         with self._lock:
             new = 0 if request.work.digest in self._functions_seen else len(request.work.function)
             small = classify(
-                self.services.zone,
+                zone,
                 dataset="",
                 columns=None,
                 # The function's own cap holds each time that it is asked for, not only the first time.
@@ -126,9 +137,11 @@ class Session:
             self._small_bytes += new + len(request.arguments)
         return small
 
-    def _ask(self, request: Request, source: Source | None, pool: str, small: frozenset[str]) -> Allowed:
+    def _ask(
+        self, policy: Policy, request: Request, source: Source | None, pool: str, small: frozenset[str]
+    ) -> Allowed:
         """Ask policy about every byte: what leaves, what was filtered on, the function and its arguments."""
-        zone, policy = self.services.zone, self.services.policy
+        zone = policy.zone
         columns = {*source.columns, *source.filter_columns} if source else set()
         question = EgressRequest(
             zone=zone.name,
@@ -248,6 +261,7 @@ class Session:
             "purpose": self.purpose,
             "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
+            "policy_problem": self.services.in_force.problem,
             "leases": self.leases.status(),
             "lies": list(self.leases.lies),
             "receipts": list(self.receipts),
