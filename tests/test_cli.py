@@ -173,7 +173,9 @@ def test_demo_shows_what_left(demo: subprocess.CompletedProcess[str], state: Pat
         assert left[dataset][-1] == f"{size:,}"
     listed = [re.match(r" *(\d+) +\d\d:\d\d:\d\d +(\S+)", line) for line in section(demo, "A decision and an intent")]
     numbers = [(int(match[1]), match[2]) for match in listed if match]
-    ended = next(i for i, entry in enumerate(session) if entry["kind"] == "session-end")
+    # The ledger is signed when the session has ended.
+    ended = 1 + next(i for i, entry in enumerate(session) if entry["kind"] == "session-end")
+    assert session[ended]["kind"] == "checkpoint"
     assert numbers == [(entry["seq"], entry.get("decision", entry["kind"])) for entry in session[: ended + 1]]
 
 

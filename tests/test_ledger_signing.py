@@ -121,7 +121,7 @@ def test_key_stays_in_vault(site: Site, method: str, path: str, body: dict[str, 
     with pytest.raises(VaultDeniedError):
         site.logins["clinic"].call(method, path, **body)
     if "export" in path or "backup" in path:
-        with pytest.raises(VaultDeniedError):
+        with pytest.raises(VaultError):
             site.root.call(method, path, **body)
 
 
@@ -140,14 +140,11 @@ def test_rotated_key(site: Site, tmp_path: Path) -> None:
 def test_older_setup(site: Site) -> None:
     """A Vault without the key says what to do; a key of another kind is none."""
     site.root.call("POST", "ledger/keys/lab", type="aes256-gcm96")
-    for zone, error, message in (
-        ("nowhere", VaultError, "ledger/keys/nowhere in Vault is no Ed25519 key"),
-        ("lab", VaultError, "ledger/keys/lab in Vault is no Ed25519 key"),
-    ):
-        with pytest.raises(error, match=message):
-            Signer(site.root, zone)
-    with pytest.raises(VaultDeniedError, match="run `ray-gpu vault setup` again"):
-        Signer(site.logins["clinic"], "nowhere")
+    with pytest.raises(VaultError, match="ledger/keys/lab in Vault is no Ed25519 key"):
+        Signer(site.root, "lab")
+    for login in (site.root, site.logins["clinic"]):
+        with pytest.raises(VaultDeniedError, match="run `ray-gpu vault setup` again"):
+            Signer(login, "nowhere")
 
 
 # -- the commands ---------------------------------------------------------------------------------
@@ -216,5 +213,5 @@ def test_bad_arguments(ledger: Ledger, tmp_path: Path) -> None:
     ):
         done = run("audit", *words)
         assert done.exit_code in {1, 2}
-        assert message in " ".join(done.output.split()), done.output
+        assert message in " ".join(done.output.replace("│", " ").split()), done.output
     assert ledger.head.seq == 1

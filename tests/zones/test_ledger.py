@@ -907,7 +907,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_verify_speed(path: Path, ledger: Ledger, record_testsuite_property: Callable[[str, object], None]) -> None:
-    """Twenty thousand entries verify; how long that takes is reported, not asserted."""
+    """Five thousand entries verify; how long that takes is reported, not asserted."""
     entry = EGRESS.fields() | {
         "kind": "decision",
         "decision": "allowed",
@@ -915,10 +915,10 @@ def test_verify_speed(path: Path, ledger: Ledger, record_testsuite_property: Cal
         "reasons": ["study approved"],
     }
     with ThreadPoolExecutor(64) as pool:
-        list(pool.map(lambda _: ledger.append(entry), range(20_000)))
+        list(pool.map(lambda _: ledger.append(entry), range(5_000)))
     start = time.perf_counter()
     report = verify(path)
-    record_testsuite_property("seconds to verify 20,000 entries", round(time.perf_counter() - start, 2))
+    record_testsuite_property("seconds to verify 5,000 entries", round(time.perf_counter() - start, 2))
 
-    assert report.entries == 20_001
+    assert report.entries == 5_001
     assert report.head == ledger.head
