@@ -121,6 +121,7 @@ class Gateway:
             data_dir=settings.data_dir,
             degradations=settings.degradations,
             reclaim=self.reclaim,
+            sign=self._sign,
         )
         self._keys.sweep(int(time.time()))
         # What the last gateway left without one, above all after a crash.
@@ -245,7 +246,6 @@ class Gateway:
     def detach(self, session: Session) -> None:
         """Close a session. Known until it is closed: the gateway's own end must wait for it."""
         session.close()
-        self._sign()
         with self._lock:
             self._sessions.pop(session.id, None)
 

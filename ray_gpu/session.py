@@ -44,6 +44,8 @@ class ZoneServices:
     degradations: tuple[str, ...]
     #: Makes the other sessions give back the leases that they do not use.
     reclaim: Callable[[Session], None]
+    #: Signs the ledger as it is.
+    sign: Callable[[], None]
 
     @property
     def policy(self) -> Policy:
@@ -235,7 +237,7 @@ class Session:
     # -- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End every lease, shred every key, and write the session's end. Running calls fail.
+        """End every lease, shred every key, write the session's end, and have the ledger signed. Running calls fail.
 
         Returns when all that is done, also to a second caller.
         """
@@ -248,6 +250,7 @@ class Session:
             self.leases.close()
             with contextlib.suppress(ZoneError):
                 self.services.ledger.append({"kind": "session-end", "person": self.person.name, "session": self.id})
+            self.services.sign()
         finally:
             self._over.set()
 
