@@ -113,7 +113,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "endpoints", "the gateway connects to wherever the relay says",
-        Edit(file="ray_gpu/leases.py", old="if not endpoint_allowed(self._zone.endpoints, str(host), port):", new="if False:"),
+        Edit(file="ray_gpu/leases.py", old="if not endpoint_allowed(self.zone.endpoints, str(host), port):", new="if False:"),
         "tests/attack/test_lying_relay.py::test_endpoint_outside", "DID NOT RAISE",
     ),
     mutation(
