@@ -168,9 +168,10 @@ _ALL = (
         meaning="Ray's processes run without namespaces of their own.",
         fix="Install bubblewrap 0.8 or later and allow user namespaces, or run as root with CAP_SYS_ADMIN.",
         attacks=(_NODES + "test_rogue_task", _LAUNCH + "test_cage", _LATERAL + "test_zone_node",
-                 _LATERAL + "test_gpu_node"),
-        positives=(_NODES + "test_rogue_task", _LATERAL + "test_zone_node_without_cage",
-                   _LATERAL + "test_gpu_node_without_cage")),
+                 _LATERAL + "test_gpu_node", _LATERAL + "test_cage_writes_its_own_memory_alone",
+                 _LATERAL + "test_no_build_in_a_cage"),
+        positives=(_NODES + "test_rogue_task", _LATERAL + "test_writes_without_cage",
+                   _LATERAL + "test_zone_node_without_cage", _LATERAL + "test_gpu_node_without_cage")),
     Control(
         id="shared-network", where="cage", promise="P3", told="receipt", code="ray_gpu/cage_net.py::rules",
         keeps_off="Whatever Ray is made to run from the host's own services, the zone's network, Vault and the world.",
@@ -290,7 +291,7 @@ _ALL = (
         id="ray-tls", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has no certificate of the cluster's from Ray's ports.",
         attacks=(_IDENTITY + "test_whom_ray_lets_in",),
-        positives=(_IDENTITY + "test_each_keeps_out", _LATERAL + "test_zone_node_without_cage")),
+        positives=(_IDENTITY + "test_each_keeps_out",)),
     Control(
         id="ray-token", where="cage", promise="P1", told="built in", code="ray_gpu/node_identity.py::RayFiles",
         keeps_off="Whoever has a certificate but not the cluster's token from Ray's ports.",

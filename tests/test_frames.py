@@ -376,6 +376,11 @@ def test_message_that_never_ends(
         trickling.join()
 
 
+def test_a_lease_that_hears_nothing_ends_in_time() -> None:
+    """A keeper gives up within ten seconds of the last word; how long that takes is measured where keys are revoked."""
+    assert frames.SILENCE_LIMIT_S + keeper_module.CLOCK_INTERVAL_S <= 10
+
+
 def test_control_without_a_deadline(
     sockets: tuple[socket.socket, socket.socket],
     links: tuple[SealedSocket, SealedSocket],

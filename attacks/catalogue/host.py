@@ -103,6 +103,12 @@ MUTATIONS: tuple[Mutation, ...] = (
              new='network=network, bind_ro=(*readable, Path("/etc")),'),
         _LAUNCH + "test_cage", r"61009 True",
     ),
+    mutation(
+        "uncaged-ray", "whoever runs in a cage can write where Python looks",
+        Edit(file="ray_gpu/raylet.py", old="tmpfs=_TMPFS_BYTES if caged else {},",
+             new="tmpfs=_TMPFS_BYTES | {str(root): 4096 for root in profiles.package_roots()} if caged else {},"),
+        "tests/attack/test_lateral.py::test_cage_writes_its_own_memory_alone", r"assert .* == \{",
+    ),
     _unchecked("uncaged-ray", Edit(file=_KERNEL, old='    if mode == "none":\n        return missing(control',
                                    new='    if False:\n        return missing(control'), "no cage"),
     mutation(
@@ -114,6 +120,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     _unchecked("shared-network", Edit(file=_KERNEL, old='    if lacking or mode != "root":', new="    if False:"), "cage without nft"),
     # -- what `ray-gpu doctor` alone finds ----------------------------------------------------------
     _unchecked("core-handler", Edit(file=_KERNEL, old='    if pattern.startswith("|"):', new="    if False:"), "cores to systemd"),
+    mutation(
+        "core-limit", "our processes dump their memory like any other",
+        Edit(file="ray_gpu/sandbox/harden.py", old="    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n    # A core",
+             new="    return\n    # A core"),
+        "tests/attack/test_host_controls.py::test_core_file", r"True is False",
+    ),
     _unchecked("core-limit", Edit(file=_KERNEL, old="    if limit == 0:", new="    if True:"), "any core"),
     _unchecked("ksm-on", Edit(file=_KERNEL, old='    if run == "1":', new="    if False:"), "ksm on"),
     _unchecked("ptrace-open", Edit(file=_KERNEL, old='''    if euid == 0:

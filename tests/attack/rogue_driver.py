@@ -83,18 +83,29 @@ def probe(targets):
 def writable(tops):
     # Where a file can be made, without what lies below; and what of the kernel's can be opened for writing.
     name, found = ".rogue-%d" % os.getpid(), []
+    def made(place):
+        try:
+            open(place + "/" + name, "xb").close()
+            os.unlink(place + "/" + name)
+        except OSError:
+            return False
+        found.append(place)
+        return True
     for top in tops:
+        # What cannot be listed can perhaps be written.
+        if made(top):
+            continue
         for place, below, files in os.walk(top):
             below[:] = [one for one in below if (place, one) not in (("/", "proc"), ("/", "sys"))]
-            try:
-                open(place + "/" + name, "xb").close()
-                os.unlink(place + "/" + name)
-                found.append(place)
+            if place != top and made(place) or place.count("/") > 4:
                 below.clear()
-            except OSError:
-                pass
-            if place.count("/") > 4:
-                below.clear()
+                continue
+            for path in (place + "/" + one for one in files[:100]):
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+                    found.append(path)
+                except OSError:
+                    pass
     for path in ("core_pattern", "randomize_va_space", "hostname"):
         try:
             os.close(os.open("/proc/sys/kernel/" + path, os.O_WRONLY))

@@ -83,6 +83,10 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 """
 
 
+#: A host's own file systems in memory, and a channel whose canary is put there.
+IN_MEMORY = {"/dev/shm": "value", "/run": "print"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """What is left when the hosts have ended."""
@@ -94,6 +98,8 @@ class World:
     became: dict[str, str]
     disks: dict[str, Path]
     captures: dict[str, Capture] = field(default_factory=dict)
+    #: What was found, by GPU host, in its own file systems in memory.
+    memory: dict[str, Search] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         plant(cluster, world.control)
         for how in ENDINGS:
             world.became[how] = end_call(cluster, world.mark, how)
+        for name in GPU_HOSTS:
+            world.memory[name] = in_memory(cluster.bed[name], world)
         for capture in world.captures.values():
             capture.end()
     for image in disks.values():
@@ -125,6 +133,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     yield world
     for path in directory.iterdir():
         path.unlink()
+
+
+def in_memory(host: Host, world: World) -> Search:
+    """Search a host's own file systems in memory, which are not on its disk; in each lies a canary of the control."""
+    for place, channel in IN_MEMORY.items():
+        host.write(f"{place}/planted", f"{world.control}-{channel}")
+    trees = [Path(f"/proc/{host.pid}/root{place}") for place in IN_MEMORY]
+    return search((world.mark, world.control), (), since=0, trees=trees)
 
 
 def write_data(host: Host, mark: str) -> None:
@@ -262,6 +278,15 @@ def test_disk(world: World, name: str) -> None:
     assert found.of(world.mark) == []
     assert found.channels(world.control) == set(PLANTED.values())
     assert found.searched_bytes > 1 << 20
+
+
+@pytest.mark.parametrize("name", GPU_HOSTS)
+def test_memory_file_systems(world: World, name: str) -> None:
+    """Nor has a GPU host's own /dev/shm or /run, after the calls; what was put there is found."""
+    found = world.memory[name]
+
+    assert found.of(world.mark) == []
+    assert found.channels(world.control) >= set(IN_MEMORY.values())
 
 
 @pytest.mark.parametrize("name", [ZONE_HOST, *GPU_HOSTS])

@@ -23,6 +23,7 @@ from ray_gpu.frames import SealedSocket
 from ray_gpu.sandbox import boundary, memory
 from ray_gpu.sandbox import profile as profiles
 from ray_gpu.wire import recv_message, send_message
+from tests.proofs.attacked import below, command
 from zones.envelope import LeaseKey
 from zones.model import Direction, Kind
 
@@ -108,6 +109,11 @@ class Lease:
             ours = socket.create_connection(listener.getsockname())
             with listener.accept()[0] as theirs:
                 send_message(custodian, {"op": "connection"}, [theirs.fileno()])
+        # The keeper itself, below bubblewrap, has the mask: its environment is what it was given.
+        keepers = [pid for pid in [self.process.pid, *below(self.process.pid)] if "ray_gpu.keeper" in command(pid)]
+        for name, value in processor.items():
+            found = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in keepers]
+            assert f"{name}={value}".encode() in found[-1]
         self.gateway = SealedSocket(ours, key=LeaseKey(KEY), grant_digest=GRANT, lease=LEASE, outgoing=Direction.OUT)
         closing.callback(self.gateway.close)
         self.gateway.send(self.gateway.slot(Kind.HELLO, call=0), b"")

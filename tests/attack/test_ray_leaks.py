@@ -218,6 +218,8 @@ def stock() -> Iterator[Driven]:
     """Stock Ray as its documentation starts it, but for ports, and a store that the driver can fill."""
     ports, address = NodePorts.of(free_base_port(), 0), "127.0.62.1"
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    # Where it would report to, does not answer.
+    environment |= {"RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/"}
     with directory() as root, contextlib.ExitStack() as stack:
         command = [*_STOCK, *ports.flags(), f"--port={ports.gcs}", f"--node-ip-address={address}"]
         command += [f"--temp-dir={root}/r", "--object-store-memory=80000000"]

@@ -83,9 +83,9 @@ def fight(attacked: Attacked, **more: Any) -> Iterator[Battery]:
 def own_ray(battery: Battery) -> tuple[str, str]:
     """Return what became of ``import ray; ray.init()`` in the battery's sandbox, and here. Takes a minute."""
     with tempfile.TemporaryDirectory(prefix="r") as directory:
-        wanted = {**battery.target, "ray_directory": f"{directory}/r", "only": [OWN_RAY]}
+        wanted = {**battery.target, "ray_directory": f"{directory}/r", "only": [OWN_RAY], "limit_s": 150}
         inside = in_sandbox(battery.session, wanted)[OWN_RAY]
-        return inside, outside({**wanted, "limit_s": 150})[OWN_RAY]
+        return inside, outside(wanted)[OWN_RAY]
 
 
 def in_sandbox(session: ray_gpu.Session, target: dict[str, Any]) -> dict[str, str]:

@@ -69,4 +69,5 @@ def test_own_ray(battery: Battery) -> None:
     inside, outside = own_ray(battery)
 
     assert inside.startswith("refused")
+    assert inside != "refused: killed", "it ran into the limit"
     assert outside == "done"

@@ -70,7 +70,7 @@ def main() -> None:
         control = plain({**bait.target, **BOMB, **ray, "limit_s": 150})
         result = {"control": control, "control_written": bait.written(), "control_arrived": bait.heard()}
         inner = battery_profile(Path(wanted["site"]))
-        inside = confined(inner, {**bait.target, **ray})
+        inside = confined(inner, {**bait.target, **ray, **({"limit_s": 100} if ray else {})})
         for bomb in sorted(BOMBS):
             inside["outcomes"] |= confined(inner, {**bait.target, **BOMB, "only": [bomb]})["outcomes"]
         result |= {"inside": inside, "arrived": bait.heard()}

@@ -130,6 +130,7 @@ def test_own_ray(identity: str) -> None:
 
     assert outcomes["control"] == "done"
     assert outcomes["inside"].startswith("refused")
+    assert outcomes["inside"] != "refused: killed", "it ran into the limit"
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)
