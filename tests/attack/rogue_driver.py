@@ -102,8 +102,9 @@ def writable(tops):
                 continue
             for path in (place + "/" + one for one in files[:100]):
                 try:
-                    os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
-                    found.append(path)
+                    if os.path.isfile(path):  # no device, such as /dev/null
+                        os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW))
+                        found.append(path)
                 except OSError:
                     pass
     for path in ("core_pattern", "randomize_va_space", "hostname"):
