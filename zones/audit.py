@@ -118,8 +118,8 @@ class _Row:
 
     def follows(self, previous: bytes) -> bool:
         """Whether it was chained to this head, with the body, salt and hash that it has."""
-        digest = digest_of(self.body or b"", self.salt or b"")
-        return digest is not None and next_head(previous, digest).hex().encode() == self.hash
+        decoded = _decoded(self.body or b"", self.salt or b"")
+        return decoded is not None and next_head(previous, decoded[1]).hex().encode() == self.hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +135,12 @@ class Verified:
     head: bytes
 
 
-def digest_of(body: bytes, salt: bytes) -> bytes | None:
-    """Return the digest of an entry, 32 bytes, or ``None`` if *body* is none in canonical form, or *salt* no salt."""
+def _decoded(body: bytes, salt: bytes) -> tuple[dict[str, Any], bytes] | None:
+    """Return an entry and its digest, 32 bytes, or ``None`` if *body* is none in canonical form, or *salt* no salt."""
     entry = parse(body)
     if entry is None or not _SALT.fullmatch(salt) or _canonical_or_none(entry) != body:
         return None
-    return entry_digest(bytes.fromhex(salt.decode("ascii")), entry)
+    return entry, entry_digest(bytes.fromhex(salt.decode("ascii")), entry)
 
 
 def parse(body: bytes) -> dict[str, Any] | None:
@@ -325,11 +325,14 @@ def check_row(row: tuple[int, bytes, bytes, bytes], *, seq: int, previous: bytes
         LedgerCorruptError: It does not verify.
     """
     number, body, salt, stored = row
-    digest = digest_of(body, salt)
-    if number != seq or digest is None or next_head(previous, digest).hex().encode() != stored:
+    decoded = _decoded(body, salt)
+    if number != seq or decoded is None or next_head(previous, decoded[1]).hex().encode() != stored:
         raise _corrupt(seq, "run `ray-gpu audit verify` to see what is wrong")
-    entry = parse(body)
-    assert entry is not None  # it has a digest
+    return _verified(seq, *decoded, salt, stored)
+
+
+def _verified(seq: int, entry: dict[str, Any], digest: bytes, salt: bytes, stored: bytes) -> Verified:
+    """Return an entry whose hash matched, if it is what entry *seq* has to be."""
     if entry.get("seq") != seq:
         raise _corrupt(seq, "its hash matches, but it is not a ledger entry with this number")
     if not isinstance(entry.get("time"), str) or not isinstance(entry.get("kind"), str):
@@ -339,14 +342,15 @@ def check_row(row: tuple[int, bytes, bytes, bytes], *, seq: int, previous: bytes
 
 def _check(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | None) -> Verified:
     """Return the entry of a row that must be number *seq*."""
-    entry = row.entry()
     if row.seq != seq or row.body is None or row.salt is None or row.hash is None:
         raise _corrupt(seq, _explain(database, row, seq, previous))
     if previous is None:
+        entry = row.entry()
         previous = genesis(str(entry.get("zone"))) if entry else bytes(32)
-    if not row.follows(previous):
+    decoded = _decoded(row.body, row.salt)
+    if decoded is None or next_head(previous, decoded[1]).hex().encode() != row.hash:
         raise _corrupt(seq, _explain(database, row, seq, previous))
-    checked = check_row((row.seq, row.body, row.salt, row.hash), seq=seq, previous=previous)
+    checked = _verified(seq, *decoded, row.salt, row.hash)
     if seq == 1 and not (checked.entry["kind"] == "opened" and isinstance(checked.entry.get("zone"), str)):
         raise _corrupt(seq, "its hash matches, but it does not open a ledger of a named zone")
     return checked
@@ -377,8 +381,8 @@ def _explain(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes 
         return "truncated: its JSON ends early" if not row.body.endswith(b"}") else "content changed: not JSON"
     following = next(_rows(database, "WHERE seq = ?", seq + 1), None)
     if following is not None and previous is not None:
-        digest = digest_of(row.body, row.salt)
-        if digest is not None and following.follows(next_head(previous, digest)):
+        decoded = _decoded(row.body, row.salt)
+        if decoded is not None and following.follows(next_head(previous, decoded[1])):
             return "hash changed: the next entry follows from this content with another hash"
         if _follows(row.hash, following):
             return "content changed: the next entry follows from this hash with other content or salt"
