@@ -225,6 +225,10 @@ def serve(make: Callable[[Callable[[str], None]], Service], fds: str) -> int:
             service.check()
         return 0
     except _Told:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not report.closed:
+            with contextlib.suppress(_Told):
+                tell({"failed": "it was stopped while it started; start it again"})
         return 0
     except Exception as error:  # noqa: BLE001 - told to whoever started this, and logged
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from ray_gpu.node_identity import RayFiles
 from zones.errors import ClusterError
 
-#: A head that lives answers at once; a firewall that drops says nothing.
-_TIMEOUT_S = 4.0
+#: A head that lives answers at once, on a machine with nothing left to give within seconds; a firewall that drops
+#: says nothing.
+_TIMEOUT_S = 20.0
 _LOOK_AGAIN_S = 0.2
 
 

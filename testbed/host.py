@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 from ray_gpu.ports import TABLE
@@ -30,8 +31,17 @@ _STOP_TIMEOUT_S = 10.0
 class HostProcess(subprocess.Popen[str]):
     """A program in a host, started by ``nsenter``. Signals go to the program itself; its descriptors are text.
 
-    ``pid`` is that of ``nsenter``, whose end is the program's end too.
+    ``pid`` is that of ``nsenter``, whose end is the program's end too. As a context it waits for the program's end;
+    an exception kills it first.
     """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pipes and wait for the end; kill first if there was an exception."""
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
 
     def inner_pid(self) -> int | None:
         """Return the program's process id as the machine counts, or ``None`` before it starts and after it ended."""
@@ -192,11 +202,7 @@ class Host:
             try:
                 out, err = process.communicate(text, timeout_s)
             except subprocess.TimeoutExpired:
-                process.kill()
                 raise self._error(f"{command[0]} did not end within {timeout_s:g} s") from None
-            except BaseException:
-                process.kill()
-                raise
         if check and process.returncode != 0:
             raise self._error(f"{command[0]} ended with status {process.returncode}: {err.strip()[-500:]}")
         return subprocess.CompletedProcess(list(map(str, command)), process.returncode, out, err)

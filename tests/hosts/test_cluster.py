@@ -160,9 +160,9 @@ def await_nothing(cluster: BedCluster, *names: str) -> None:
             assert time.monotonic() < deadline, (name, left)
 
 
-def await_node(cluster: BedCluster, name: str, *, up: bool = True) -> None:
+def await_node(cluster: BedCluster, name: str, *, up: bool = True, timeout_s: float = TIMEOUT_S) -> None:
     """Wait until a host's node is up, or down."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while (cluster.status(name) is not None) is not up:
         assert time.monotonic() < deadline, name
 
@@ -252,6 +252,22 @@ def test_wrong_vault(
             refuses(cluster, name, message, part)
     finally:
         cluster.equip(name)
+
+
+def test_stopped_while_it_starts(cluster: BedCluster) -> None:
+    """Whoever starts a node that somebody else stops meanwhile is told so; nothing is left."""
+    host, pipe = cluster.bed["head"], subprocess.PIPE
+    with host.popen(["ray-gpu", "node", "start"], stdout=pipe, stderr=pipe) as starting:
+        deadline = time.monotonic() + TIMEOUT_S
+        while host.run(["ray-gpu", "node", "status"], check=False).stdout != "it starts\n":
+            assert time.monotonic() < deadline
+            assert starting.poll() is None
+        host.run(["ray-gpu", "node", "stop"])
+        _, said = starting.communicate(timeout=TIMEOUT_S)
+
+    assert starting.returncode == 1
+    assert said == "ClusterError: it was stopped while it started; start it again\n"
+    await_nothing(cluster, "head")
 
 
 # -- ray up ------------------------------------------------------------------------------------------
@@ -415,33 +431,37 @@ def test_launchers_key(zones: BedCluster) -> None:
 
 def test_every_ray_process_is_confined(zones: BedCluster) -> None:
     """Every process of Ray has TLS and token on, the cage's uid, and namespaces, a network and a tmpfs of its own."""
-    stream = zones.begin_call("clinic", STREAM)
-    assert stream.stdout is not None
-    used = json.loads(stream.stdout.readline())["nodes"][0]
-    assert any("ray::GpuActor" in process["command"] for process in survey(zones.bed[used]))  # a lease is at work
-    for name in (*POOL, "zone-clinic"):
-        found = [
-            p for p in survey(zones.bed[name]) if re.search(r"ray::|/ray/|ray\.scripts|ray_gpu\.relay", p["command"])
-        ]
-        caged = [p for p in found if "bwrap" not in p["command"] and "raylet.py" not in p["command"]]
+    with zones.begin_call("clinic", STREAM) as stream:
+        assert stream.stdout is not None
+        used = json.loads(stream.stdout.readline())["nodes"][0]
+        assert any("ray::GpuActor" in process["command"] for process in survey(zones.bed[used]))  # a lease is at work
+        for name in (*POOL, "zone-clinic"):
+            found = [
+                p
+                for p in survey(zones.bed[name])
+                if re.search(r"ray::|/ray/|ray\.scripts|ray_gpu\.relay", p["command"])
+            ]
+            caged = [p for p in found if "bwrap" not in p["command"] and "raylet.py" not in p["command"]]
 
-        assert any("raylet/raylet" in p["command"] for p in caged), name
-        assert any("relay" in p["command"] for p in caged) is name.startswith("zone"), name
-        for process in caged:
-            environment = process["environment"]
-            assert process["uid"] == CAGE_UID, (name, process["command"])
-            # A title, such as ray::RuntimeEnvAgent, is written over the beginning of what the raylet gave it.
-            if "ray::" not in process["command"]:
-                assert (environment["RAY_USE_TLS"], environment["RAY_AUTH_MODE"]) == ("1", "token"), process["command"]
-            assert process["own"] == ["pid", "mnt", "ipc", "net"], process["command"]
-            # A socket stays in the network where it was made, also for whoever gets it.
-            assert process["sockets_of_another_network"] == 0, process["command"]
-            assert (process["no_new_privs"], process["capabilities"]) == (1, 0), process["command"]
-            assert {"/s", "/dev/shm", "/tmp"} <= set(process["tmpfs"]), process["command"]
-        # Nothing outside the cages' own memory.
-        assert zones.bed[name].run(["test", "-e", "/tmp/ray"], check=False).returncode == 1, name
-    _, errors = stream.communicate("", TIMEOUT_S)
-    assert stream.returncode == 0, errors
+            assert any("raylet/raylet" in p["command"] for p in caged), name
+            assert any("relay" in p["command"] for p in caged) is name.startswith("zone"), name
+            for process in caged:
+                environment, command = process["environment"], process["command"]
+                assert process["uid"] == CAGE_UID, (name, process["command"])
+                # A title, such as ray::RuntimeEnvAgent, is written over the beginning of what the raylet gave it.
+                if "ray::" not in command:
+                    assert (environment["RAY_USE_TLS"], environment["RAY_AUTH_MODE"]) == ("1", "token"), process[
+                        "command"
+                    ]
+                assert process["own"] == ["pid", "mnt", "ipc", "net"], process["command"]
+                # A socket stays in the network where it was made, also for whoever gets it.
+                assert process["sockets_of_another_network"] == 0, process["command"]
+                assert (process["no_new_privs"], process["capabilities"]) == (1, 0), process["command"]
+                assert {"/s", "/dev/shm", "/tmp"} <= set(process["tmpfs"]), process["command"]
+            # Nothing outside the cages' own memory.
+            assert zones.bed[name].run(["test", "-e", "/tmp/ray"], check=False).returncode == 1, name
+        _, errors = stream.communicate("", TIMEOUT_S)
+        assert stream.returncode == 0, errors
 
 
 # -- what a cage reaches -----------------------------------------------------------------------------
@@ -522,13 +542,12 @@ def test_a_cage_reaches_rays_ports_alone(listening: BedCluster) -> None:
 
 def test_restart_loses_no_call(zones: BedCluster) -> None:
     """Calls and fits go on while a GPU node that they use is restarted with a new certificate; none is lost."""
-    stream = zones.begin_call("clinic", STREAM)
-    assert stream.stdout is not None
-    assert stream.stdin is not None
-    used = json.loads(stream.stdout.readline())["nodes"][0]
-    before = zones.status(used)
-    zones.bed[used].run(["ray-gpu", "node", "restart"], timeout_s=100)
-    out, errors = stream.communicate("", 60)
+    with zones.begin_call("clinic", STREAM) as stream:
+        assert stream.stdout is not None
+        used = json.loads(stream.stdout.readline())["nodes"][0]
+        before = zones.status(used)
+        zones.bed[used].run(["ray-gpu", "node", "restart"], timeout_s=100)
+        out, errors = stream.communicate("", 60)
     last = json.loads(out.splitlines()[-1])
 
     assert stream.returncode == 0, errors
@@ -542,12 +561,25 @@ def test_restart_loses_no_call(zones: BedCluster) -> None:
     assert after["certificate_not_after"] > before["certificate_not_after"]
 
 
+@pytest.mark.chaos
+def test_autoscaler_starts_a_node_again(zones: BedCluster) -> None:
+    """A GPU node that was stopped on its host comes back by itself, also with nobody at it."""
+    zones.bed["gpu-2"].run(["ray-gpu", "node", "stop"])
+    assert zones.status("gpu-2") is None
+
+    await_node(zones, "gpu-2", timeout_s=2 * TIMEOUT_S)
+
+
 def test_rotated_token(zones: BedCluster) -> None:
     """A node with another token than the head's does not join; it says what to restart, and nothing of it is left."""
-    zones.bed["gpu-2"].run(["ray-gpu", "node", "stop"])
+    host, keys = zones.bed["gpu-2"], "/etc/ssh/authorized_keys"
+    known = host.read(keys)
+    host.write(keys, "")  # or the head's autoscaler stops and starts the node meanwhile
+    host.run(["ray-gpu", "node", "stop"])
     zones.administer("setup", DECLARATION, "--rotate-token")
 
     refuses(zones, "gpu-2", "if the Ray token was rotated")
+    host.write(keys, known)
 
 
 def test_down_and_half_up(zones: BedCluster) -> None:
