@@ -5,7 +5,7 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint attack chaos client bench bench-tls testbed up down status gpu lock clean
+.PHONY: help demo test lint attack chaos client bench bench-tls testbed up down status gpu head lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
@@ -19,6 +19,7 @@ help:
 	@echo "make testbed build several hosts on this machine, as root, until Ctrl-C"
 	@echo "make lint    the checks that run nothing"
 	@echo "make gpu     add CuPy to .venv"
+	@echo "make head    add to .venv what a cluster's head needs besides: ray[default]"
 	@echo "make lock    write constraints*.txt anew (UPGRADE=--upgrade for the newest versions)"
 	@echo "make clean   remove .venv and caches"
 
@@ -57,8 +58,8 @@ testbed: .venv/ready
 up down status: .venv/ready
 	@$(BIN)/ray-gpu $@
 
-gpu: .venv/ready
-	@$(BIN)/python -m pip install -qq --root-user-action=ignore --require-hashes -r constraints-gpu.txt
+gpu head: .venv/ready
+	@$(BIN)/python -m pip install -qq --root-user-action=ignore --require-hashes -r constraints-$@.txt
 
 lock:
 	@scripts/lock.sh "$(or $(PYTHON),python3.11)" $(UPGRADE)

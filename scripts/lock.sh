@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write constraints.txt and constraints-gpu.txt anew from pyproject.toml, with the hashes of every wheel of each version.
+# Write constraints.txt, constraints-gpu.txt and constraints-head.txt anew from pyproject.toml, with the hashes of every wheel of each version.
 # Versions already locked stay unless a requirement forbids them; `make lock UPGRADE=--upgrade` takes the newest.
 # Usage: scripts/lock.sh PYTHON [--upgrade]   (PYTHON: the oldest supported one, so that its backports are in the lock)
 set -eu
@@ -22,9 +22,13 @@ compile() {
 # The extra client is grpcio: heads and embedded clusters need it; GPU nodes and zone nodes do without.
 compile ${2:-} --extra client --extra demo --extra dev --build-deps-for editable --output-file constraints.txt pyproject.toml
 
-# The gpu extra alone, on top of constraints.txt and in step with it.
-{
-    echo "-c $PWD/constraints.txt"
-    "$1" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu"], sep="\n")'
-} >"$scratch/gpu.in"
-compile ${2:-} --output-file constraints-gpu.txt "$scratch/gpu.in"
+# An extra alone, on top of constraints.txt and in step with it.
+for extra in gpu head; do
+    {
+        echo "-c $PWD/constraints.txt"
+        "$1" -c 'import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["optional-dependencies"][sys.argv[1]], sep="\n")' "$extra"
+    } >"$scratch/$extra.in"
+    compile ${2:-} --output-file "constraints-$extra.txt" "$scratch/$extra.in"
+done

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sysconfig
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,16 +88,23 @@ class BedCluster:
     Attributes:
         bed: Its hosts.
         vault: Vault's address.
+
+    Args:
+        bed: It runs.
+        head_packages: Directory of Python packages that the head's environment has, and no other host's.
     """
 
-    def __init__(self, bed: Testbed) -> None:
+    def __init__(self, bed: Testbed, *, head_packages: Path | None = None) -> None:
         self.bed = bed
+        self._head_packages = head_packages
         self.vault = f"https://{bed['vault'].address}:{VAULT}"
         self._issued: dict[str, Credentials] = {}
 
     def __enter__(self) -> Self:
         self._start_vault()
         self._set_up_vault()
+        if self._head_packages is not None:
+            self._install(self.bed["head"], self._head_packages)
         names = [name for name, role in self.bed.roles.items() if role in (Role.HEAD, Role.GPU) or role.is_zone()]
         with ThreadPoolExecutor(4) as several:
             list(several.map(self.equip, names))
@@ -155,6 +164,12 @@ class BedCluster:
         operator.run(["rm", _TOKEN])
 
     # -- hosts ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _install(host: Host, packages: Path) -> None:
+        """Add packages to the environment that hosts share, for this host alone."""
+        site = sysconfig.get_path("purelib")
+        host.run(["mount", "-t", "overlay", "overlay", "-o", f"ro,lowerdir={packages}:{site}", site])
 
     def equip(self, name: str) -> None:
         """Write everything that a host of the cluster needs below /etc, as if newly installed."""

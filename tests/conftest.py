@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+ROOT = Path(__file__).parents[1]
 #: Rows of the volume data set in tests: 30 columns, about 10 MB, some ten shards of 1 MiB.
 RESAMPLED_ROWS = 40_000
 
@@ -172,6 +176,28 @@ def cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> It
     """A cluster of the shipped clinic zone with small data, shared by all tests of the run."""
     with start_cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def full_ray() -> Iterator[Path]:
+    """A directory with what ``make head`` adds to an environment, for ray[default]; thrown away afterwards.
+
+    It is in the environment's own, of which hosts of a test bed see everything.
+    """
+    locked = [
+        re.split(r"^(?=\w)", (ROOT / name).read_text(), flags=re.M)
+        for name in ("constraints-head.txt", "constraints.txt")
+    ]
+    brought = [pin for pin in locked[0] if pin.partition("==")[0] not in {pin.partition("==")[0] for pin in locked[1]}]
+    with tempfile.TemporaryDirectory(prefix="full-ray-", dir=sys.prefix) as directory:
+        wanted = Path(directory, "wanted.txt")
+        wanted.write_text("".join(brought))
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--no-deps", "--require-hashes"]
+        command += ["--target", f"{directory}/packages", "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"pip cannot get what ray[default] brings: {done.stderr.strip()[-200:]}")
+        yield Path(directory, "packages")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = ("pyproject.toml", "zones", "ray_gpu", "policies", "cluster.yaml", "notebooks", "tests")
-LOCKS = ("constraints.txt", "constraints-gpu.txt")
+LOCKS = ("constraints.txt", "constraints-gpu.txt", "constraints-head.txt")
 PIN = re.compile(r"[a-z0-9-]+==\S+ \\")
 HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 

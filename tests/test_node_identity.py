@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -277,19 +276,6 @@ def test_each_keeps_out(nodes: Nodes, tmp_path: Path, without: tuple[str, ...], 
     assert set(json.loads(done.stdout.splitlines()[-1])) == ({"head", "gpu-2"} if gets_in else {"head"})
 
 
-@pytest.fixture(scope="module")
-def full_ray() -> Iterator[list[str]]:
-    """A directory with what ray[default] brings besides, thrown away afterwards."""
-    wanted = metadata.requires("ray") or []
-    brought = [line.partition(";")[0].strip() for line in wanted if 'extra == "default"' in line.replace("'", '"')]
-    with TemporaryDirectory(prefix="rgf") as directory:
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--target", directory, *brought]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"pip cannot get what ray[default] brings: {done.stderr.strip()[-200:]}")
-        yield [directory]
-
-
 @pytest.mark.parametrize("full", [False, True], ids=["plain ray", "control: ray[default]"])
 def test_agents(nodes: Nodes, tmp_path: Path, full: bool, request: pytest.FixtureRequest) -> None:
     """No agent of a node with plain Ray answers a stranger; with ray[default] they do, though TLS and token are on."""
@@ -298,14 +284,14 @@ def test_agents(nodes: Nodes, tmp_path: Path, full: bool, request: pytest.Fixtur
         pytest.skip(f"Ray nodes need a PID namespace here, which bubblewrap cannot make: {survey.reason}")
     if not full and set(AGENT_MODULES) <= set(modules_found(AGENT_MODULES)):
         pytest.skip("ray[default] is installed here: this environment has no plain Ray")
+    # Off by default with us; a node that somebody starts with ray[default] has them.
+    metrics = {"RAY_enable_metrics_collection": "1"}
     head = {
         "address": ADDRESSES["head"],
         "index": 0,
-        "environment": write(nodes.identities["head"], tmp_path / "head", uid=None).environment(),
-        "packages": request.getfixturevalue("full_ray") if full else [],
+        "environment": write(nodes.identities["head"], tmp_path / "head", uid=None).environment() | metrics,
+        "packages": [str(request.getfixturevalue("full_ray"))] if full else [],
     }
-    # Off by default with us; a node that somebody starts with ray[default] has them.
-    head["environment"] |= {"RAY_enable_metrics_collection": "1"}
     plan = {
         "base_port": free_base_port(),
         "nodes": {"head": head},

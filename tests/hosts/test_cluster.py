@@ -115,9 +115,13 @@ with ThreadPoolExecutor(1) as background, attach() as zone:
 
 
 @pytest.fixture(scope="module")
-def cluster(can_build: None) -> Iterator[BedCluster]:
-    """A bed whose Vault is set up and whose hosts are equipped; nothing of Ray runs."""
-    with Testbed() as bed, BedCluster(bed) as equipped:
+def cluster(can_build: None, request: pytest.FixtureRequest) -> Iterator[BedCluster]:
+    """A bed with Vault set up and hosts equipped, the head with ray[default]; nothing of Ray runs."""
+    try:
+        packages = request.getfixturevalue("full_ray")
+    except pytest.skip.Exception:  # test_heads_agents says why
+        packages = None
+    with Testbed() as bed, BedCluster(bed, head_packages=packages) as equipped:
         yield equipped
 
 
@@ -535,6 +539,38 @@ def test_a_cage_reaches_rays_ports_alone(listening: BedCluster) -> None:
 
         assert reached(hosts[name], [*forbidden, *ray], inside=True) == ray
         assert set(forbidden) - set(by_host) <= nowhere
+
+
+#: What ray[default] opens besides on the head: the dashboard's agent, twice, and metrics of autoscaler and dashboard.
+AGENTS = (PORTS.first + 4, PORTS.first + 5, 44217, 44227)
+_CONNECT = """
+import json, socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def serves(port):
+    try:
+        socket.create_connection((sys.argv[1], port), timeout=1.5).close()
+        return True
+    except OSError:
+        return False
+ports = json.loads(sys.argv[2])
+with ThreadPoolExecutor(len(ports)) as several:
+    print(json.dumps([port for port, served in zip(ports, several.map(serves, ports)) if served]))
+"""
+
+
+def test_heads_agents(zones: BedCluster, full_ray: Path) -> None:
+    """The head has all of ray[default]: its agents, which take no token, serve in its own cage and nowhere else."""
+    head = zones.bed["head"]
+
+    def serving(host: Host, *, inside: bool) -> list[int]:
+        probe = ["python", "-c", _CONNECT, head.address, json.dumps([PORTS.gcs, *AGENTS])]
+        found: list[int] = json.loads(host.run([*(into_cage(host) if inside else []), *probe]).stdout)
+        return found
+
+    assert serving(head, inside=True) == [PORTS.gcs, *AGENTS]
+    for name in ("gpu-1", "zone-clinic"):
+        assert serving(zones.bed[name], inside=True) == [PORTS.gcs]
+        assert set(serving(zones.bed[name], inside=False)) <= {PORTS.gcs}
 
 
 # -- a node is restarted, all of it ends, and comes again ----------------------------------------------
