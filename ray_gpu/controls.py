@@ -486,7 +486,8 @@ _ALL = (
     Control(
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",
-        attacks=(_GETS + "test_order_is_not_found", _ADVERSARY + "test_nothing_is_found_out", _SHARDS + "test_no_neighbour_in_a_shard",
+        attacks=(_GETS + "test_order_is_not_found", _ADVERSARY + "test_nothing_is_found_out",
+                 _SHARDS + "test_no_neighbour_in_a_shard",
                  _SHARDS + "test_no_position", _SHARDS + "test_shuffles_move_rows"),
         positives=(_GETS + "test_control_order_is_found", _ADVERSARY + "test_control_order_is_found_out",
                    _SHARDS + "test_shuffles_move_rows")),

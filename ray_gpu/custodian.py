@@ -42,7 +42,7 @@ from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
 from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
-from zones.model import Grant, Offer, Padding, canonical, check_id, digest
+from zones.model import Grant, Offer, Padding, canonical, check_id, controls_held, digest
 from zones.policy import PoolPolicy
 from zones.vault import Vault
 
@@ -328,6 +328,7 @@ class Custodian:
             "environment": running.grant.environment,
             "scrub": running.scrub,
             "degradations": list(running.degradations),
+            "controls": controls_held(running.degradations),
             "exit": "closed by the zone",
             "started": running.started,
             "ended": int(time.time()),

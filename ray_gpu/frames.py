@@ -155,6 +155,11 @@ class SealedSocket:
         """Return the connection's descriptor, for ``poll``."""
         return self._sock.fileno()
 
+    def names(self) -> tuple[str, str]:
+        """Return the connection's two ends, ours first, each as ``address:port``."""
+        ours, theirs = self._sock.getsockname(), self._sock.getpeername()
+        return f"{ours[0]}:{ours[1]}", f"{theirs[0]}:{theirs[1]}"
+
     @property
     def sending(self) -> bool:
         """Whether a message is being sent now."""

@@ -379,7 +379,7 @@ class ShardRun:
                     self._serving[lease.node] += 1
                 try:
                     self._serve(lease)
-                    if not self._session.leases.leaves(lease):
+                    if not self._session.leases.leaves(lease) and not self._orphaned(lease):
                         return
                 except LeaseLostError as error:
                     self._cancelled.check()
@@ -454,6 +454,14 @@ class ShardRun:
                     raise
                 self._session.leases.give(lease)
             time.sleep(PAUSE_S)
+
+    def _orphaned(self, lease: Lease) -> bool:
+        """Tell whether shards wait for a node that nobody serves, once *lease* has done what its own node may have."""
+        if self._sharing is None:
+            return False
+        with self._lock:
+            served = {node for node, leases in self._serving.items() if leases} | {lease.node}
+            return bool(self._pending.without(served))
 
     def _adopt(self, lease: Lease) -> bool:
         """Give a lease's node the shards whose own is gone, as far as it may have them; tell whether there are any."""

@@ -50,6 +50,7 @@ from zones.model import (
     Zone,
     canonical,
     check_id,
+    controls_held,
     digest,
     sandbox_level,
 )
@@ -72,6 +73,7 @@ RECEIPT_FIELDS = {
     **dict.fromkeys(("lease", "grant", "node", "device", "environment", "exit"), str),
     **dict.fromkeys(("started", "ended", "calls", "shards", "received_bytes", "sent_bytes"), int),
     "degradations": list,
+    "controls": list,
 }
 #: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
 STALL_LIMIT_S = 20
@@ -121,8 +123,9 @@ class Lease:
     #: Function digest to the number of the call that sent it.
     functions: dict[str, int] = field(default_factory=dict)
     plain: PlainBuffer
-    #: Digest of what the function runs in.
-    environment: str
+    grant: Grant
+    #: The connection, as the kernel names it: our address and port, and the node's.
+    connection: tuple[str, str]
     idle_since: float = 0.0
     lost: str = ""
     #: Whether its node or its sandbox sent what none of ours sends; :attr:`lost` says what.
@@ -157,6 +160,11 @@ class Lease:
         """Tell the keeper that a call is over, and refuse its slots from now on."""
         self.control({"finish": call})
         self.link.finish_call(call)
+
+    @property
+    def controls(self) -> int:
+        """Control messages sent so far."""
+        return self._controls
 
     def error(self, reason: str) -> LeaseLostError:
         """Return the error that says that this lease is gone."""
@@ -343,6 +351,7 @@ class LeaseOpener:
         key = derive_lease_key(data_key, shared, grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
         link, device, degradations = self._introduce(answer.get("endpoint"), key, grant)
+        connection = link.names()
         _check_level(offer.node, degradations, terms)
         _check_fit(offer.node, device, offer.environment, terms)
         return Lease(
@@ -354,7 +363,8 @@ class LeaseOpener:
             not_after=not_after,
             link=link,
             plain=PlainBuffer(terms.padding),
-            environment=offer.environment,
+            grant=grant,
+            connection=connection,
             idle_since=time.monotonic(),
         )
 
@@ -493,6 +503,8 @@ def _checked_receipt(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict) or not all(map(_is_plain, document.values())):
         raise EnvelopeError
     if any(type(document.get(name)) is not kind for name, kind in RECEIPT_FIELDS.items()):
+        raise EnvelopeError
+    if document["controls"] != controls_held(document["degradations"]):
         raise EnvelopeError
     return document
 

@@ -226,7 +226,7 @@ class Session:
             level=lease.level,
             gpu_milli=lease.terms.gpu_milli,
             degradations=tuple(sorted({*lease.degradations, *self.services.degradations})),
-            environment_digest=lease.environment,
+            environment_digest=lease.grant.environment,
             dataset_digest=allowed.dataset_digest,
         )
         return Spending(self.services.ledger, egress, decision=allowed.entry, calls=calls, bytes_=bytes_)
@@ -286,6 +286,9 @@ class Session:
                     "node": lease.node,
                     "outcome": outcome,
                     "reason": "" if receipt else lease.lost,
+                    "grant": lease.grant.document(),
+                    "connection": list(lease.connection),
+                    "controls": lease.controls,
                     "receipt": receipt,
                 }
             )

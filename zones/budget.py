@@ -23,7 +23,9 @@ _EGRESS_FIELDS = frozenset({"person", "session", "purpose", "dataset", "columns"
 REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
     "session-start": frozenset({"person", "session"}),
     "session-end": frozenset({"person", "session"}),
-    "lease-end": frozenset({"person", "session", "lease", "node", "outcome", "receipt"}),
+    "lease-end": frozenset(
+        {"person", "session", "lease", "node", "outcome", "grant", "connection", "controls", "receipt"}
+    ),
     "checkpoint": frozenset({"note"}),
     "policy": frozenset({"policy_digest", "files"}),
     "share": frozenset({"dataset", "dataset_digest", "node", "window", "window_s", "system", "cells", "percent"}),

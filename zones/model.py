@@ -342,6 +342,15 @@ RECEIPT_IDS = SURROUNDINGS | {
 }  # fmt: skip
 
 
+#: Those of them that are a GPU node's own.
+NODE_IDS = RECEIPT_IDS - {"embedded-vault", "self-enforced"}
+
+
+def controls_held(degradations: Sequence[str]) -> list[str]:
+    """Return the ids of the node's controls that held where these were missing, ascending."""
+    return sorted(NODE_IDS - set(degradations))
+
+
 def sandbox_level(degradations: Sequence[str]) -> str:
     """Return ``"strict"``, or ``"degraded: ..."`` naming the controls that a sandbox lacks."""
     missing = sorted(set(degradations) - SURROUNDINGS)

@@ -135,6 +135,7 @@ def values(batch: Any) -> Any:
     return np.unique(np.asarray(batch["lncoins"]))
 
 
+@pytest.mark.heavy
 def test_lost_node(
     start_cluster: Callable[..., Any],
     copy_policies: Callable[..., Path],
@@ -143,18 +144,20 @@ def test_lost_node(
     wait_until: Callable[..., None],
 ) -> None:
     """Shards of a lost node go to the other as far as its share allows; then calls fail. A new gateway counts on."""
-    percent = 90
-    demand = f"shuffle: rows\nmin_shards: 8\nmax_node_share: {{percent: {percent}}}"
+    percent = 97
+    demand = f"shuffle: rows\nmin_shards: 16\nmax_node_share: {{percent: {percent}}}"
     edit = {"clinic/zone.yaml": ("shuffle: rows", demand)}
     with start_cluster(policies=copy_policies(edit), data=False, prepare=numbered) as cluster:
         inside = look_inside(cluster)
         with cluster.attach() as session:
             call = slowly.options(session=session)
             data = session.read("randhie", columns=["mdvis"])
+            call.map(session.read("randhie", columns=["mdvis"], filter=["mdvis", "<", 300]), 0.0)
+            (sandbox,) = inside.lease("sandbox", "gpu-2")
+            before = inside.cpu_ticks(sandbox)
             running = in_background(lambda: call.map(data, 1.0))
-            wait_until(lambda: inside.lease("sandbox", "gpu-2"), "a lease on gpu-2")
-            inside.busy_node("gpu-2")
-            time.sleep(1.5)  # it does one shard of its four, and keeps it
+            # It has done one of its eight shards, which count for its own share.
+            wait_until(lambda: inside.cpu_ticks(sandbox) > before + 150, "a shard on gpu-2")
             inside.kill([inside.custodian("gpu-2")])
 
             assert np.array_equal(running.result(), np.arange(float(ROWS)))
