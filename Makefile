@@ -5,7 +5,7 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint attack chaos client bench bench-tls testbed up down status gpu head lock clean
+.PHONY: help demo test lint attack chaos client bench adversary bench-tls testbed up down status gpu head lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
@@ -14,6 +14,7 @@ help:
 	@echo "make chaos   more ways for processes to end than make test has time for"
 	@echo "make client  the jobs and proofs of make test once more, with zones that reach Ray by its client"
 	@echo "make bench   measure against plain Ray"
+	@echo "make adversary what captured GPU nodes can tell of order, place and calls; writes docs/adversary.md"
 	@echo "make bench-tls measure what Ray's TLS costs the data path, on several hosts, as root"
 	@echo "make up      start the embedded cluster and leave it running; also: make status, make down"
 	@echo "make testbed build several hosts on this machine, as root, until Ctrl-C"
@@ -46,6 +47,9 @@ attack: .venv/ready
 
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks
+
+adversary: .venv/ready
+	@$(BIN)/python -m adversary
 
 bench-tls: .venv/ready
 	@scripts/testbed.sh

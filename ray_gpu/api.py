@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from ray_gpu import functions, progress
+from ray_gpu import functions, progress, proposal
 from ray_gpu.arrays import Batch, to_host
 from ray_gpu.call import Call, as_table, is_data
 from ray_gpu.client import Session
@@ -18,7 +18,13 @@ from ray_gpu.options import FunctionOptions, with_options
 from ray_gpu.request import pack_work
 from ray_gpu.state import default_state_dir
 from zones import values
-from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ValueRefusedError
+from zones.errors import (
+    FunctionRefusedError,
+    GatewayUnavailableError,
+    SessionClosedError,
+    UnknownNameError,
+    ValueRefusedError,
+)
 from zones.shards import strip
 from zones.vault import Vault
 
@@ -167,13 +173,30 @@ class RemoteFunction(Generic[P, R]):
     ) -> Call[Any]:
         table = None if mode == "call" else as_table(data, self._options.columns)
         session = self._session(table)
-        request = {"op": "call", "mode": mode, "work": self._work(whole=whole), "arguments": _encode(args, kwargs)}
+        work = self._work(session, whole=whole)
+        request = {"op": "call", "mode": mode, "work": work, "arguments": _encode(args, kwargs)}
         show = progress.Progress(self._name) if mode != "call" and progress.wanted() else None
         return Call(session, request, table, show=show, one=whole or mode == "call")
 
-    def _work(self, *, whole: bool) -> bytes:
+    def proposal(self) -> str:
+        """Return the function in a form that a zone's officer can read and approve, as JSON.
+
+        Once it is approved (`ray-gpu policy approve`), sessions that attach send it in this form.
+
+        Raises:
+            FunctionRefusedError: It has none, for it captures more than modules, plain values and such functions.
+        """
+        try:
+            form = next(iter(proposal.proposals(self._function)), None) or proposal.source(self._function)
+        except proposal.UnstableError as error:
+            raise FunctionRefusedError(
+                f"{self._name} cannot be approved: {error}. Pass what it captures as arguments", variable=None
+            ) from None
+        return json.dumps(form, indent=2)
+
+    def _work(self, session: Session, *, whole: bool) -> bytes:
         """Return what to run and how, packed; the same bytes as last time when nothing of it has changed."""
-        function = bytes(self._packed)
+        function = (session.approved and self._packed.approved(session.approved)) or bytes(self._packed)
         if (function, whole) != self._packed_work[:2]:
             packed = pack_work(function, self._name, {**self._options.document(), "whole": whole})
             self._packed_work = function, whole, packed

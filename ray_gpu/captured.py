@@ -77,7 +77,7 @@ def _own(path: str) -> bool:
     return not (path.startswith(_INSTALLED) or os.path.realpath(path).startswith(_INSTALLED))
 
 
-def _by_reference(value: Any) -> bool:
+def by_reference(value: Any) -> bool:
     """Tell whether only the name of a function, class or module is sent: a node has the same under that name."""
     is_module = isinstance(value, types.ModuleType)
     name = value.__name__ if is_module else value.__module__
@@ -145,7 +145,7 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:  # the variable has no value yet
             continue
-    for name in _global_names(function.__code__):
+    for name in global_names(function.__code__):
         if name in function.__globals__:
             yield name, function.__globals__[name]
     if defaults := function.__defaults__:
@@ -158,11 +158,12 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals and attributes in a function's code, and in the code of functions inside it."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names.update(_global_names(constant))
+            names.update(global_names(constant))
     return tuple(sorted(names))
 
 
@@ -180,7 +181,7 @@ def reached(function: Any) -> list[Any]:
             found.append(value.__code__)
         for _, child in children(value):
             found.append(child)
-            if isinstance(child, _LOOKED_INTO) and id(child) not in seen and not _by_reference(child):
+            if isinstance(child, _LOOKED_INTO) and id(child) not in seen and not by_reference(child):
                 seen.add(id(child))
                 waiting.append(child)
     return found
@@ -197,4 +198,4 @@ def unchanged(before: list[Any], now: list[Any]) -> bool:
 def _stays(value: Any) -> bool:
     if isinstance(value, types.BuiltinFunctionType):
         return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
-    return isinstance(value, type) and _by_reference(value)
+    return isinstance(value, type) and by_reference(value)

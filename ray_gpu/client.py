@@ -41,6 +41,8 @@ class Session:
         self._main = _connect(socket_path)
         self._card = self._attach(token, purpose)
         self._secret = self._card.pop("secret")
+        #: Digests of the functions that the zone's officer approved, as of now.
+        self.approved = frozenset(self._card["approved"])
         self.receipts: list[dict[str, Any]] = []
 
     def _attach(self, token: str, purpose: str) -> dict[str, Any]:

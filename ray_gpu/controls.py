@@ -66,6 +66,9 @@ _HOST, _SITE = "tests/attack/test_host_controls.py::", "tests/attack/test_site_c
 _PROBE_HEAD = "tests/test_head_probe.py::"
 _INTO, _OUT = "tests/attack/test_into_zone.py::", "tests/attack/test_out_of_zone.py::"
 _RELAY, _FLIPPING = "tests/attack/test_lying_relay.py::", "tests/attack/test_flipping.py::"
+_DUTIES, _SHARE = "tests/job/test_obligations.py::", "tests/job/test_node_share.py::"
+_ADVERSARY = "tests/attack/test_adversary.py::"
+_APPROVALS = "tests/zones/test_approvals.py::"
 _GETS = "tests/attack/test_what_a_node_gets.py::"
 _CLIENT = "tests/attack/test_client_relay.py::"
 _LATERAL, _TENANTS = "tests/attack/test_lateral.py::", "tests/attack/test_tenants.py::"
@@ -397,6 +400,17 @@ _ALL = (
                  _OUT + "test_forbidden_class"),
         positives=(_BYPASS + "test_sealed_file", _OUT + "test_counted_and_written_down")),
     Control(
+        id="obligations", where="gateway", promise="P3", told="built in", code="zones/obligations.py::unmet",
+        keeps_off="Calls and leases from breaking what a decision demands: rows, shards, hours, length, devices, more.",
+        attacks=(_DUTIES + "test_broken", _DUTIES + "test_hours", _DUTIES + "test_session_length",
+                 _DUTIES + "test_gpu_kinds", _DUTIES + "test_environments"),
+        positives=(_DUTIES + "test_broken", _DUTIES + "test_gpu_kinds", _DUTIES + "test_environments")),
+    Control(
+        id="approval", where="gateway", promise="P3", told="built in", code="zones/approvals.py::approved",
+        keeps_off="A function that no officer signed, as it is, from being called where policy asks for that.",
+        attacks=(_APPROVALS + "test_refused", _APPROVALS + "test_no_officers", _DUTIES + "test_reviewed"),
+        positives=(_APPROVALS + "test_approved", _DUTIES + "test_reviewed")),
+    Control(
         id="endpoints", where="gateway", promise="P3", told="built in", code="ray_gpu/leases.py::LeaseOpener",
         keeps_off="A lying relay from aiming the gateway at an address that zone.yaml does not name.",
         attacks=(_RELAY + "test_endpoint_outside", _RELAY + "test_endpoint_that_is_none",
@@ -472,9 +486,17 @@ _ALL = (
     Control(
         id="shuffle", where="zone", promise="P5", told="built in", code="zones/plan.py::order",
         keeps_off="A node from the order of the rows and from shards that follow each other.",
-        attacks=(_GETS + "test_order_is_not_found", _SHARDS + "test_no_neighbour_in_a_shard",
+        attacks=(_GETS + "test_order_is_not_found", _ADVERSARY + "test_nothing_is_found_out",
+                 _SHARDS + "test_no_neighbour_in_a_shard",
                  _SHARDS + "test_no_position", _SHARDS + "test_shuffles_move_rows"),
-        positives=(_GETS + "test_control_order_is_found", _SHARDS + "test_shuffles_move_rows")),
+        positives=(_GETS + "test_control_order_is_found", _ADVERSARY + "test_control_order_is_found_out",
+                   _SHARDS + "test_shuffles_move_rows")),
+    Control(
+        id="node-share", where="gateway", promise="P5", told="built in", code="zones/spread.py::assign",
+        keeps_off="A node from more of a data set than policy allows, over calls, sessions, filters and lost nodes.",
+        attacks=(_SHARE + "test_epochs_do_not_add_up", _SHARE + "test_all_rows_to_one_node", _SHARE + "test_groups",
+                 _SHARE + "test_lost_node", "tests/zones/test_spread.py::test_assign"),
+        positives=(_SHARE + "test_control_without_a_bound",)),
     Control(
         id="strip", where="zone", promise="P5", told="built in", code="zones/shards.py::strip",
         keeps_off="A node from metadata, categories and values beneath nulls.",

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ray_gpu import environment
 from ray_gpu.endpoint import Endpoint
 from ray_gpu.handover import take_secret
 from ray_gpu.sandbox import boundary, harden, memory
@@ -41,7 +42,7 @@ from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
 from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
 from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
-from zones.model import Grant, Offer, canonical, check_id, digest
+from zones.model import Grant, Offer, Padding, canonical, check_id, controls_held, digest
 from zones.policy import PoolPolicy
 from zones.vault import Vault
 
@@ -103,6 +104,7 @@ class Custodian:
         self._vault = vault
         self._policy = policy
         self._boot = secrets.token_hex(16)
+        self._environment = environment.current().digest
         self._tenancy = Tenancy(boundary.gpu_devices())
         stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
         self._degradations = (*boundary.degradations(), *stand_in, *settings.degradations)
@@ -168,6 +170,7 @@ class Custodian:
             exchange_key=key.public_hex,
             degradations=self._degradations,
             device=boundary.device_hint(),
+            environment=self._environment,
         )
         with self._lock:
             if lease in self._used or lease in self._offers:
@@ -219,6 +222,8 @@ class Custodian:
         settings, now = self._settings, int(time.time())
         if grant.node != settings.node or grant.pool != settings.pool:
             raise GrantRefusedError("the grant names another node or pool; ask for a new lease")
+        if grant.environment != self._environment:
+            raise GrantRefusedError("the grant names another environment than this node's; ask for a new lease")
         if not now < grant.not_after <= now + MAX_LEASE_S:
             raise GrantRefusedError("the grant's time is over or too long; check both hosts' clocks")
         missing = set(self._degradations) - set(grant.accepted_degradations)
@@ -294,6 +299,8 @@ class Custodian:
                 "node": grant.node,
                 "pool": grant.pool,
                 "degradations": list(self._degradations),
+                "environment": grant.environment,
+                "padding": grant.padding.value,
                 "not_after": grant.not_after,
                 "versions": versions(),
             },
@@ -318,8 +325,10 @@ class Custodian:
             "grant": running.grant.digest(),
             "node": self._settings.node,
             "device": running.device,
+            "environment": running.grant.environment,
             "scrub": running.scrub,
             "degradations": list(running.degradations),
+            "controls": controls_held(running.degradations),
             "exit": "closed by the zone",
             "started": running.started,
             "ended": int(time.time()),
@@ -374,6 +383,7 @@ def _parse_grant(document: Any) -> Grant:
     try:
         fields = dict(document)
         fields["accepted_degradations"] = tuple(str(item) for item in fields["accepted_degradations"])
+        fields["padding"] = Padding(fields["padding"])
         grant = Grant(**fields)
         for name in ("zone", "lease", "node", "pool"):
             check_id(getattr(grant, name), what=name)

@@ -42,7 +42,7 @@ from zones.envelope import (
     split_payload,
 )
 from zones.errors import EnvelopeError
-from zones.model import Direction, Kind, Slot
+from zones.model import Direction, Kind, Padding, Slot
 
 #: A side that hears nothing authentic for this long while it waits for a message is alone, seconds.
 SILENCE_LIMIT_S = 9.0
@@ -64,20 +64,22 @@ class StalledError(TimeoutError):
 class PlainBuffer:
     """A private, growing buffer that holds one padded plaintext: length, payload, zeros."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding: Padding = Padding.FINE) -> None:
+        self._padding = padding
         self._memory = mmap.mmap(-1, PIECE_BYTES, flags=_PRIVATE)
         self._size = 0
 
     def payload(self, capacity: int) -> memoryview:
         """Return where to write up to *capacity* payload bytes."""
-        if LENGTH_BYTES + padded_size(capacity) > len(self._memory):
-            self._memory = mmap.mmap(-1, 2 * padded_size(capacity), flags=_PRIVATE)
+        room = padded_size(capacity, self._padding)
+        if LENGTH_BYTES + room > len(self._memory):
+            self._memory = mmap.mmap(-1, 2 * room, flags=_PRIVATE)
         return memoryview(self._memory)[LENGTH_BYTES : LENGTH_BYTES + capacity]
 
     def fill(self, payload: bytes | bytearray | memoryview) -> memoryview:
         """Copy a payload and return its padded plaintext."""
         size = len(payload)
-        total, end = padded_size(size), LENGTH_BYTES + size
+        total, end = padded_size(size, self._padding), LENGTH_BYTES + size
         if total > len(self._memory):
             self._memory = mmap.mmap(-1, 2 * total, flags=_PRIVATE)
         view = memoryview(self._memory)
@@ -88,7 +90,7 @@ class PlainBuffer:
 
     def padded(self, size: int) -> memoryview:
         """Return the padded plaintext whose first *size* payload bytes were written."""
-        total = padded_size(size)
+        total = padded_size(size, self._padding)
         view = memoryview(self._memory)
         view[:LENGTH_BYTES] = size.to_bytes(LENGTH_BYTES, "big")
         end = LENGTH_BYTES + size
@@ -107,10 +109,18 @@ class SealedSocket:
         grant_digest: Hexadecimal SHA-256 of the grant, part of every context.
         lease: Lease id.
         outgoing: The direction in which this side seals.
+        padding: Of what this side sends.
     """
 
     def __init__(
-        self, sock: socket.socket, *, key: LeaseKey, grant_digest: str, lease: str, outgoing: Direction
+        self,
+        sock: socket.socket,
+        *,
+        key: LeaseKey,
+        grant_digest: str,
+        lease: str,
+        outgoing: Direction,
+        padding: Padding = Padding.FINE,
     ) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
@@ -125,7 +135,7 @@ class SealedSocket:
         #: What arrived and is not opened yet lies between the two marks.
         self._arrived = memoryview(bytearray(PIECE_BYTES + HEADER_BYTES))
         self._start = self._end = 0
-        self._plain = PlainBuffer()
+        self._plain = PlainBuffer(padding)
         self._opened = memoryview(b"")
         #: How long to wait for a message to begin, ``None`` for ever, and when the one that has begun must be there.
         self._timeout_s: float | None = None
@@ -144,6 +154,11 @@ class SealedSocket:
     def fileno(self) -> int:
         """Return the connection's descriptor, for ``poll``."""
         return self._sock.fileno()
+
+    def names(self) -> tuple[str, str]:
+        """Return the connection's two ends, ours first, each as ``address:port``."""
+        ours, theirs = self._sock.getsockname(), self._sock.getpeername()
+        return f"{ours[0]}:{ours[1]}", f"{theirs[0]}:{theirs[1]}"
 
     @property
     def sending(self) -> bool:

@@ -13,7 +13,7 @@ import io
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import cloudpickle
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_gpu import proposal
 from ray_gpu.captured import PLAIN, children, reached, travels, unchanged
 from ray_gpu.request import MAX_FUNCTION_BYTES
 from zones.errors import FunctionRefusedError
@@ -50,12 +51,26 @@ class PackedFunction:
         self._function = function
         self._captured: list[Any] | None = None
         self._bytes = b""
+        self._stable: dict[str, bytes] | None = None
 
     def __bytes__(self) -> bytes:
+        self._look()
+        if not self._bytes:
+            self._bytes = pack(self._function)
+        return self._bytes
+
+    def approved(self, digests: Collection[str]) -> bytes | None:
+        """Return what is sent of the function if that is approved: if one of *digests* is its SHA-256."""
+        self._look()
+        if self._stable is None:
+            self._stable = {proposal.digest(form): proposal.packed(form) for form in proposal.proposals(self._function)}
+        return next((sent for digest, sent in self._stable.items() if digest in digests), None)
+
+    def _look(self) -> None:
+        """Forget what was made of the function if what it captures has changed."""
         captured = reached(self._function)
         if self._captured is None or not unchanged(self._captured, captured):
-            self._bytes, self._captured = pack(self._function), captured
-        return self._bytes
+            self._bytes, self._stable, self._captured = b"", None, captured
 
 
 def pack(function: Callable[..., Any]) -> bytes:

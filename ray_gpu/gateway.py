@@ -47,6 +47,7 @@ from ray_gpu.request import Mode, Request, parse
 from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import share_encoded, share_table, share_value
+from ray_gpu.shares import Shares
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones import replaying
@@ -117,6 +118,7 @@ class Gateway:
         self._services = ZoneServices(
             in_force=in_force,
             ledger=ledger,
+            shares=Shares(ledger, settings.ledger, int(time.time())),
             opener=LeaseOpener(zone, self._keys, self._relay, self._vault.node_ca(), settings.degradations),
             data_dir=settings.data_dir,
             degradations=settings.degradations,
@@ -273,6 +275,7 @@ class Gateway:
             **session.status(),
             "pools": list(zone.pools),
             "datasets": self.catalog(),
+            "approved": sorted(zone.approved),
             "zone_degradations": degradations,
             "ledger_key": str(self._signer.key),
             "relay": self._relay.connected,
@@ -433,12 +436,14 @@ class Connection:
     def _source(self, request: Request, fds: list[int]) -> source.Source | None:
         if request.mode is Mode.CALL or request.data is None:
             return None
-        services = self._gateway.services
+        services, options = self._gateway.services, request.work.options
         if request.data.get("memory"):
             if not fds:
                 raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
-            return source.from_memory(fds.pop(), request.work.options.columns)
-        return source.from_catalog(services.zone, services.data_dir, request.data, request.work.options.columns)
+            return source.from_memory(fds.pop(), options.columns, keep_together=options.keep_together)
+        return source.from_catalog(
+            services.zone, services.data_dir, request.data, options.columns, keep_together=options.keep_together
+        )
 
     def _reply(self, request: Request, result: job.Result) -> None:
         head = {"ok": True, "printed": result.printed, "report": result.report}

@@ -73,7 +73,8 @@ class InForce:
 
     def _stamps(self) -> list[_Stamp]:
         found = []
-        for folder in (self._directory, self._directory / self._zone, self._directory / "pools"):
+        zone = self._directory / self._zone
+        for folder in (self._directory, zone, zone / "approved", self._directory / "pools"):
             for path in sorted(folder.glob("*.*")):
                 try:
                     status = path.stat()

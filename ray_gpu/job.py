@@ -6,12 +6,13 @@ leases prove what they are, the intent is on disk, and only then does the first 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +20,11 @@ from ray_gpu.frames import StalledError
 from ray_gpu.lease_pool import NO_LEASE
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
-from ray_gpu.request import Mode, Request
+from ray_gpu.pending import Item, Pending
+from ray_gpu.request import Mode, Options, Request
 from ray_gpu.sandbox.memory import SLOT_BYTES
 from ray_gpu.session import Allowed, Session
+from ray_gpu.sharing import OverShareError, Sharing, Size
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
 from zones import plan, shards
@@ -35,7 +38,8 @@ from zones.errors import (
     ValueRefusedError,
     ZoneError,
 )
-from zones.model import Kind
+from zones.model import Kind, Padding
+from zones.obligations import Unmet
 
 #: Shards that are on the way in one lease at once.
 IN_FLIGHT = 2
@@ -170,7 +174,7 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
     cancelled.watch(lease)
     spending = session.standing(allowed, lease)
     number = prepare(session, request, lease, spending)
-    spending.draw(1, _wire_bytes(len(request.arguments)))
+    spending.draw(1, lease.wire_bytes(len(request.arguments)))
     try:
         current = lease.next_call()
         link = lease.link
@@ -196,7 +200,7 @@ def prepare(session: Session, request: Request, lease: Lease, spending: Spending
     known = lease.functions.get(request.work.digest)
     if known is not None:
         return known
-    spending.draw(0, _wire_bytes(len(request.work.function)))
+    spending.draw(0, lease.wire_bytes(len(request.work.function)))
     number = lease.next_call()
     try:
         lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.work.function)
@@ -212,7 +216,7 @@ def _receive(lease: Lease) -> tuple[Header, memoryview]:
     Raises:
         EnvelopeError: Something else came, or it did not open.
     """
-    header, payload = lease.link.receive(most_bytes=padded_size(SLOT_BYTES))
+    header, payload = lease.link.receive(most_bytes=padded_size(SLOT_BYTES, Padding.COARSE))
     if header.kind is not Kind.RESULT:
         raise EnvelopeError
     return header, payload
@@ -234,11 +238,6 @@ def _lost(session: Session, lease: Lease, error: BaseException) -> LeaseLostErro
 
 class _DoubtedError(Exception):
     """An answer cannot be believed before another node has said the same."""
-
-
-def _wire_bytes(payload_bytes: int) -> int:
-    """Return how many bytes a payload takes on the connection, padding and header included."""
-    return HEADER_BYTES + sealed_size(padded_size(payload_bytes))
 
 
 def _payload_bytes(shard_bytes: int) -> int:
@@ -266,21 +265,21 @@ class ShardRun:
         self._table = shards.strip(source.table)
         obligations = allowed.decision.obligations
         options = request.work.options
-        self._plan = plan.make_plan(
-            source.rows,
-            plan.row_bytes(self._table),
-            obligations=obligations,
-            seed=secrets.token_bytes(32),
+        self._size = Size(
+            row_bytes=plan.row_bytes(self._table),
             shard_bytes=MAX_WHOLE_BYTES if options.whole else _payload_bytes(options.shard_bytes),
-            min_shards=1 if options.whole else 2 * options.concurrency,
+            min_shards=1 if options.whole else max(obligations.min_shards, 2 * options.concurrency),
         )
-        self._count = len(self._plan)
-        if options.whole and self._count > 1:
-            raise ValueRefusedError(
-                f"f.remote gives a function all rows as one batch, and {source.rows} rows of {self._table.nbytes} "
-                f"bytes do not fit one of {MAX_WHOLE_BYTES}; use .map or .map_reduce, which take them in shards"
-            )
-        self._pending: deque[tuple[int, int]] = deque((index, 0) for index in range(self._count))
+        #: Where policy bounds a node's share: the plan then depends on which nodes there are.
+        self._sharing = session.sharing(allowed, source)
+        if self._sharing is None:
+            seed, groups = secrets.token_bytes(plan.SEED_BYTES), source.row_groups()
+            size = dataclasses.asdict(self._size)
+            if groups is None:
+                made = plan.make_plan(source.rows, obligations=obligations, seed=seed, **size)
+            else:
+                made = plan.plan_of_groups(groups, obligations=obligations, seed=seed, **size)
+            self._set_plan(made)
         self._lock = threading.Lock()
         self._parts: dict[int, Any] = {}
         self._encoded: dict[int, memoryview] = {}
@@ -294,17 +293,34 @@ class ShardRun:
         self._doubts: dict[int, str] = {}
         #: Whether a worker got a lease at the start.
         self._holding = False
-        #: Leases that work on this call now.
-        self._serving = 0
+        #: Nodes of the leases that work on this call now.
+        self._serving: Counter[str] = Counter()
         self._failure: BaseException | None = None
         #: Set once the first worker has its lease, or has failed.
         self._first = threading.Event()
-        self._opened = threading.Barrier(min(request.work.options.concurrency, max(1, self._count)))
+
+    def _set_plan(self, made: plan.Plan, owners: list[str] | None = None) -> None:
+        options, demanded = self._request.work.options, self._allowed.decision.obligations.min_shards
+        self._plan, self._count = made, len(made)
+        self._pending = Pending(self._count, owners)
+        if options.whole and self._count > 1:
+            raise ValueRefusedError(
+                f"f.remote gives a function all rows as one batch, and {made.rows} rows of {self._table.nbytes} "
+                f"bytes do not fit one of {MAX_WHOLE_BYTES}; use .map or .map_reduce, which take them in shards"
+            )
+        if self._count < demanded:
+            reason = f"rows are cut into {demanded} shards at least, and these make {self._count}"
+            raise self._session.refuse(self._allowed, [Unmet("min_shards", reason, "send more rows")])
 
     def run(self) -> Result:
         """Run until every shard has one accepted result."""
+        leases: list[Lease | None] = [*self._share_out(self._sharing)] if self._sharing else []
+        if not leases:
+            leases = [None] * min(self._request.work.options.concurrency, max(1, self._count))
+        self._opened = threading.Barrier(len(leases))
         workers = [
-            threading.Thread(target=self._work, args=(first,), daemon=True) for first in range(self._opened.parties)
+            threading.Thread(target=self._work, args=(worker, lease), daemon=True)
+            for worker, lease in enumerate(leases)
         ]
         for worker in workers:
             worker.start()
@@ -325,26 +341,52 @@ class ShardRun:
                 "shards": self._count,
                 "rows": self._plan.rows,
                 "sent_bytes": self._sent_bytes,
+                **({"shares": self._sharing.percents()} if self._sharing else {}),
             },
         )
 
-    def _work(self, worker: int) -> None:
-        """Serve one lease after another until nothing is pending."""
+    def _share_out(self, sharing: Sharing) -> list[Lease]:
+        """Take leases on as many nodes as policy asks for, and plan which of them gets what."""
+        options = self._request.work.options
+        needed = 1 if options.whole else sharing.nodes_needed()
+        options = dataclasses.replace(options, concurrency=max(needed, options.concurrency))
+        leases = [self._take_lease()]
         try:
-            lease = self._lease(worker)
+            while len(leases) < (1 if options.whole else options.concurrency):
+                nodes = {lease.node for lease in leases}
+                lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S, options, apart=nodes)
+                if lease is None:
+                    break
+                leases.append(lease)
+                if lease.node in nodes and len(nodes) < needed:
+                    break
+            made, owners = sharing.plan({lease.node for lease in leases}, self._size)
+            self._set_plan(made, owners)
+        except BaseException as error:
+            for lease in leases:
+                self._session.leases.give(lease)
+            if isinstance(error, OverShareError):
+                raise self._session.refuse(self._allowed, [error.unmet]) from None
+            raise
+        return leases
+
+    def _work(self, worker: int, lease: Lease | None) -> None:
+        """Serve one lease after another, the given one first, until nothing is pending."""
+        try:
+            lease = self._lease(worker) if lease is None else lease
             while lease is not None:
                 with self._lock:
-                    self._serving += 1
+                    self._serving[lease.node] += 1
                 try:
                     self._serve(lease)
-                    if not self._session.leases.leaves(lease):
+                    if not self._session.leases.leaves(lease) and not self._orphaned(lease):
                         return
                 except LeaseLostError as error:
                     self._cancelled.check()
                     self._events({"event": "lost", "node": lease.node, "reason": error.reason})
                 finally:
                     with self._lock:
-                        self._serving -= 1
+                        self._serving[lease.node] -= 1
                     self._session.leases.give(lease)
                 lease = self._replacement()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for this one
@@ -373,13 +415,14 @@ class ShardRun:
             raise failed
         return lease
 
-    def _try_lease(self, timeout_s: float) -> Lease | None:
+    def _try_lease(self, timeout_s: float, options: Options | None = None, apart: Collection[str] = ()) -> Lease | None:
         return self._session.leases.try_take(
             self._terms,
             self._allowed.decision,
-            self._request.work.options,
+            options or self._request.work.options,
             timeout_s=timeout_s,
             check=self._cancelled.check,
+            apart=apart,
         )
 
     def _take_lease(self) -> Lease:
@@ -392,17 +435,45 @@ class ShardRun:
 
         While another lease works off the call's shards this waits in short turns; the last one waits for placement.
         """
+        deadline = time.monotonic() + self._request.work.options.placement_timeout_s
         while True:
             with self._lock:
-                if not self._pending or self._failure:
+                serving = [node for node, leases in self._serving.items() if leases]
+                if not self._pending.without(serving) or self._failure:
                     return None
-                alone = not self._serving
-            if alone:
-                return self._take_lease()
-            lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
-            if lease:
-                return lease
+            lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S) if serving else self._take_lease()
+            if lease is not None:
+                try:
+                    if self._adopt(lease):
+                        return lease
+                    if not serving and time.monotonic() > deadline:
+                        assert self._sharing is not None
+                        raise self._session.refuse(self._allowed, [self._sharing.over_share([lease.node])])
+                except BaseException:
+                    self._session.leases.give(lease)
+                    raise
+                self._session.leases.give(lease)
             time.sleep(PAUSE_S)
+
+    def _orphaned(self, lease: Lease) -> bool:
+        """Tell whether shards wait for a node that nobody serves, once *lease* has done what its own node may have."""
+        if self._sharing is None:
+            return False
+        with self._lock:
+            served = {node for node, leases in self._serving.items() if leases} | {lease.node}
+            return bool(self._pending.without(served))
+
+    def _adopt(self, lease: Lease) -> bool:
+        """Give a lease's node the shards whose own is gone, as far as it may have them; tell whether there are any."""
+        if self._sharing is None:
+            return True
+        with self._lock:
+            serving = [node for node, leases in self._serving.items() if leases]
+            orphans = self._pending.without(serving)
+            others = [shard for shard in orphans if self._pending.owner(shard) != lease.node]
+            moved = self._sharing.move(others, lease.node)
+            self._pending.move(moved, lease.node)
+            return bool(moved) or len(others) < len(orphans)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -413,13 +484,13 @@ class ShardRun:
         """Send shards, at most ``IN_FLIGHT`` at once, and take results, until nothing is pending."""
         self._cancelled.watch(lease)
         spending = self._session.spending(
-            self._allowed, lease, rows=self._plan.rows, calls=1, bytes_=self._most_bytes()
+            self._allowed, lease, rows=self._plan.rows, calls=1, bytes_=self._most_bytes(lease)
         )
-        flying: deque[tuple[int, int]] = deque()
+        flying: deque[Item] = deque()
         tally = Tally()
         try:
             current = self._begin(lease, spending)
-            while item := self._next(flying, leaves=tally.rows > 0 and self._session.leases.leaves(lease)):
+            while item := self._next(lease, flying, leaves=tally.rows > 0 and self._session.leases.leaves(lease)):
                 if item[0] >= 0:
                     flying.append(item)
                     tally.rows += self._send(lease, spending, current, *item)
@@ -440,24 +511,25 @@ class ShardRun:
         finally:
             spending.settle(tally.outcome, rows=tally.rows)
 
-    def _most_bytes(self) -> int:
+    def _most_bytes(self, lease: Lease) -> int:
         """Return about what this lease may send: everything, framed and padded. More takes a further intent."""
         framing = len(self._plan) * ((16 << 10) + 1024 * self._table.num_columns)
+        data = self._table.nbytes + framing
         return (
-            (self._table.nbytes + framing) * 9 // 8
-            + _wire_bytes(len(self._request.work.function))
-            + _wire_bytes(len(self._request.arguments))
+            (data * 2 if self._terms.padding is Padding.COARSE else data * 9 // 8)
+            + lease.wire_bytes(len(self._request.work.function))
+            + lease.wire_bytes(len(self._request.arguments))
         )
 
     def _begin(self, lease: Lease, spending: Spending) -> int:
         """Send function and arguments; return the call number that the lease knows the call by."""
-        spending.draw(1, _wire_bytes(len(self._request.arguments)))
+        spending.draw(1, lease.wire_bytes(len(self._request.arguments)))
         function = prepare(self._session, self._request, lease, spending)
         current = lease.next_call()
         lease.link.send(lease.link.slot(Kind.ARGUMENTS, call=current, shard=function), self._request.arguments)
         return current
 
-    def _next(self, flying: deque[tuple[int, int]], *, leaves: bool) -> tuple[int, int] | None:
+    def _next(self, lease: Lease, flying: deque[Item], *, leaves: bool) -> Item | None:
         """Return a shard to send, ``(-1, -1)`` to take a result, or ``None`` when all is done.
 
         Args:
@@ -465,11 +537,13 @@ class ShardRun:
                 so that a call ends whatever the relay says.
         """
         with self._lock:
-            if self._pending and len(flying) < IN_FLIGHT and not (self._failure or leaves):
-                return self._pending.popleft()
+            if len(flying) < IN_FLIGHT and not (self._failure or leaves):
+                item = self._pending.take(lease.node)
+                if item is not None:
+                    return item
         return (-1, -1) if flying else None
 
-    def _disowned(self, lease: Lease) -> deque[tuple[int, int]]:
+    def _disowned(self, lease: Lease) -> deque[Item]:
         """Forget what a node that lied has answered to this call, and return its shards: others do them again."""
         with self._lock:
             found = [item for item, node in self._accepted.items() if lease.lied and node == lease.node]
@@ -482,7 +556,7 @@ class ShardRun:
                 del self._nodes[lease.node]
         return deque(found)
 
-    def _put_back(self, flying: deque[tuple[int, int]]) -> None:
+    def _put_back(self, flying: deque[Item]) -> None:
         """Queue a lost lease's shards again, each as a new attempt."""
         with self._lock:
             for index, attempt in flying:
@@ -494,7 +568,7 @@ class ShardRun:
                         reason="too many attempts",
                     )
                 # First in line: what ends every lease that it is sent to shall be found out soon.
-                self._pending.appendleft((index, attempt + 1))
+                self._pending.put_first((index, attempt + 1))
 
     def _send(self, lease: Lease, spending: Spending, current: int, index: int, attempt: int) -> int:
         """Send one shard and return its rows."""
@@ -512,7 +586,7 @@ class ShardRun:
             self._sent_bytes += wire
         return self._plan.shard_rows(index)
 
-    def _take(self, lease: Lease, current: int, flying: deque[tuple[int, int]]) -> None:
+    def _take(self, lease: Lease, current: int, flying: deque[Item]) -> None:
         """Receive one result, which must be the oldest shard's on this lease."""
         header, payload = _receive(lease)
         index, attempt = flying[0]

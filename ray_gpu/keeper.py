@@ -35,7 +35,7 @@ from ray_gpu.sandbox.memory import IN_SLOTS, OUT_SLOTS, SLOT_BYTES, SlotMap
 from ray_gpu.wire import Inbox, PeerClosedError, recv_message, send_message
 from zones.envelope import MIN_PADDED_BYTES, Header, LeaseKey
 from zones.errors import EnvelopeError, ZoneError
-from zones.model import Direction, Kind
+from zones.model import Direction, Kind, Padding
 
 #: A lease to whose keeper nobody has proven himself by then is over, seconds.
 CONNECT_LIMIT_S = 15.0
@@ -99,6 +99,7 @@ class Keeper:
             grant_digest=self._start["grant_digest"],
             lease=self._start["lease"],
             outgoing=Direction.BACK,
+            padding=Padding(self._start["padding"]),
         )
         link.settimeout(KNOCK_TIMEOUT_S)
         with self._candidates_lock:
@@ -133,7 +134,8 @@ class Keeper:
     def _serve(self, link: SealedSocket) -> None:
         self._link = link
         link.settimeout(SILENCE_LIMIT_S)
-        hello = {name: self._start[name] for name in ("node", "pool", "degradations", "device", "versions")}
+        said = ("node", "pool", "degradations", "device", "environment", "versions")
+        hello = {name: self._start[name] for name in said}
         link.send(link.slot(Kind.HELLO, call=0), msgpack.packb(hello))
         threading.Thread(target=self._write_results, args=(link,), daemon=True).start()
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ray_gpu.leases import HEARTBEAT_S, Lease, LeaseOpener, LeaseTerms
@@ -84,13 +84,20 @@ class LeasePool:
             raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
 
     def try_take(
-        self, terms: LeaseTerms, decision: Decision, options: Options, *, timeout_s: float, check: Callable[[], None]
+        self,
+        terms: LeaseTerms,
+        decision: Decision,
+        options: Options,
+        *,
+        timeout_s: float,
+        check: Callable[[], None],
+        apart: Collection[str] = (),
     ) -> Lease | None:
         """Return another lease for a call that has one already, or ``None`` when none can be had in time."""
         try:
             if not self._has_more_room(terms):
                 return None
-            return self.take(terms, decision, options, timeout_s=timeout_s, check=check)
+            return self.take(terms, decision, options, timeout_s=timeout_s, check=check, apart=apart)
         except NO_LEASE:
             return None
 
@@ -102,6 +109,7 @@ class LeasePool:
         *,
         check: Callable[[], None],
         timeout_s: float | None = None,
+        apart: Collection[str] = (),
     ) -> Lease:
         """Return a lease for one call: an idle one, a new one if there may be more, else the first that is free.
 
@@ -112,6 +120,7 @@ class LeasePool:
             check: Raises when the call was given up meanwhile.
             timeout_s: Most seconds to wait; by default until the session's other calls are over, and then for
                 room as long as the call says.
+            apart: Nodes that it should not be on, as long as others have room.
 
         Raises:
             PlacementError, SandboxLevelError, GrantRefusedError: None can be had.
@@ -119,7 +128,7 @@ class LeasePool:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._lock:
-                lease, same = self._claim(terms, check)
+                lease, same = self._claim(terms, check, apart)
                 if lease is not None:
                     return lease
                 if same + self._opening < options.concurrency:
@@ -133,7 +142,7 @@ class LeasePool:
                         reason="in use",
                     )
                 self._await_change()
-        return self._open(terms, decision, options, timeout_s)
+        return self._open(terms, decision, options, timeout_s, apart)
 
     def take_free(self, terms: LeaseTerms, *, check: Callable[[], None]) -> Lease | None:
         """Return one of the session's leases once it is free; ``None`` when it has none, nor opens any."""
@@ -146,13 +155,16 @@ class LeasePool:
                     return None
                 self._await_change()
 
-    def _claim(self, terms: LeaseTerms, check: Callable[[], None]) -> tuple[Lease | None, int]:
+    def _claim(
+        self, terms: LeaseTerms, check: Callable[[], None], apart: Collection[str] = ()
+    ) -> tuple[Lease | None, int]:
         """Return a lease that was free and is now the caller's, if any, and how many there are; with the lock held."""
         check()
         self.check_open()
         self._drop_lost()
         same = self._same(terms)
-        return next((lease for lease in same if lease.lock.acquire(blocking=False)), None), len(same)
+        fitting = (lease for lease in same if lease.node not in apart and lease.lock.acquire(blocking=False))
+        return next(fitting, None), len(same)
 
     def _await_change(self) -> None:
         """Wait until a lease may be free; with the lock held."""
@@ -177,7 +189,14 @@ class LeasePool:
         self._reclaim()
         return self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted)
 
-    def _open(self, terms: LeaseTerms, decision: Decision, options: Options, timeout_s: float | None) -> Lease:
+    def _open(
+        self,
+        terms: LeaseTerms,
+        decision: Decision,
+        options: Options,
+        timeout_s: float | None,
+        apart: Collection[str],
+    ) -> Lease:
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
@@ -188,7 +207,7 @@ class LeasePool:
                 decision,
                 timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
                 patient=lambda: timeout_s is None and not self._same(terms),
-                distrusted=self.distrusted,
+                distrusted={**dict.fromkeys(apart, "the call has a lease there"), **self.distrusted},
             )
             lease.lock.acquire()
             with self._lock:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +29,7 @@ from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.rooms import Rooms
 from zones.config import endpoint_allowed
-from zones.envelope import LeaseKey
+from zones.envelope import HEADER_BYTES, LeaseKey, padded_size, sealed_size
 from zones.errors import (
     ClusterError,
     EnvelopeError,
@@ -45,9 +46,11 @@ from zones.model import (
     Grant,
     Kind,
     Offer,
+    Padding,
     Zone,
     canonical,
     check_id,
+    controls_held,
     digest,
     sandbox_level,
 )
@@ -67,9 +70,10 @@ PLACEMENT_TIMES_S = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0, 3600.0)
 MAX_LEFT_OVER = 8
 #: What a custodian states of a lease at least, and of which type.
 RECEIPT_FIELDS = {
-    **dict.fromkeys(("lease", "grant", "node", "device", "exit"), str),
+    **dict.fromkeys(("lease", "grant", "node", "device", "environment", "exit"), str),
     **dict.fromkeys(("started", "ended", "calls", "shards", "received_bytes", "sent_bytes"), int),
     "degradations": list,
+    "controls": list,
 }
 #: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
 STALL_LIMIT_S = 20
@@ -87,7 +91,21 @@ class LeaseTerms:
     gpu_milli: int
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     accepted_degradations: tuple[str, ...]
+    padding: Padding = Padding.FINE
+    #: See :class:`zones.model.Obligations`.
+    gpu_kinds: tuple[str, ...] | None = None
+    environments: frozenset[str] | None = None
     max_lease_s: int
+    #: By then it must end in any case, UTC seconds since the epoch.
+    ends: int | None = None
+
+    def unfit(self, device: str, environment: str) -> str:
+        """Return why a node with this device and environment cannot have the lease; ``""`` when it can."""
+        if self.gpu_kinds is not None and not any(fnmatchcase(device, kind) for kind in self.gpu_kinds):
+            return f"its device is {device}, and policy asks for {' or '.join(self.gpu_kinds)}"
+        if self.environments is not None and environment not in self.environments:
+            return f"its environment {environment[:12]} is none that policy names"
+        return ""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -104,7 +122,10 @@ class Lease:
     lock: threading.Lock = field(default_factory=threading.Lock)
     #: Function digest to the number of the call that sent it.
     functions: dict[str, int] = field(default_factory=dict)
-    plain: PlainBuffer = field(default_factory=PlainBuffer)
+    plain: PlainBuffer
+    grant: Grant
+    #: The connection, as the kernel names it: our address and port, and the node's.
+    connection: tuple[str, str]
     idle_since: float = 0.0
     lost: str = ""
     #: Whether its node or its sandbox sent what none of ours sends; :attr:`lost` says what.
@@ -117,6 +138,10 @@ class Lease:
     def level(self) -> str:
         """``"strict"``, or ``"degraded: ..."`` with the missing controls of the sandbox."""
         return sandbox_level(self.degradations)
+
+    def wire_bytes(self, payload_bytes: int) -> int:
+        """Return how many bytes a payload takes on the connection, padding and header included."""
+        return HEADER_BYTES + sealed_size(padded_size(payload_bytes, self.terms.padding))
 
     def next_call(self) -> int:
         """Return a fresh call number."""
@@ -135,6 +160,11 @@ class Lease:
         """Tell the keeper that a call is over, and refuse its slots from now on."""
         self.control({"finish": call})
         self.link.finish_call(call)
+
+    @property
+    def controls(self) -> int:
+        """Control messages sent so far."""
+        return self._controls
 
     def error(self, reason: str) -> LeaseLostError:
         """Return the error that says that this lease is gone."""
@@ -192,13 +222,27 @@ class LeaseOpener:
             GrantRefusedError: Node or custodian refused, or the node's signature did not verify.
             LeaseLostError, ClusterError: Node after node went away meanwhile.
         """
+        if terms.ends is not None and terms.ends <= time.time():
+            raise PlacementError(
+                "this session, or the zone's working hours, just ended; attach again", pool=terms.pool, reason="over"
+            )
         deadline = time.monotonic() + timeout_s
+        unfit: dict[str, str] = {}
         while True:
-            avoid = self.rooms.passed_over(terms.pool, distrusted)
+            avoid = self.rooms.passed_over(terms.pool, {**distrusted, **unfit})
+            if unfit and not unfit.keys() <= avoid.keys():
+                raise PlacementError(
+                    f"no node of pool {terms.pool} has what the zone's policy asks for: {'; '.join(unfit.values())}; "
+                    "ask the pool's operator for such a node, or the security officer to change zone.yaml",
+                    pool=terms.pool,
+                    reason="unfit",
+                )
             try:
                 left_s = max(0.0, deadline - time.monotonic())
                 # Nodes that are passed over may work again, and this call may be served otherwise meanwhile.
                 return self._open(terms, decision, min(left_s, LOOK_AGAIN_S) if avoid else left_s, avoid=sorted(avoid))
+            except _UnfitError as error:
+                unfit[error.node] = f"{error.node}: {error}"
             except (ClusterError, LeaseLostError) as error:
                 if not error.node or time.monotonic() > deadline:
                     raise
@@ -218,6 +262,7 @@ class LeaseOpener:
 
     def _open(self, terms: LeaseTerms, decision: Decision, timeout_s: float, avoid: list[str]) -> Lease:
         not_after = int(time.time()) + terms.max_lease_s
+        not_after = not_after if terms.ends is None else min(not_after, terms.ends)
         lease = lease_name(secrets.token_bytes(8), not_after)
         node = ""
         try:
@@ -253,6 +298,7 @@ class LeaseOpener:
         if offer.pool != terms.pool:
             raise GrantRefusedError(f"node {offer.node} is of pool {offer.pool}, not {terms.pool}; see cluster labels")
         _check_level(offer.node, (*self._degradations, *offer.degradations), terms)
+        _check_fit(offer.node, offer.device, offer.environment, terms)
         return offer
 
     def _believed_offer(self, lease: str, answer: dict[str, Any]) -> Offer:
@@ -290,6 +336,8 @@ class LeaseOpener:
             offer_digest=digest(offer.document()),
             exchange_key=exchange.public_hex,
             accepted_degradations=terms.accepted_degradations,
+            padding=terms.padding,
+            environment=offer.environment,
             gpu_milli=terms.gpu_milli,
             memory_bytes=terms.memory_bytes,
             policy_digest=decision.policy_digest,
@@ -303,7 +351,9 @@ class LeaseOpener:
         key = derive_lease_key(data_key, shared, grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
         link, device, degradations = self._introduce(answer.get("endpoint"), key, grant)
+        connection = link.names()
         _check_level(offer.node, degradations, terms)
+        _check_fit(offer.node, device, offer.environment, terms)
         return Lease(
             id=lease,
             node=offer.node,
@@ -312,6 +362,9 @@ class LeaseOpener:
             terms=terms,
             not_after=not_after,
             link=link,
+            plain=PlainBuffer(terms.padding),
+            grant=grant,
+            connection=connection,
             idle_since=time.monotonic(),
         )
 
@@ -323,7 +376,14 @@ class LeaseOpener:
         deadline = time.monotonic() + HELLO_AGAIN_S
         while True:
             sock = self._connect(endpoint)
-            link = SealedSocket(sock, key=key, grant_digest=grant.digest(), lease=grant.lease, outgoing=Direction.OUT)
+            link = SealedSocket(
+                sock,
+                key=key,
+                grant_digest=grant.digest(),
+                lease=grant.lease,
+                outgoing=Direction.OUT,
+                padding=grant.padding,
+            )
             try:
                 return link, *self._hello(link, grant)
             except ConnectionError:
@@ -362,7 +422,8 @@ class LeaseOpener:
         link.settimeout(None)
         hello = _document(payload)
         degradations = hello.get("degradations")
-        if not isinstance(degradations, list) or (hello.get("node"), hello.get("pool")) != (grant.node, grant.pool):
+        said = tuple(hello.get(name) for name in ("node", "pool", "environment"))
+        if not isinstance(degradations, list) or said != (grant.node, grant.pool, grant.environment):
             raise EnvelopeError
         return str(hello.get("device"))[:80], tuple(str(name)[:40] for name in degradations)
 
@@ -443,6 +504,8 @@ def _checked_receipt(document: Any) -> dict[str, Any]:
         raise EnvelopeError
     if any(type(document.get(name)) is not kind for name, kind in RECEIPT_FIELDS.items()):
         raise EnvelopeError
+    if document["controls"] != controls_held(document["degradations"]):
+        raise EnvelopeError
     return document
 
 
@@ -461,6 +524,19 @@ def _parse_offer(document: Any) -> Offer:
         return offer
     except (TypeError, ValueError, KeyError):
         raise GrantRefusedError("the node's offer is malformed; gateway and node must be of the same version") from None
+
+
+class _UnfitError(Exception):
+    """A node cannot have a lease, for what it is and not for what it lacks: another may."""
+
+    def __init__(self, node: str, why: str) -> None:
+        super().__init__(why)
+        self.node = node
+
+
+def _check_fit(node: str, device: str, environment: str, terms: LeaseTerms) -> None:
+    if why := terms.unfit(device, environment):
+        raise _UnfitError(node, why)
 
 
 def _check_level(node: str, degradations: tuple[str, ...], terms: LeaseTerms) -> None:

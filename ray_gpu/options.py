@@ -31,6 +31,9 @@ class FunctionOptions:
     concurrency: int = 2
     #: Columns that leave; by default all that the data has.
     columns: tuple[str, ...] | None = None
+    #: Column whose equal values mark rows that stay in one shard, such as a patient's number. It does not leave unless
+    #: it is one of *columns*; policy is asked about its class all the same.
+    keep_together: str | None = None
     #: Size of a shard before padding, bytes.
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Seconds until the call is stopped; ``None`` means never.
@@ -43,6 +46,8 @@ class FunctionOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.pool, str):
             raise TypeError(f'pool is a name, as in pool="shared", not {self.pool!r}')
+        if not isinstance(self.keep_together, (str, type(None))):
+            raise TypeError(f'keep_together is a column, as in keep_together="patient", not {self.keep_together!r}')
         _check_gpus(self.num_gpus)
         _check_whole("concurrency", self.concurrency, 1, MAX_CONCURRENCY)
         _check_whole("shard_bytes", self.shard_bytes, MIN_SHARD_BYTES, MAX_SHARD_BYTES)
@@ -59,6 +64,7 @@ class FunctionOptions:
             "gpu_milli": round(self.num_gpus * 1000),
             "concurrency": self.concurrency,
             "columns": None if self.columns is None else list(self.columns),
+            "keep_together": self.keep_together,
             "shard_bytes": self.shard_bytes,
             "timeout_s": self.timeout_s,
             "placement_timeout_s": self.placement_timeout_s,

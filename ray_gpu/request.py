@@ -56,6 +56,8 @@ class Options:
     concurrency: int = 2
     #: Columns that leave; ``None`` means all of the data's.
     columns: tuple[str, ...] | None = None
+    #: Column whose equal values mark rows that stay in one shard; it does not leave unless *columns* names it.
+    keep_together: str | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Seconds until the call is given up; ``None`` means never.
     timeout_s: float | None = None
@@ -156,6 +158,8 @@ def _options(given: dict[str, Any]) -> Options:
             f"the gateway knows no option {sorted(map(str, unknown))[0][:40]!r}; use one version of ray_gpu"
         )
     options = Options(**{**given, "columns": _columns(given.get("columns"))})
+    if not isinstance(options.keep_together, (str, type(None))):
+        raise ValueError("keep_together must be the name of a column")
     if not isinstance(options.pool, str) or type(options.whole) is not bool:
         raise ValueError("pool must be a name, and whole a boolean")
     if not _whole(options.gpu_milli, 1, 64_000):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from ray_gpu.in_force import InForce
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
 from ray_gpu.leases import Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
+from ray_gpu.shares import Shares
+from ray_gpu.sharing import Sharing
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
-from zones.errors import LedgerError, UnknownNameError, ZoneError
+from zones.errors import EgressDeniedError, LedgerError, UnknownNameError, ZoneError
 from zones.labels import ARGUMENTS, classify, labels
 from zones.ledger import Egress, Ledger
 from zones.model import Decision, EgressRequest, Zone
+from zones.obligations import Facts, Unmet, ends, unmet
 from zones.policy import Policy
 from zones.vault import Person
 
@@ -39,6 +42,8 @@ class ZoneServices:
     in_force: InForce
     ledger: Ledger
     opener: LeaseOpener
+    #: What each GPU node was given of each data set.
+    shares: Shares
     data_dir: Path
     #: Degradations of the zone's own side, for example ``embedded-vault``.
     degradations: tuple[str, ...]
@@ -62,8 +67,12 @@ class ZoneServices:
 class Allowed:
     """An allowed decision, written down."""
 
+    #: The policy that allowed it.
+    policy: Policy
     request: EgressRequest
     decision: Decision
+    #: SHA-256 of the data set's file; ``""`` for data that comes from no catalog handle.
+    dataset_digest: str
     #: Number of the ledger's decision entry.
     entry: int
 
@@ -77,10 +86,10 @@ class Session:
         self.purpose = purpose
         self.id = secrets.token_hex(8)
         self.secret = secrets.token_hex(16)
-        self.started = time.time()
+        self.began = datetime.now(UTC)
         self._lock = threading.Lock()
         self._allowed: dict[Any, Allowed] = {}
-        self._terms: dict[tuple[int, int], LeaseTerms] = {}
+        self._terms: dict[tuple[int, int, int | None], LeaseTerms] = {}
         self._standing: dict[tuple[str, int], Spending] = {}
         self._functions_seen: set[str] = set()
         self._small_bytes = 0
@@ -108,19 +117,49 @@ class Session:
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
         small = self._count_small_bytes(zone, request)
-        what = (source.dataset, tuple(source.columns), source.filter_columns) if source else None
+        what = (source.dataset, source.digest, tuple(source.columns), source.filter_columns) if source else None
         # The share is here since nodes are told it, and what they are told is written down before.
         key = (zone.policy_digest, request.work.digest, pool, small, what, request.work.options.gpu_milli)
         found = self._allowed.get(key)
-        if found is None:
-            try:
+        try:
+            if found is None:
                 found = self._allowed[key] = self._ask(policy, request, source, pool, small)
-            except BaseException:
-                with self._lock:
-                    # Nothing leaves; the function stays counted, once, so that asking again is not cheaper.
-                    self._small_bytes -= len(request.arguments)
-                raise
+            self._fulfil(found, request, source)
+        except BaseException:
+            with self._lock:
+                # Nothing leaves; the function stays counted, once, so that asking again is not cheaper.
+                self._small_bytes -= len(request.arguments)
+            raise
         return found
+
+    def _fulfil(self, allowed: Allowed, request: Request, source: Source | None) -> None:
+        """Check what the decision demands of this very call."""
+        obligations, options = allowed.decision.obligations, request.work.options
+        call = Facts(
+            purpose=self.purpose,
+            now=datetime.now(UTC),
+            began=self.began,
+            function_reviewed=allowed.request.function_reviewed,
+            gpu_milli=options.gpu_milli,
+            rows=source.rows if source else None,
+            most_shards=1 if options.whole or source is None else max(1, -(-source.rows // obligations.block_rows)),
+        )
+        if missed := unmet(obligations, call):
+            raise self.refuse(allowed, missed)
+
+    def refuse(self, allowed: Allowed, missed: list[Unmet]) -> EgressDeniedError:
+        """Write down which obligations a call does not fulfil, and return its error."""
+        self.services.ledger.append(
+            {
+                "kind": "refusal",
+                "person": self.person.name,
+                "session": self.id,
+                "decision_entry": allowed.entry,
+                "obligations": [one.key for one in missed],
+                "reasons": [one.reason for one in missed],
+            }
+        )
+        return allowed.policy.unfulfilled(allowed.request, missed)
 
     def _count_small_bytes(self, zone: Zone, request: Request) -> frozenset[str]:
         """Count the function, once, and the arguments towards the session's cap; return their class."""
@@ -155,6 +194,7 @@ class Session:
             columns=frozenset(source.columns) if source else ARGUMENTS,
             classes=small | set(labels(zone, source.dataset, columns).values()) if source else small,
             function_digest=request.work.digest,
+            function_reviewed=request.work.digest in zone.approved,
         )
         decision = policy.decide(question)
         rows = source.rows if source else 0
@@ -164,11 +204,13 @@ class Session:
             policy_digest=decision.policy_digest,
             rows=rows,
             gpu_milli=request.work.options.gpu_milli,
+            dataset_digest=source.digest if source else "",
         )
         entry = self.services.ledger.decided(egress, decision)
         if not decision.allowed:
             raise policy.refusal(question, decision, labels(zone, source.dataset, source.columns) if source else None)
-        return Allowed(request=question, decision=decision, entry=entry)
+        digest = egress.dataset_digest
+        return Allowed(policy=policy, request=question, decision=decision, dataset_digest=digest, entry=entry)
 
     # -- budgets --------------------------------------------------------------------------------
 
@@ -184,6 +226,8 @@ class Session:
             level=lease.level,
             gpu_milli=lease.terms.gpu_milli,
             degradations=tuple(sorted({*lease.degradations, *self.services.degradations})),
+            environment_digest=lease.grant.environment,
+            dataset_digest=allowed.dataset_digest,
         )
         return Spending(self.services.ledger, egress, decision=allowed.entry, calls=calls, bytes_=bytes_)
 
@@ -197,19 +241,31 @@ class Session:
             )
         return found
 
+    def sharing(self, allowed: Allowed, source: Source) -> Sharing | None:
+        """Return how a call's rows are given to nodes; ``None`` where policy does not bound a node's share."""
+        obligations = allowed.decision.obligations
+        if obligations.max_node_share is None:
+            return None
+        return Sharing(self.services.shares, source, obligations, obligations.max_node_share)
+
     # -- leases ---------------------------------------------------------------------------------
 
     def terms(self, allowed: Allowed, request: Request) -> LeaseTerms:
         """Return what leases a call needs."""
-        key = (allowed.entry, request.work.options.gpu_milli)
+        obligations = allowed.decision.obligations
+        over = ends(obligations, began=self.began, now=datetime.now(UTC))
+        key = (allowed.entry, request.work.options.gpu_milli, over)
         found = self._terms.get(key)
         if found is None:
-            obligations = allowed.decision.obligations
             found = self._terms[key] = LeaseTerms(
                 pool=allowed.request.pool,
                 gpu_milli=request.work.options.gpu_milli,
                 accepted_degradations=tuple(sorted(obligations.accepted_degradations)),
+                padding=obligations.padding,
+                gpu_kinds=obligations.gpu_kinds,
+                environments=obligations.environments,
                 max_lease_s=obligations.max_lease_s,
+                ends=over,
             )
         return found
 
@@ -230,6 +286,9 @@ class Session:
                     "node": lease.node,
                     "outcome": outcome,
                     "reason": "" if receipt else lease.lost,
+                    "grant": lease.grant.document(),
+                    "connection": list(lease.connection),
+                    "controls": lease.controls,
                     "receipt": receipt,
                 }
             )

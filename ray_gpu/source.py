@@ -8,18 +8,20 @@ sealed against writing, so that nothing changes between decision and sending.
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_gpu.share import open_table
-from zones import filters
+from ray_gpu.share import open_sealed
+from zones import filters, shards
 from zones.errors import ConfigError, UnknownNameError
 from zones.model import Dataset, Zone
-from zones.plan import split_rows
+from zones.plan import Index, split_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +32,26 @@ class Source:
     dataset: str
     #: Projected, filtered and split; memory-mapped where the file's format allows.
     table: pa.Table
-    #: Columns that choose rows and do not leave themselves.
+    #: SHA-256 of the data set's file, hexadecimal; ``""`` for data that comes from no catalog handle.
+    digest: str = ""
+    #: Columns that choose rows, or keep them together, and do not leave themselves.
     filter_columns: frozenset[str] = frozenset()
+    #: Rows of the whole that these are a part of.
+    of_rows: int
+    #: ``int64[rows]``: the number of each row in the whole; ``None`` when these are all of it, in order.
+    numbers: Index | None = None
+    #: ``int64[of_rows]``: rows of the whole with the same number are kept together; ``None``: each is for itself.
+    groups: Index | None = None
+    #: What the rows came as from a notebook, for :meth:`identity`.
+    content: memoryview | None = None
+
+    def row_groups(self) -> Index | None:
+        """Return ``int64[rows]``: rows with one number stay together; ``None``: each is for itself."""
+        return self.groups if self.groups is None or self.numbers is None else self.groups[self.numbers]
+
+    def identity(self) -> str:
+        """Return the SHA-256 of the whole that these rows are of, hexadecimal."""
+        return self.digest or hashlib.sha256(self.content or b"").hexdigest()
 
     @property
     def columns(self) -> list[str]:
@@ -44,10 +64,18 @@ class Source:
         return int(self.table.num_rows)
 
 
-def from_catalog(zone: Zone, data_dir: Path, handle: dict[str, Any], columns: tuple[str, ...] | None) -> Source:
+def from_catalog(
+    zone: Zone,
+    data_dir: Path,
+    handle: dict[str, Any],
+    columns: tuple[str, ...] | None,
+    *,
+    keep_together: str | None = None,
+) -> Source:
     """Resolve a handle's document: ``{"dataset", "columns", "filter", "split", "then"}``.
 
-    ``filter`` chooses rows of the whole, ``split`` a part of them, and ``then`` rows of that part.
+    ``filter`` chooses rows of the whole, ``split`` a part of them, and ``then`` rows of that part. Rows with one value
+    in the column *keep_together* stay together.
 
     Raises:
         UnknownNameError: No such data set or column.
@@ -61,18 +89,46 @@ def from_catalog(zone: Zone, data_dir: Path, handle: dict[str, Any], columns: tu
     conditions = [handle.get("filter"), handle.get("then")]
     names = list(dataset.columns)
     used = set().union(*(filters.filter_columns(item, names) for item in conditions if item is not None))
-    table = _open(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])))
-    table = filters.apply_filter(table, conditions[0])
-    if handle.get("split") is not None:
-        table = _part(table, handle["split"])
-    table = filters.apply_filter(table, conditions[1], columns=wanted)
-    return Source(dataset=dataset.name, table=table, filter_columns=frozenset(used))
+    if keep_together is not None:
+        _check_column(dataset, keep_together)
+        used.add(keep_together)
+    whole, digest = _open(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])))
+    table, numbers = whole, None
+    if handle.get("split") is not None or any(item is not None for item in conditions):
+        # The place of each row goes along, under a name that no column of a catalog has.
+        table = whole.append_column("", pa.array(np.arange(whole.num_rows)))
+        table = filters.apply_filter(table, conditions[0])
+        if handle.get("split") is not None:
+            table = _part(table, handle["split"])
+        table = filters.apply_filter(table, conditions[1])
+        numbers = table.column("").to_numpy()
+    return Source(
+        dataset=dataset.name,
+        table=table.select(wanted),
+        digest=digest,
+        filter_columns=frozenset(used),
+        of_rows=whole.num_rows,
+        numbers=numbers,
+        groups=None if keep_together is None else _groups(whole.column(keep_together)),
+    )
 
 
-def _open(dataset: Dataset, data_dir: Path, columns: tuple[str, ...]) -> pa.Table:
+def _groups(column: Any) -> Index:
+    """Return ``int64[rows]``: rows with one value get one number; each null is a value of its own."""
+    codes = column.combine_chunks().dictionary_encode()
+    found: Index = codes.indices.fill_null(-1).to_numpy().astype(np.int64)
+    alone = found < 0
+    found[alone] = len(codes.dictionary) + np.arange(np.count_nonzero(alone))
+    return found
+
+
+def _open(dataset: Dataset, data_dir: Path, columns: tuple[str, ...]) -> tuple[pa.Table, str]:
+    """Return the rows of a data set, and the digest of its file."""
     path = data_dir / dataset.path
     try:
-        return _read(path, path.stat().st_mtime_ns, columns)
+        status = path.stat()
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        return _read(path, stamp, columns), _digest(path, stamp)
     except OSError as error:
         what = f"cannot be read ({error.strerror or type(error).__name__})"
     except (KeyError, pa.ArrowException) as error:
@@ -115,23 +171,38 @@ def _check_column(dataset: Dataset, name: str) -> None:
         raise UnknownNameError.of("column", name, dataset.columns)
 
 
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a file; *stamp* changes with it and is part of the cache's key."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @functools.lru_cache(maxsize=8)
-def _read(path: Path, mtime_ns: int, columns: tuple[str, ...]) -> pa.Table:
-    """Read columns of a file; *mtime_ns* is part of the cache's key."""
+def _read(path: Path, stamp: tuple[int, ...], columns: tuple[str, ...]) -> pa.Table:
+    """Read columns of a file; *stamp* is as for :func:`_digest`."""
     if path.suffix == ".parquet":
         return pq.read_table(path, columns=list(columns))
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all().select(list(columns))
 
 
-def from_memory(fd: int, columns: tuple[str, ...] | None) -> Source:
+def from_memory(fd: int, columns: tuple[str, ...] | None, *, keep_together: str | None = None) -> Source:
     """Read an Arrow IPC stream from a notebook's memory file, which is then closed.
 
     Raises:
         ValueRefusedError: The file is not sealed, or holds no valid table without extension types.
         UnknownNameError: It has no such column.
     """
-    table = open_table(fd, trusted=False)
-    for name in columns or ():
-        if name not in table.column_names:
-            raise UnknownNameError.of("column", name, table.column_names)
-    return Source(dataset="", table=table.select(list(columns)) if columns else table)
+    content = open_sealed(fd)
+    whole = shards.read_ipc(content, trusted=False)
+    for name in (*(columns or ()), *(() if keep_together is None else (keep_together,))):
+        if name not in whole.column_names:
+            raise UnknownNameError.of("column", name, whole.column_names)
+    return Source(
+        dataset="",
+        table=whole.select(list(columns)) if columns else whole,
+        filter_columns=frozenset() if keep_together is None else frozenset({keep_together}),
+        of_rows=whole.num_rows,
+        groups=None if keep_together is None else _groups(whole.column(keep_together)),
+        content=content,
+    )

@@ -30,7 +30,7 @@ from zones.checkpoint import Checkpoint, VerifierKey
 from zones.commitments import entry_digest
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.merkle import Frontier, leaf_hash
-from zones.model import canonical
+from zones.model import encode_canonical
 from zones.wal import lacks_wal, wal_is_whole, wal_path
 
 SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, salt TEXT NOT NULL, hash TEXT NOT NULL)"
@@ -138,18 +138,26 @@ class Verified:
 def _decoded(body: bytes, salt: bytes) -> tuple[dict[str, Any], bytes] | None:
     """Return an entry and its digest, 32 bytes, or ``None`` if *body* is none in canonical form, or *salt* no salt."""
     entry = parse(body)
-    if entry is None or not _SALT.fullmatch(salt) or _canonical_or_none(entry) != body:
+    if entry is None or not _SALT.fullmatch(salt) or _encoded_or_none(entry) != body:
         return None
     return entry, entry_digest(bytes.fromhex(salt.decode("ascii")), entry)
 
 
 def parse(body: bytes) -> dict[str, Any] | None:
-    """Return *body* as a JSON object, or ``None`` if it is none."""
+    """Return *body* as a JSON object without floats, or ``None`` if it is none."""
     try:
-        document = json.loads(body.decode("ascii"))
+        document = _DECODER.decode(body.decode("ascii"))
     except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def _no_float(text: str) -> Any:
+    raise ValueError(f"entries hold no {text}")
+
+
+#: No entry holds a float, so there is but one way to write it.
+_DECODER = json.JSONDecoder(parse_float=_no_float, parse_constant=_no_float)
 
 
 def verify(
@@ -356,11 +364,11 @@ def _check(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | 
     return checked
 
 
-def _canonical_or_none(entry: dict[str, Any]) -> bytes | None:
-    """Return the canonical bytes of *entry*, or ``None`` if it has none (a float, an endless number)."""
+def _encoded_or_none(entry: dict[str, Any]) -> bytes | None:
+    """Return the canonical bytes of a parsed entry, or ``None`` if it has none (an endless number)."""
     try:
-        return canonical(entry)
-    except (TypeError, ValueError, RecursionError):
+        return encode_canonical(entry)
+    except (ValueError, RecursionError):
         return None
 
 

@@ -23,10 +23,14 @@ _EGRESS_FIELDS = frozenset({"person", "session", "purpose", "dataset", "columns"
 REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
     "session-start": frozenset({"person", "session"}),
     "session-end": frozenset({"person", "session"}),
-    "lease-end": frozenset({"person", "session", "lease", "node", "outcome", "receipt"}),
+    "lease-end": frozenset(
+        {"person", "session", "lease", "node", "outcome", "grant", "connection", "controls", "receipt"}
+    ),
     "checkpoint": frozenset({"note"}),
     "policy": frozenset({"policy_digest", "files"}),
-    "decision": _EGRESS_FIELDS | {"decision", "rules", "reasons", "policy_digest"},
+    "share": frozenset({"dataset", "dataset_digest", "node", "window", "window_s", "system", "cells", "percent"}),
+    "refusal": frozenset({"person", "session", "decision_entry", "obligations", "reasons"}),
+    "decision": _EGRESS_FIELDS | {"decision", "rules", "reasons", "obligations", "policy_digest"},
 }
 _RESERVED = frozenset({"seq", "time"})
 

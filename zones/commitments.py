@@ -38,7 +38,14 @@ def commit(salt: bytes, name: str, value: Any) -> bytes:
 
 def commitments(salt: bytes, entry: Mapping[str, Any]) -> list[bytes]:
     """Return the commitments to all fields of an entry in ascending order, which tells no name."""
-    return sorted(commit(field_salt(salt, name), name, value) for name, value in entry.items())
+    found, sha256 = [], hashlib.sha256
+    # The same as `commit(field_salt(salt, name), name, value)`, of which verifying a ledger makes millions.
+    for name, value in entry.items():
+        before_salt, before_value = _around(name)
+        own = sha256(before_salt + salt).digest()
+        found.append(sha256(b"%b%b%b%b]" % (_FIELD_LABEL, own, before_value, _fragment(value))).digest())
+    found.sort()
+    return found
 
 
 def digest_of(commitments: Iterable[bytes]) -> bytes:
@@ -56,6 +63,12 @@ def _text(name: str) -> bytes:
     return canonical(name)
 
 
+@functools.lru_cache(maxsize=256)
+def _around(name: str) -> tuple[bytes, bytes]:
+    """Return what is hashed before an entry's salt, and what before a field's value."""
+    return _SALT_LABEL + _text(name), b"[%b," % _text(name)
+
+
 def _fragment(value: Any) -> bytes:
     """Return canonical bytes; most values are text or numbers, for which there is a shorter way."""
     kind = type(value)
@@ -63,4 +76,6 @@ def _fragment(value: Any) -> bytes:
         return encode_basestring_ascii(value).encode("ascii")
     if kind is int:
         return b"%d" % value
+    if kind is list and all(type(item) is str for item in value):
+        return f"[{','.join(map(encode_basestring_ascii, value))}]".encode("ascii")
     return canonical(value)

@@ -11,31 +11,39 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
+from zones.approvals import approved
 from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
+from zones.hours import Hours
 from zones.model import (
     RECEIPT_IDS,
     Carrier,
     Dataset,
+    NodeShare,
     ObligationRule,
     Obligations,
+    Padding,
     Shuffle,
     SmallBytes,
     Zone,
     check_id,
     digest,
 )
+from zones.note import VerifierKey
 
 SCHEMA_FILE = "schema.cedarschema"
 
+_APPROVED = "approved"
 #: Formats that a gateway can map into memory or stream.
 _DATA_SUFFIXES = frozenset({".arrow", ".feather", ".parquet"})
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _BLOCKS = re.compile(r"blocks\(([1-9][0-9]{0,5})\)")
 
 
@@ -59,18 +67,26 @@ def load_zone(policies_dir: Path, name: str) -> Zone:
         check_id(name, what="zone name")
     except ValueError as problem:
         raise ConfigError(f"{folder}: {problem}; rename the directory", file=str(folder)) from problem
-    files = read_policy_files(policies_dir, zone_paths(name))
+    files = read_policy_files(policies_dir, zone_paths(policies_dir, name))
     zone_document = Document(files[f"{name}/zone.yaml"], folder / "zone.yaml")
     zone_file = zone_document.check(_ZoneFile)
     _check_pool_files(zone_document, zone_file, policies_dir)
     files |= read_policy_files(policies_dir, [pool_path(pool) for pool in zone_file.pools])
     datasets = _datasets(Document(files[f"{name}/catalog.yaml"], folder / "catalog.yaml"), zone_file.classes)
-    return _zone(name, zone_document, zone_file, datasets, files_digest(files))
+    zone = _zone(name, zone_document, zone_file, datasets, files_digest(files))
+    officers = _officers(zone_document, zone_file.officers)
+    return replace(zone, officers=officers, approved=_approved(name, folder, officers, files))
 
 
-def zone_paths(name: str) -> list[str]:
+def zone_paths(policies_dir: Path, name: str) -> list[str]:
     """Return the files that describe a zone, relative to the policies directory, but for its pools' files."""
-    return [f"{name}/zone.yaml", f"{name}/catalog.yaml", egress_path(name), SCHEMA_FILE]
+    approvals = [f"{name}/{_APPROVED}/{path.name}" for path in (policies_dir / name / _APPROVED).glob("*.note")]
+    return [f"{name}/zone.yaml", f"{name}/catalog.yaml", egress_path(name), SCHEMA_FILE, *sorted(approvals)]
+
+
+def approval_path(name: str, function: str) -> str:
+    """Return where a zone's approval of a function belongs, relative to the policies directory."""
+    return f"{name}/{_APPROVED}/{function[:16]}.note"
 
 
 def egress_path(name: str) -> str:
@@ -101,6 +117,21 @@ def _shuffle(text: str) -> str:
     if text not in ("rows", "none") and not _BLOCKS.fullmatch(text):
         raise ValueError(f"shuffle is rows, none or blocks(n) with n from 1 to 999999, not {text!r}")
     return text
+
+
+def _digests(texts: list[str]) -> list[str]:
+    for text in texts:
+        if not _DIGEST.fullmatch(text):
+            raise ValueError(f"an environment is named by its digest, as `ray-gpu env` prints it, not {text!r}")
+    return texts
+
+
+def _officer(text: str) -> str:
+    return str(VerifierKey.parse(text))
+
+
+def _hours(text: str) -> str:
+    return Hours.parse(text).text
 
 
 def _endpoint(text: str) -> str:
@@ -139,8 +170,9 @@ def _data_path(text: str) -> str:
 _SomeIds = Annotated[Ids, Field(min_length=1)]
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _ShuffleText = Annotated[str, AfterValidator(_shuffle)]
-#: Caps of a lease's life, seconds: a day, because a lease key should not outlive a shift by much.
-_LeaseSeconds = Annotated[int, Field(gt=0, le=86400)]
+_SomeNames = Annotated[list[_Name], Field(min_length=1), AfterValidator(distinct)]
+#: Caps of a lease's and a session's life, seconds: a day, because a lease key should not outlive a shift by much.
+_Seconds = Annotated[int, Field(gt=0, le=86400)]
 
 
 class _SmallBytesPart(FileModel):
@@ -149,24 +181,44 @@ class _SmallBytesPart(FileModel):
     max_session_bytes: int = Field(gt=0)
 
 
-class _RulePart(FileModel):
-    pools: _SomeIds | None = None
-    datasets: Annotated[list[_Name], Field(min_length=1), AfterValidator(distinct)] | None = None
+class _NodeSharePart(FileModel):
+    percent: int = Field(ge=1, le=99)
+    window_s: Annotated[int, Field(ge=60, le=366 * 86400)] = 86400
+
+
+class _ObligationsPart(FileModel):
+    """The keys of obligations, in zone.yaml's top level and in each rule."""
+
     shuffle: _ShuffleText | None = None
-    max_lease_s: _LeaseSeconds | None = None
+    shuffle_window: Annotated[int, Field(gt=0)] | None = None
+    padding: Annotated[Padding, Strict(False)] | None = None
+    max_rows: Annotated[int, Field(gt=0)] | None = None
+    min_shards: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_node_share: _NodeSharePart | None = None
     accepted_degradations: Ids | None = None
+    exclusive_gpu: bool | None = None
+    gpu_kinds: _SomeNames | None = None
+    environments: Annotated[_SomeNames, AfterValidator(_digests)] | None = None
+    max_lease_s: _Seconds | None = None
+    max_session_s: _Seconds | None = None
+    hours: Annotated[str, AfterValidator(_hours)] | None = None
+    purposes: _SomeNames | None = None
+    reviewed_functions_only: bool | None = None
 
 
-class _ZoneFile(FileModel):
+class _RulePart(_ObligationsPart):
+    pools: _SomeIds | None = None
+    datasets: _SomeNames | None = None
+
+
+class _ZoneFile(_ObligationsPart):
     classes: _SomeIds
     default_class: Id
     small_bytes: _SmallBytesPart | None = None
     pools: _SomeIds
     endpoints: list[Annotated[str, AfterValidator(_endpoint)]] = Field(min_length=1)
     carrier: Annotated[Carrier, Strict(False)] | None = None
-    shuffle: _ShuffleText = "rows"
-    max_lease_s: _LeaseSeconds = 3600
-    accepted_degradations: Ids = Field(default_factory=list)
+    officers: list[Annotated[str, AfterValidator(_officer)]] = Field(default_factory=list)
     obligations: list[_RulePart] = Field(default_factory=list)
 
 
@@ -226,7 +278,7 @@ def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
 
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
-    _check_accepted(document, ("accepted_degradations",), file.accepted_degradations)
+    _check_accepted(document, ("accepted_degradations",), file.accepted_degradations or ())
     _check_known(document, ("default_class",), "class", file.default_class, file.classes)
     if file.default_class != file.classes[-1]:
         document.refuse(("default_class",), f"must be the highest class, {file.classes[-1]}")
@@ -248,6 +300,29 @@ def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str,
     )
 
 
+def _officers(document: Document, texts: Sequence[str]) -> tuple[VerifierKey, ...]:
+    keys = [VerifierKey.parse(text) for text in texts]
+    names = [key.name for key in keys]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            document.refuse(("officers", index), f"two keys have the name {name}")
+    return tuple(keys)
+
+
+def _approved(name: str, folder: Path, officers: Sequence[VerifierKey], files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the functions that were approved, and their names."""
+    found = {}
+    for path, content in files.items():
+        if path.endswith(".note"):
+            file = folder.parent / path
+            try:
+                approval = approved(content.decode("utf-8"), zone=name, officers=officers)
+            except ValueError as problem:
+                raise ConfigError(f"{file}:1: {problem}", file=str(file), line=1) from problem
+            found[approval.function] = approval.name
+    return found
+
+
 def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:
     rules = []
     for index, part in enumerate(file.obligations):
@@ -266,14 +341,26 @@ def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset])
     return rules
 
 
+#: How a key's value in the file becomes that of :class:`Obligations`, where it is another.
+_MEANINGS: Mapping[str, Callable[[Any], Any]] = {
+    "accepted_degradations": frozenset,
+    "environments": frozenset,
+    "purposes": frozenset,
+    "gpu_kinds": tuple,
+    "hours": Hours.parse,
+    "max_node_share": lambda part: NodeShare(**part.model_dump()),
+}
+
+
 def _obligations(file: _ZoneFile, part: _RulePart | None) -> Obligations:
     """Return what *part* says, and the zone's own value for each key that it leaves out."""
-    said = {} if part is None else part.model_dump(exclude_none=True)
-    shuffle = str(said.get("shuffle", file.shuffle))
-    blocks = _BLOCKS.fullmatch(shuffle)
-    return Obligations(
-        shuffle=Shuffle.BLOCKS if blocks else Shuffle(shuffle),
-        block_rows=int(blocks[1]) if blocks else 1,
-        accepted_degradations=frozenset(said.get("accepted_degradations", file.accepted_degradations)),
-        max_lease_s=int(said.get("max_lease_s", file.max_lease_s)),
-    )
+    said: dict[str, Any] = {}
+    for key in _ObligationsPart.model_fields:
+        value = getattr(part, key, None)
+        value = getattr(file, key) if value is None else value
+        if value is not None:
+            said[key] = _MEANINGS.get(key, lambda same: same)(value)
+    shuffle = said.pop("shuffle", Shuffle.ROWS.value)
+    if blocks := _BLOCKS.fullmatch(shuffle):
+        return Obligations(shuffle=Shuffle.BLOCKS, block_rows=int(blocks[1]), **said)
+    return Obligations(shuffle=Shuffle(shuffle), **said)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Self, TypeAlias
 
 from zones.errors import EnvelopeError
-from zones.model import Direction, Kind, Slot, check_id
+from zones.model import Direction, Kind, Padding, Slot, check_id
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -186,8 +186,10 @@ def header_for(slot: Slot, padded_bytes: int) -> Header:
 
 
 @functools.lru_cache(maxsize=256)
-def padded_size(n: int) -> int:
+def padded_size(n: int, padding: Padding = Padding.FINE) -> int:
     """Return the padded plaintext's length for a payload of *n* bytes (3).
+
+    Coarse buckets are fine ones too, so whoever opens a message need not know which its sender used.
 
     Raises:
         ValueError: *n* is negative, or more than ``MAX_PADDED_BYTES - LENGTH_BYTES``.
@@ -195,13 +197,18 @@ def padded_size(n: int) -> int:
     if not 0 <= n <= MAX_PADDED_BYTES - LENGTH_BYTES:
         limit = MAX_PADDED_BYTES - LENGTH_BYTES
         raise ValueError(f"a payload of {n} bytes does not fit one message of 0 to {limit} bytes; cut smaller shards")
-    return _bucket(n + LENGTH_BYTES)
+    size = n + LENGTH_BYTES
+    return _power_of_two(size) if padding is Padding.COARSE else _bucket(size)
+
+
+def _power_of_two(size: int) -> int:
+    # The bit length of size - 1 is the exponent of the next power of two.
+    return max(MIN_PADDED_BYTES, 1 << (size - 1).bit_length())
 
 
 def _bucket(size: int) -> int:
     if size <= _COARSE_UP_TO_BYTES:
-        # The bit length of size - 1 is the exponent of the next power of two.
-        return max(MIN_PADDED_BYTES, 1 << (size - 1).bit_length())
+        return _power_of_two(size)
     step = 1 << (size.bit_length() - 4)
     return -(-size // step) * step
 

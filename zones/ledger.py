@@ -32,6 +32,7 @@ from zones.commitments import SALT_BYTES, entry_digest
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.merkle import Frontier, leaf_hash
 from zones.model import Decision, canonical, check_id
+from zones.obligations import duties
 from zones.wal import wal_path
 
 __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "copy_ledger", "read", "verify"]
@@ -155,6 +156,7 @@ class Ledger:
             "decision": "allowed" if decision.allowed else "refused",
             "rules": list(decision.rules),
             "reasons": list(decision.reasons),
+            "obligations": duties(decision.obligations) if decision.allowed else {},
         }
         return self.append(egress.fields() | answer | {"policy_digest": decision.policy_digest})
 
@@ -177,6 +179,21 @@ class Ledger:
             raise ValueError("an intent reserves at least one call and one byte")
         entry = egress.fields() | {"kind": "intent", "decision_entry": decision, "calls": calls, "bytes": bytes_}
         return Budget(self._write, intent=self._write([entry]), entry=entry)
+
+    def find(self, kind: str) -> list[dict[str, Any]]:
+        """Return all entries of one kind, oldest first. Those before the last start are not verified again.
+
+        Raises:
+            LedgerUnavailableError: They cannot be read.
+        """
+        with self._commit_guard:
+            try:
+                rows = self._database.execute(
+                    "SELECT body FROM entries WHERE instr(body, ?) ORDER BY seq", (f'"kind":"{kind}"',)
+                ).fetchall()
+            except audit.UNREADABLE as error:
+                raise _translate(self._path, error)[0] from error
+        return [entry for row in rows if (entry := audit.parse(row[0].encode()) or {}).get("kind") == kind]
 
     @property
     def head(self) -> Head:

@@ -15,8 +15,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from zones.hours import Hours
+from zones.note import VerifierKey
+
 #: Node, zone, pool and lease ids. No dots: Vault policies glob on ``<node>.*``.
 ID_PATTERN = re.compile(r"[a-z0-9-]{1,40}")
+
+
+#: Made once: making it takes longer than using it.
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def check_id(value: str, *, what: str) -> str:
@@ -37,7 +44,12 @@ def canonical(document: Any) -> bytes:
         TypeError: A value is a float or not a JSON type, or a key is not a string.
     """
     _check_canonical(document)
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    return encode_canonical(document)
+
+
+def encode_canonical(document: Any) -> bytes:
+    """Return the same for what is known to be JSON types without floats, as :func:`json.loads` gives them."""
+    return _ENCODER.encode(document).encode("ascii")
 
 
 def _check_canonical(value: Any) -> None:
@@ -70,6 +82,15 @@ class Carrier(StrEnum):
     CLIENT = "client"
 
 
+class Padding(StrEnum):
+    """How coarse the sizes are that messages of a lease are padded to."""
+
+    #: Steps of an eighth of the size and less, from 4 KiB on: docs/envelope.md.
+    FINE = "fine"
+    #: Powers of two.
+    COARSE = "coarse"
+
+
 class Shuffle(StrEnum):
     """How far rows are moved apart before they are cut into shards."""
 
@@ -79,16 +100,48 @@ class Shuffle(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeShare:
+    """Most of a data set that one GPU node may be sent, over all calls of all sessions of a gateway."""
+
+    #: Of the rows, in percent, 1 to 99.
+    percent: int
+    #: So long it counts, seconds; then counting begins anew.
+    window_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Obligations:
-    """What a decision demands of the code that carries it out."""
+    """What a decision demands of the code that carries it out. ``None`` demands nothing."""
 
     shuffle: Shuffle = Shuffle.ROWS
     #: Rows a block holds with ``Shuffle.BLOCKS``; otherwise unused.
     block_rows: int = 1
+    #: Rows are moved within windows of so many neighbours; ``None``: within all of them.
+    shuffle_window: int | None = None
+    padding: Padding = Padding.FINE
+    #: Most rows that a call may send.
+    max_rows: int | None = None
+    #: Least shards that the rows of a call are cut into.
+    min_shards: int = 1
+    max_node_share: NodeShare | None = None
     #: Degradations (of :data:`RECEIPT_IDS`) that the zone accepts; any other refuses the lease.
     accepted_degradations: frozenset[str] = frozenset()
+    #: Whether leases take whole GPUs, which nobody shares meanwhile.
+    exclusive_gpu: bool = False
+    #: Patterns of :mod:`fnmatch` that a node's device must match one of.
+    gpu_kinds: tuple[str, ...] | None = None
+    #: Digests of the environments that a sandbox may have.
+    environments: frozenset[str] | None = None
     #: Longest life of a lease, seconds.
     max_lease_s: int = 3600
+    #: Longest life of a session, seconds.
+    max_session_s: int | None = None
+    #: When calls may be made.
+    hours: Hours | None = None
+    #: What a session must be for.
+    purposes: frozenset[str] | None = None
+    #: Whether functions must be ones that an officer approved.
+    reviewed_functions_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +199,10 @@ class Zone:
     obligations: Obligations = field(default_factory=Obligations)
     #: The first rule that matches a request's pool and data set holds.
     obligation_rules: Sequence[ObligationRule] = ()
+    #: Whose signature approves functions.
+    officers: Sequence[VerifierKey] = ()
+    #: Digest of what is sent of a function to its name, of those that an officer approved.
+    approved: Mapping[str, str] = field(default_factory=dict)
     #: ``None`` where zone.yaml says nothing: ``edge``, but for embedded clusters without root.
     carrier: Carrier | None = None
 
@@ -235,6 +292,8 @@ class Offer:
     degradations: tuple[str, ...]
     #: What computes: ``"NVIDIA H100"`` or ``"numpy stand-in"``.
     device: str
+    #: Digest of what its sandboxes can import (:mod:`ray_gpu.environment`), 64 hexadecimal digits.
+    environment: str
 
     def document(self) -> dict[str, Any]:
         """Return the fields as JSON types, for :func:`canonical`."""
@@ -253,6 +312,10 @@ class Grant:
     #: The gateway's ephemeral X25519 public key, 64 hexadecimal digits.
     exchange_key: str
     accepted_degradations: tuple[str, ...]
+    #: Of everything that is sent under the lease, either way.
+    padding: Padding
+    #: That of the offer: what sandbox and function run in.
+    environment: str
     #: Thousandths of a GPU, so that canonical bytes need no float.
     gpu_milli: int
     memory_bytes: int
@@ -277,6 +340,15 @@ SURROUNDINGS = frozenset({"numpy-stand-in", "embedded-vault", "self-enforced", "
 RECEIPT_IDS = SURROUNDINGS | {
     "shared-uid", "no-namespaces", "file-capability", "no-seccomp", "no-landlock", "no-cgroup", "swap-on",
 }  # fmt: skip
+
+
+#: Those of them that are a GPU node's own.
+NODE_IDS = RECEIPT_IDS - {"embedded-vault", "self-enforced"}
+
+
+def controls_held(degradations: Sequence[str]) -> list[str]:
+    """Return the ids of the node's controls that held where these were missing, ascending."""
+    return sorted(NODE_IDS - set(degradations))
 
 
 def sandbox_level(degradations: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """Which rows go into which shard, drawn from a seed: the shuffle order, the cut, and splits of a data set.
 
 The plan is as secret as the data and never leaves the gateway. Rows move in *units*: one row with ``rows``,
-a block of *n* neighbours with ``blocks(n)``. Only the units' order is drawn and kept.
+a block of *n* neighbours with ``blocks(n)``, the rows of one group where a call keeps rows together. Only the units'
+order is drawn and kept.
 
 ======== ==================================================== =======================================
 shuffle  what a node can tell                                 cost
@@ -30,10 +31,14 @@ import pyarrow as pa
 from zones.model import Obligations, Shuffle
 
 Index = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
 
 #: Bytes of a shuffle seed: one draw from the operating system per call, ``secrets.token_bytes(32)``.
 SEED_BYTES = 32
 _PIECE_BYTES = 1 << 20
+#: Bits that order units within a part, of the 64 of a key: two units of a million draw the same once in hundreds of
+#: calls, and then keep their order.
+_DRAWN_BITS = 48
 _BLOCKS = re.compile(r"blocks\(([1-9][0-9]{0,8})\)")
 
 
@@ -53,6 +58,8 @@ def parse_shuffle(text: str) -> tuple[Shuffle, int]:
 def order(rows: int, obligations: Obligations, seed: bytes) -> Index | None:
     """Draw the shuffle: ``int64[units]``, the unit at each place, or ``None`` to keep the order.
 
+    With ``shuffle_window`` each unit stays within its window: only where it is in there is drawn.
+
     Raises:
         ValueError: *seed* is not :data:`SEED_BYTES` long.
     """
@@ -60,19 +67,36 @@ def order(rows: int, obligations: Obligations, seed: bytes) -> Index | None:
         raise ValueError(f"a shuffle seed has {SEED_BYTES} bytes, not {len(seed)}")
     if obligations.shuffle is Shuffle.NONE:
         return None
-    return permutation(_units(rows, _block_rows(obligations)), seed)
+    n = block_rows(obligations)
+    units, window = _units(rows, n), obligations.shuffle_window
+    if window is None:
+        return permutation(units, seed)
+    return sorted_units(np.arange(units) // max(1, window // n), draw(units, seed))
 
 
-def permutation(count: int, seed: bytes) -> Index:
-    """Return ``int64[count]``, a permutation that nobody without *seed* can tell from a random one.
+def draw(count: int, seed: bytes) -> Keys:
+    """Return ``uint64[count]`` that nobody without *seed* can tell from random numbers.
 
-    Sorts 64-bit keys drawn from SHAKE-256 (FIPS 202). NumPy's generators are not used: whoever sees enough of
-    their output can compute the rest, and a node may know the order of the rows it holds.
+    SHAKE-256 (FIPS 202). NumPy's generators are not used: whoever sees enough of their output can compute the rest,
+    and a node may know the order of the rows it holds.
     """
     pieces = -(-8 * count // _PIECE_BYTES)
     # In pieces, so that a long draw does not hold up the other threads.
     stream = b"".join(hashlib.shake_256(seed + i.to_bytes(8, "big")).digest(_PIECE_BYTES) for i in range(pieces))
-    return np.argsort(np.frombuffer(stream, "<u8", count), kind="quicksort").astype(np.int64, copy=False)
+    return np.frombuffer(stream, "<u8", count)
+
+
+def permutation(count: int, seed: bytes) -> Index:
+    """Return ``int64[count]``, a permutation that nobody without *seed* can tell from a random one."""
+    return np.argsort(draw(count, seed), kind="quicksort").astype(np.int64, copy=False)
+
+
+def sorted_units(parts: Index, drawn: Keys) -> Index:
+    """Return the order of units by the part that each belongs to, from 0, and within it by what was drawn."""
+    if len(parts) and int(parts.max()) >> (64 - _DRAWN_BITS):
+        return np.lexsort((drawn, parts)).astype(np.int64, copy=False)
+    keys = (parts.astype(np.uint64) << np.uint64(_DRAWN_BITS)) | (drawn >> np.uint64(64 - _DRAWN_BITS))
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
 def cut(rows: int, row_bytes: int, shard_bytes: int, min_shards: int) -> list[tuple[int, int]]:
@@ -150,9 +174,34 @@ def make_plan(
     rows: int, row_bytes: int, *, obligations: Obligations, seed: bytes, shard_bytes: int, min_shards: int = 1
 ) -> Plan:
     """Draw the order and cut it. Arguments as in :func:`order` and :func:`cut`; *row_bytes* from :func:`row_bytes`."""
-    n = _block_rows(obligations)
+    n = block_rows(obligations)
     cuts = cut(_units(rows, n), row_bytes * n, shard_bytes, min_shards)
     return Plan(rows=rows, block_rows=n, order=order(rows, obligations, seed), cuts=tuple(cuts))
+
+
+def plan_of_groups(
+    groups: Index, row_bytes: int, *, obligations: Obligations, seed: bytes, shard_bytes: int, min_shards: int = 1
+) -> Plan:
+    """Draw an order of whole groups, and cut between them alone. Within a group rows keep the source's order.
+
+    Args:
+        groups: ``int64[rows]``: rows with one number are a group.
+        row_bytes: And all others: as for :func:`make_plan`. With ``none`` groups come as they begin in the source, and
+            blocks and windows do not matter.
+    """
+    rows = len(groups)
+    _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
+    count = len(first)
+    kept = obligations.shuffle is Shuffle.NONE
+    rank = np.empty(count, np.int64)
+    rank[np.argsort(first, kind="stable") if kept else permutation(count, seed)] = np.arange(count)
+    of_row = rank[numbers.reshape(-1)]
+    ends = np.cumsum(np.bincount(of_row, minlength=count))
+    wanted = [stop for _, stop in cut(rows, row_bytes, shard_bytes, min_shards)]
+    # Each cut moves to the end of the group that it falls into.
+    edges = np.unique(ends[np.searchsorted(ends, wanted)]).tolist() if rows else [0]
+    moved = np.argsort(of_row, kind="stable").astype(np.int64, copy=False)
+    return Plan(rows=rows, block_rows=1, order=moved, cuts=tuple(itertools.pairwise([0, *edges])))
 
 
 def row_bytes(table: pa.Table) -> int:
@@ -160,7 +209,8 @@ def row_bytes(table: pa.Table) -> int:
     return max(1, -(-table.nbytes // max(1, table.num_rows)))
 
 
-def _block_rows(obligations: Obligations) -> int:
+def block_rows(obligations: Obligations) -> int:
+    """Return how many neighbouring rows move as one."""
     return obligations.block_rows if obligations.shuffle is Shuffle.BLOCKS else 1
 
 

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from zones.config import SCHEMA_FILE, egress_path, files_digest, pool_path, read
 from zones.errors import ConfigError, EgressDeniedError, UnknownNameError
 from zones.labels import ARGUMENTS, labels
 from zones.model import Decision, EgressRequest, Grant, Obligations, Zone
+from zones.obligations import Unmet
 from zones.rules import DEFAULT_RULE, Answer, RuleFile, no, read_schema
 
 #: A refusal looks for the columns that caused it among at most this many: each costs a question to Cedar.
@@ -82,7 +83,7 @@ class Policy:
                 files are no longer those that *zone* was read from.
         """
         path = egress_path(zone.name)
-        files = read_policy_files(policies_dir, [*zone_paths(zone.name), *map(pool_path, zone.pools)])
+        files = read_policy_files(policies_dir, [*zone_paths(policies_dir, zone.name), *map(pool_path, zone.pools)])
         if files_digest(files) != zone.policy_digest:
             folder = str(policies_dir)
             raise ConfigError(f"{folder}: policy files changed while they were read; start again", file=folder)
@@ -158,6 +159,18 @@ class Policy:
             zone=self.zone.name,
             rules=list(decision.rules),
             reasons=list(decision.reasons),
+        )
+
+    def unfulfilled(self, request: EgressRequest, missed: Sequence[Unmet]) -> EgressDeniedError:
+        """Return the error for an allowed *request* whose call does not fulfil these obligations."""
+        first = missed[0]
+        return EgressDeniedError(
+            f"zone {self.zone.name} refuses this call for pool {request.pool}: {first.reason} (obligation "
+            f"{first.key}); {first.advice}, or ask the zone's security officer to change "
+            f"{self._folder}/{self.zone.name}/zone.yaml",
+            zone=self.zone.name,
+            rules=[one.key for one in missed],
+            reasons=[one.reason for one in missed],
         )
 
     def _answers(self, request: EgressRequest) -> tuple[Answer, Answer]:

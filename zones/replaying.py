@@ -14,6 +14,7 @@ from typing import Any
 from zones.config import load_zone
 from zones.errors import ConfigError, LedgerError, UnknownNameError
 from zones.model import Decision
+from zones.obligations import duties
 from zones.policy import Policy
 from zones.review import asked_of
 
@@ -26,13 +27,17 @@ class Redecided:
     #: As written down.
     allowed: bool
     rules: tuple[str, ...]
+    #: What it demanded, by the keys of zone.yaml.
+    obligations: Mapping[str, str]
     #: Made again.
     decision: Decision
 
     @property
     def same(self) -> bool:
-        """Whether answer and deciding rules are those that were written down."""
-        return (self.allowed, self.rules) == (self.decision.allowed, self.decision.rules)
+        """Whether answer, deciding rules and obligations are those that were written down."""
+        demanded = duties(self.decision.obligations) if self.decision.allowed else {}
+        again = self.decision.allowed, self.decision.rules, demanded
+        return (self.allowed, self.rules, self.obligations) == again
 
 
 def entry(policy: Policy) -> dict[str, Any]:
@@ -66,6 +71,7 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Iterator[Redecided]:
                 seq=found["seq"],
                 allowed=found["decision"] == "allowed",
                 rules=tuple(found["rules"]),
+                obligations=found["obligations"],
                 decision=policy.decide(asked_of(zone, found)),
             )
 

@@ -17,11 +17,14 @@ from typing import Any
 
 from zones.errors import UnknownNameError
 from zones.labels import ARGUMENTS, classify
-from zones.model import Decision, EgressRequest, Obligations, Shuffle, Zone
+from zones.model import Decision, EgressRequest, Obligations, Zone
+from zones.obligations import duties
 from zones.policy import Policy
 
 #: Stands for a purpose that no rule names, and for a person of no name in particular.
 SOME_PURPOSE, SOMEBODY = "(some other purpose)", "(anybody)"
+#: Stands for what an obligation demands that is not there.
+_UNBOUND = "anything"
 #: Changes that are tried together before it is said that nothing simple helps.
 _MOST_CHANGES = 3
 
@@ -164,9 +167,10 @@ def difference(old: Policy, new: Policy) -> Difference:
             lost.append(asked)
         elif before is not None and after is not None:
             were, are = duties(before), duties(after)
-            for key in were:
-                if were[key] != are[key]:
-                    changed[asked.pool, asked.what[0], key, were[key], are[key]] = None
+            for key in {**were, **are}:
+                old_value, new_value = were.get(key, _UNBOUND), are.get(key, _UNBOUND)
+                if old_value != new_value:
+                    changed[asked.pool, asked.what[0], key, old_value, new_value] = None
     return Difference(asked=count, purposes=_purposes(old, new), gained=gained, lost=lost, obligations=list(changed))
 
 
@@ -220,16 +224,6 @@ def _answer(policy: Policy, asked: Asked) -> Obligations | None:
     except UnknownNameError:
         return None
     return decision.obligations if decision.allowed else None
-
-
-def duties(obligations: Obligations) -> dict[str, str]:
-    """Return what a decision demands, each by its key of zone.yaml, as text."""
-    blocks = obligations.shuffle is Shuffle.BLOCKS
-    return {
-        "shuffle": f"blocks({obligations.block_rows})" if blocks else str(obligations.shuffle),
-        "max_lease_s": str(obligations.max_lease_s),
-        "accepted_degradations": ", ".join(sorted(obligations.accepted_degradations)) or "none",
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

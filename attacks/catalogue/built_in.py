@@ -98,7 +98,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "ledger-signed", "any signature of a checkpoint holds",
-        Edit(file="zones/checkpoint.py", old="    except InvalidSignature:\n        return False", new="    except InvalidSignature:\n        return True"),
+        Edit(file="zones/note.py", old="    except InvalidSignature:\n        return False", new="    except InvalidSignature:\n        return True"),
         "tests/zones/test_proof.py::test_checkpoint_that_does_not_hold", "DID NOT RAISE",
     ),
     mutation(
@@ -174,9 +174,24 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "shuffle", "rows leave in the source's order",
-        Edit(file="zones/plan.py", old="return permutation(_units(rows, _block_rows(obligations)), seed)",
-             new="return np.arange(_units(rows, _block_rows(obligations)), dtype=np.int64)"),
+        Edit(file="zones/plan.py", old="return permutation(units, seed)",
+             new="return np.arange(units, dtype=np.int64)"),
         _SHARDS + "test_shuffles_move_rows", r"\d+\)? < 20",
+    ),
+    mutation(
+        "node-share", "a node with its share gets more",
+        Edit(file="zones/spread.py", old="for node, some in holding.items() if len(some) < most[node]]", new="for node in holding]"),
+        "tests/zones/test_spread.py::test_assign", r"assert ",
+    ),
+    mutation(
+        "obligations", "a call is not checked against what its decision demands",
+        Edit(file="ray_gpu/session.py", old="        if missed := unmet(obligations, call):\n", new="        if missed := []:\n"),
+        "tests/job/test_obligations.py::test_broken[max_rows]", "DID NOT RAISE",
+    ),
+    mutation(
+        "approval", "any key's signature approves a function",
+        Edit(file="zones/approvals.py", old="    if not any(notes.signed_by(note, officer) for officer in officers):\n", new="    if False:\n"),
+        "tests/zones/test_approvals.py::test_refused[another's]", "DID NOT RAISE",
     ),
     mutation(
         "strip", "category values leave with the rows",
@@ -185,7 +200,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "padding", "messages have the size of what is in them",
-        Edit(file="zones/header.py", old="    return _bucket(n + LENGTH_BYTES)\n", new="    return n + LENGTH_BYTES\n"),
+        Edit(file="zones/header.py", old="    return _power_of_two(size) if padding is Padding.COARSE else _bucket(size)\n", new="    return size\n"),
         _ENVELOPE + "test_padded_size_table", r"assert ",
     ),
     mutation(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_EXISTING = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @click.group()
@@ -166,6 +170,137 @@ def growth(old: Path, ledger: Path | None, state: Path, zone: str, key_text: str
     noted = _noted(old, _parsed(key_text, VerifierKey.parse, "--key"))
     assert noted is not None
     click.echo(json.dumps(proof.prove_growth(ledger or Layout(state).ledger(zone), noted), indent=2))
+
+
+@audit.command()
+@_ledger
+@click.option("--node-ca", type=_EXISTING, required=True, help="CA of the nodes, from `ray-gpu vault node-ca`.")
+def receipts(ledger: Path | None, state: Path, zone: str, node_ca: Path) -> None:
+    """Check every receipt of a ledger with the nodes' CA alone; name those that do not hold.
+
+    Exit status 0: all hold. 1: one does not, or the ledger does not verify.
+    """
+    from zones.ledger import read  # noqa: PLC0415 - imports what only this command needs
+    from zones.receipts import check  # noqa: PLC0415 - as above
+
+    found = list(check(read(ledger or Layout(state).ledger(zone)), node_ca.read_text(encoding="utf-8")))
+    bad = [one for one in found if one.problem]
+    for one in bad:
+        console.print(f"  entry {one.seq}: lease {one.lease} on {one.node}: {one.problem}", soft_wrap=True)
+    signed = [one for one in found if one.receipt]
+    console.print(
+        f"{len(signed) - len(bad)} of {len(signed)} receipts hold; {len(found) - len(signed)} leases were lost, "
+        "and have none"
+    )
+    if bad:
+        sys.exit(1)
+
+
+@audit.command()
+@click.option("--out", type=_FILE, required=True, help="New file for what is counted.")
+def watch(out: Path) -> None:
+    """Write down what the kernel counts on each TCP connection that ends here, until Ctrl-C. As root, on a zone's host.
+
+    `ray-gpu audit reconcile` compares that with the ledger. Start it before the leases that are to be compared begin.
+    """
+    from ray_gpu.kernel_counts import KernelCounts  # noqa: PLC0415 - imports what only this command needs
+
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGINT, lambda *_: ended.set())
+    with KernelCounts() as counts, out.open("x", encoding="utf-8") as file:
+        file.write(f"{json.dumps({'since': datetime.now(UTC).strftime('%Y-%m-%dT%H:%M:%S.%fZ')})}\n")
+        file.flush()
+        console.print(f"counting into {out}; end it with Ctrl-C", soft_wrap=True)
+
+        def keep(one: Any) -> None:
+            file.write(f"{json.dumps({'local': one.local, 'remote': one.remote, 'sent': one.sent})}\n")
+            file.flush()
+
+        counts.watch(keep, ended.is_set)
+
+
+@audit.command()
+@click.argument("counts", type=_FILE)
+@_from
+def reconcile(counts: Path, ledger: Path | None, state: Path, zone: str) -> None:
+    """Compare a ledger with what the kernel counted meanwhile (COUNTS, from `ray-gpu audit watch`), to the byte.
+
+    Exit status 0: all fits. 1: something left that the ledger does not have, or the reverse.
+    """
+    from zones.ledger import read  # noqa: PLC0415 - imports what only this command needs
+    from zones.reconcile import Counted  # noqa: PLC0415 - as above
+    from zones.reconcile import reconcile as compare  # noqa: PLC0415 - as above
+
+    try:
+        first, *lines = [json.loads(line) for line in counts.read_text(encoding="utf-8").splitlines()]
+        since, counted = str(first["since"]), [Counted(**line) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{counts} is not what `ray-gpu audit watch` writes: {error}", file=str(counts)) from None
+    found = list(compare(read(ledger or Layout(state).ledger(zone)), counted, since=since))
+    bad = [line for line in found if line.problem]
+    for line in bad:
+        of = f"lease {line.lease} on {line.node}" if line.lease else "no lease of the ledger"
+        console.print(f"  {line.local} to {line.remote}, {of}: {line.problem}", soft_wrap=True, markup=False)
+    fits = [line for line in found if not line.problem]
+    console.print(
+        f"{len(fits)} of {len(found)} connections fit to the byte: {sum(line.ledger_bytes for line in fits)} bytes of "
+        f"calls and {sum(line.framing_bytes for line in fits)} of framing, since {since}",
+        soft_wrap=True,
+    )
+    if bad:
+        sys.exit(1)
+
+
+@audit.command()
+@_ledger
+@click.option("--out", type=_FILE, required=True, help="New HTML file.")
+@click.option("--since", default="", metavar="TIME", help="Begin of the time to report on, UTC, as in 2026-01-31.")
+@click.option("--until", default="~", metavar="TIME", help="End of it, which it does not include.")
+@_key
+@click.option("--node-ca", type=_EXISTING, help="CA of the nodes, from `ray-gpu vault node-ca`: checks receipts too.")
+def report(ledger: Path | None, state: Path, zone: str, out: Path, key_text: str | None, **given: Any) -> None:
+    """Write what a ledger says as one HTML file with pictures, for screen and paper, that needs no network.
+
+    The ledger is verified before, and its decisions are made again; the report says what was checked.
+    """
+    from zones.ledger import read  # noqa: PLC0415 - imports what only this command needs
+    from zones.pictures import page  # noqa: PLC0415 - as above
+    from zones.summary import summarise  # noqa: PLC0415 - as above
+
+    path = ledger or Layout(state).ledger(zone)
+    verified = _checked(path, key_text, given["node_ca"])
+    text = page(summarise(read(path), since=given["since"], until=given["until"]), verified=verified)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise click.UsageError(f"{out} exists already; name a new file") from None
+    console.print(f"written to {out}; it needs no network", soft_wrap=True)
+
+
+def _checked(path: Path, key_text: str | None, node_ca: Path | None) -> list[tuple[str, str]]:
+    """Check a ledger, and return in words what was checked."""
+    from zones.checkpoint import VerifierKey  # noqa: PLC0415 - imports what only this command needs
+    from zones.ledger import read  # noqa: PLC0415 - as above
+    from zones.ledger import verify as check  # noqa: PLC0415 - as above
+    from zones.receipts import check as check_receipts  # noqa: PLC0415 - as above
+    from zones.replaying import replay as again  # noqa: PLC0415 - as above
+
+    key = _parsed(key_text, VerifierKey.parse, "--key") if key_text else None
+    held = check(path, key=key)
+    decisions = [one.same for one in again(read(path))]
+    signed = f"covers entries 1 to {held.signed} of {held.entries}" if key else "not checked: no key was named"
+    said = [
+        ("every entry, the chain and the tree", f"verify: {held.entries} entries, head {held.head}"),
+        ("decisions, made again by the policy of their time", f"{sum(decisions)} of {len(decisions)} are the same"),
+        ("the zone's signature", signed),
+    ]
+    if node_ca is None:
+        return [*said, ("receipts of the nodes", "not checked: no CA was named")]
+    receipts = [one for one in check_receipts(read(path), node_ca.read_text(encoding="utf-8")) if one.receipt]
+    good = sum(not one.problem for one in receipts)
+    return [*said, ("receipts of the nodes", f"{good} of {len(receipts)} hold, with what they received to the byte")]
 
 
 @audit.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,21 @@ def check(cluster: Path, hosts: Path | None) -> None:
 
     cluster_file.check(cluster, hosts_file.read(hosts) if hosts else ())
     console.print(f"[green]ok[/]: {cluster}", soft_wrap=True)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
+def env(*, as_json: bool) -> None:
+    """Show what sandboxes on this host can import, and the digest by which zone.yaml names that (`environments`)."""
+    from ray_gpu import environment  # noqa: PLC0415 - imports what only this command needs
+
+    found = environment.current()
+    if as_json:
+        click.echo(json.dumps({"digest": found.digest, **found.document()}))
+        return
+    click.echo(f"{found.digest}  Python {found.python}, {len(found.packages)} distributions")
+    for name, version in sorted(found.packages.items()):
+        click.echo(f"  {name} {version}")
 
 
 cli.add_command(audit)

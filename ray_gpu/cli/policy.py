@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -119,6 +120,7 @@ def _answer(*, allowed: bool, rules: Iterable[str]) -> str:
 def explain(zone: str, policies: Path | None, teams: Sequence[str], reviewed: bool, **asked: str) -> None:
     """Say whether something may leave ZONE, which rule decides, where it stands, and what would have to change."""
     from zones import review  # noqa: PLC0415 - imports what only this command needs
+    from zones.obligations import duties  # noqa: PLC0415 - as above
 
     loaded = _load(_directory(policies), zone)
     pool = asked["pool"] or loaded.zone.pools[0]
@@ -144,7 +146,7 @@ def explain(zone: str, policies: Path | None, teams: Sequence[str], reviewed: bo
     for rule, reason, where in found.rules:
         console.print(f"  rule [bold]{rule}[/]: {reason}{f' ({where})' if where else ''}", soft_wrap=True)
     if found.decision.allowed:
-        for key, value in review.duties(found.decision.obligations).items():
+        for key, value in duties(found.decision.obligations).items():
             console.print(f"  on the condition that {key}: {value}", soft_wrap=True, markup=False)
         return
     console.print("It would be allowed" if found.ways else "No simple change of the request would have it allowed.")
@@ -223,3 +225,58 @@ def simulate(ledger: Path, policies: Path | None) -> None:
     console.print(f"{len(changed)} of {len(replayed)} decisions would change")
     if changed:
         sys.exit(1)
+
+
+@policy.command()
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File for the private key.")
+def officer(name: str, out: Path) -> None:
+    """Make a signing key for the officer NAME; prints the line for `officers` in zone.yaml."""
+    from zones.note import SigningKey  # noqa: PLC0415 - imports what only this command needs
+
+    try:
+        key = SigningKey.generate(name)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise click.UsageError(f"{out} exists already; name a new file: a key is not overwritten") from None
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(f"{key.text}\n")
+    console.print(f"Private key in {out}. In zone.yaml, below `officers`:", soft_wrap=True)
+    click.echo(f"  - {key.verifier}")
+
+
+@policy.command()
+@click.argument("zone", callback=checked_zone)
+@click.argument("proposal", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--key", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True, help="Officer's.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_policies
+def approve(zone: str, proposal: Path, key: Path, policies: Path | None, *, yes: bool) -> None:
+    """Show a function that somebody proposes (`f.proposal()`), and sign it for ZONE. Nothing of it is run."""
+    from ray_gpu import proposal as proposals  # noqa: PLC0415 - imports what only this command needs
+    from zones.approvals import Approval  # noqa: PLC0415 - as above
+    from zones.config import approval_path  # noqa: PLC0415 - as above
+    from zones.note import SigningKey  # noqa: PLC0415 - as above
+
+    directory = _directory(policies)
+    try:
+        signer = SigningKey.parse(key.read_text(encoding="utf-8"))
+        document = proposals.parse(proposal.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    loaded = _load(directory, zone)
+    if signer.verifier not in loaded.zone.officers:
+        raise click.UsageError(f"{signer.verifier.name} is no officer of zone {zone}; add the key to zone.yaml first")
+    approval = Approval(zone=zone, function=proposals.digest(document), name=str(document["name"]))
+    click.echo(proposals.readable(document))
+    if not yes:
+        click.confirm(f"Approve this function for zone {zone}?", abort=True)
+    path = directory / approval_path(zone, approval.function)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(signer.sign(approval.text()), encoding="utf-8")
+    _load(directory, zone)
+    console.print(f"[green]approved[/]: {approval.name}, {approval.function[:16]}, in {path}", soft_wrap=True)
+    console.print("Sessions that attach from now on send it as it was approved.", soft_wrap=True)

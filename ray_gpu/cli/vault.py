@@ -137,6 +137,17 @@ def ledger_key(zone: str, address: str, ca: Path | None, token_file: Path) -> No
         click.echo(Signer(client, zone).key)
 
 
+@vault.command("node-ca")
+@_connection
+def node_ca(address: str, ca: Path | None, token_file: Path) -> None:
+    """Print the CA certificate of the nodes that sign offers and receipts, for `ray-gpu audit receipts`.
+
+    Any login may read it.
+    """
+    with _login(address, ca, token_file) as client:
+        click.echo(client.node_ca(), nl=False)
+
+
 @contextmanager
 def _private(path: Path) -> Iterator[TextIO]:
     """Write a file of mode 0600 that is whole once it is there, and not there after an error."""

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_gpu.answers import MAX_TEXT_BYTES, write_outcome
+from ray_gpu.sandbox.functions import load
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
 from ray_gpu.sandbox.raised import describe
@@ -94,7 +95,7 @@ class Sandbox:
 
     def _on_function(self, message: dict[str, Any]) -> None:
         try:
-            self._functions[message["id"]] = self._libraries.unpickle(bytes(self._payload(message)))
+            self._functions[message["id"]] = load(bytes(self._payload(message)), self._libraries.unpickle)
         except BaseException as error:  # noqa: BLE001 - user code; raised again by the call
             self._load_errors[message["id"]] = error
         send_message(self._sock, {"op": "done"})

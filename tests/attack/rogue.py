@@ -77,6 +77,7 @@ class Liar:
     def _hello(self) -> None:
         honest = {
             "node": self.grant.node, "pool": self.grant.pool, "device": "none", "versions": {},
+            "environment": self.grant.environment,
             "degradations": list(self.grant.accepted_degradations),
         }  # fmt: skip
         said = {

@@ -30,7 +30,7 @@ from tests.proofs.forging import Witness
 from zones.config import load_zone
 from zones.envelope import LeaseKey
 from zones.errors import AnswerRefusedError, ClusterError, EnvelopeError, RowCountError
-from zones.model import Direction, Grant
+from zones.model import Direction, Grant, Padding
 
 #: Two leases of this share fit no node, so each node has one; the bystander's fits beside either.
 SHARE, BYSTANDERS_SHARE = 0.7, 0.1
@@ -241,7 +241,8 @@ def test_lying_introduction(world: World, relay: AttackersRelay, lie: str) -> No
 
 GRANT = Grant(
     zone="clinic", lease="lease-1", node=LIAR, pool="shared", offer_digest="0" * 64, exchange_key="0" * 64,
-    accepted_degradations=(), gpu_milli=1000, memory_bytes=1 << 30, policy_digest="0" * 64, not_after=1 << 40,
+    accepted_degradations=(), padding=Padding.FINE, environment="0" * 64, gpu_milli=1000,
+    memory_bytes=1 << 30, policy_digest="0" * 64, not_after=1 << 40,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from testbed.cluster import GATEWAY_CREDENTIALS, NODE_CREDENTIALS, STATE, VAULT_
 from testbed.host import ROOT
 from tests.attack.rogue_job import VEHICLES, RogueJob, masked
 from zones.keys import ExchangeKey
-from zones.model import Grant, Offer, digest
+from zones.model import Grant, Offer, Padding, digest
 from zones.vault import lease_name
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
@@ -413,7 +413,8 @@ class Asked:
         fields = {
             "zone": "clinic", "lease": self.lease, "node": GPU, "pool": "shared",
             "offer_digest": digest(self.offer.document()), "exchange_key": ExchangeKey().public_hex,
-            "accepted_degradations": self.offer.degradations, "gpu_milli": 1, "memory_bytes": 1 << 30,
+            "accepted_degradations": self.offer.degradations, "padding": Padding.FINE,
+            "environment": self.offer.environment, "gpu_milli": 1, "memory_bytes": 1 << 30,
             "policy_digest": "0" * 64, "not_after": self.not_after,
         }  # fmt: skip
         return Grant(**{**fields, **changes})

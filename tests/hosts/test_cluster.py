@@ -606,6 +606,7 @@ def test_autoscaler_starts_a_node_again(zones: BedCluster) -> None:
     await_node(zones, "gpu-2", timeout_s=2 * TIMEOUT_S)
 
 
+@pytest.mark.chaos
 def test_rotated_token(zones: BedCluster) -> None:
     """A node with another token than the head's does not join; it says what to restart, and nothing of it is left."""
     host, keys = zones.bed["gpu-2"], "/etc/ssh/authorized_keys"

@@ -401,6 +401,7 @@ class _Lease:
         send_message(self._control, {
             "key": self._key.bytes, "lease": "hello", "grant_digest": "0" * 64, "node": "gpu-1", "pool": "shared",
             "degradations": ["no-cgroup"], "not_after": int(time.time()) + 60, "versions": {},
+            "environment": "", "padding": "fine",
         })  # fmt: skip
         self.ready, _ = recv_message(self._control)
         return self

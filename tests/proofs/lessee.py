@@ -19,7 +19,7 @@ from tests.proofs.attacked import Attacked
 from zones.envelope import LeaseKey
 from zones.errors import ZoneError
 from zones.keys import ExchangeKey, derive_lease_key
-from zones.model import Direction, Grant, Kind, Offer, digest
+from zones.model import Direction, Grant, Kind, Offer, Padding, digest
 from zones.vault import Vault, lease_name
 
 
@@ -67,7 +67,8 @@ class Lessee:
         fields = {
             "zone": self._attacked.zone, "lease": self.lease, "node": offer.node, "pool": offer.pool,
             "offer_digest": digest(offer.document()), "exchange_key": self._exchange.public_hex,
-            "accepted_degradations": offer.degradations, "gpu_milli": 1, "memory_bytes": 1 << 30,
+            "accepted_degradations": offer.degradations, "padding": Padding.FINE,
+            "environment": offer.environment, "gpu_milli": 1, "memory_bytes": 1 << 30,
             "policy_digest": "0" * 64, "not_after": self.not_after,
         }  # fmt: skip
         return Grant(**{**fields, **changes})

@@ -64,5 +64,8 @@ def test_salts() -> None:
     assert len({field_salt(salt, "rows") for salt in (SALT, bytes(32))}) == 2
     own = field_salt(SALT, "rows")
     assert commit(own, "rows", 0) in commitments(SALT, ENTRY)
+    assert commitments(SALT, ENTRY) == sorted(
+        commit(field_salt(SALT, name), name, value) for name, value in ENTRY.items()
+    )
     assert commit(field_salt(SALT, "seq"), "rows", 0) not in commitments(SALT, ENTRY)
     assert digest_of(commitments(SALT, ENTRY)) == entry_digest(SALT, ENTRY)

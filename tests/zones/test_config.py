@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zones.config import endpoint_allowed, load_zone, zone_names
 from zones.errors import ConfigError, UnknownNameError
-from zones.model import Shuffle, SmallBytes
+from zones.hours import Hours
+from zones.model import NodeShare, Obligations, Padding, Shuffle, SmallBytes
 
 SHIPPED = Path(__file__).parents[2] / "policies"
 
@@ -97,6 +99,20 @@ BROKEN = [
     ("zone.yaml", "max_lease_s: 3600", "max_lease_s: !!python/name:os.system x", "could not determine a constructor"),
     ("zone.yaml", "max_lease_s: 3600", "max_lease_s: 2001-99-99", "month must be"),
     ("zone.yaml", "shuffle: rows", "shuffle: blocks(0)", "shuffle is rows, none or blocks"),
+    ("zone.yaml", "shuffle: rows", "padding: thick", "'fine' or 'coarse'"),
+    ("zone.yaml", "shuffle: rows", "max_rows: 0", "greater than 0"),
+    ("zone.yaml", "shuffle: rows", "min_shards: 0", "greater than or equal to 1"),
+    ("zone.yaml", "shuffle: rows", "max_node_share: {percent: 100}", "less than or equal to 99"),
+    ("zone.yaml", "shuffle: rows", "max_node_share: {percent: 50, window_s: 1}", "greater than or equal to 60"),
+    ("zone.yaml", "shuffle: rows", "max_node_share: 50%", "valid dictionary"),
+    ("zone.yaml", "shuffle: rows", "exclusive_gpu: 1", "valid boolean"),
+    ("zone.yaml", "shuffle: rows", "gpu_kinds: []", "at least 1"),
+    ("zone.yaml", "shuffle: rows", "environments: [latest]", "named by its digest"),
+    ("zone.yaml", "shuffle: rows", "max_session_s: 0", "greater than 0"),
+    ("zone.yaml", "shuffle: rows", "hours: mon-fri", "are written as in"),
+    ("zone.yaml", "shuffle: rows", "purposes: [care, care]", "care stands here twice"),
+    ("zone.yaml", "shuffle: rows", "reviewed_functions_only: yes please", "valid boolean"),
+    ("zone.yaml", "shuffle: rows", "officers: [olga]", r"name\+id\+base64"),
     ("zone.yaml", "default_class: direct-identifier", "default_class: internal", "must be the highest class"),
     ("zone.yaml", "default_class: direct-identifier", "default_class: secret", "no class 'secret'"),
     ("zone.yaml", "  classification: internal", "  classification: internl", r"no class 'internl' \(did you mean"),
@@ -237,6 +253,47 @@ def test_obligation_rules_inherit(policies: Path) -> None:
     assert (rule.pools, rule.datasets) == (frozenset({"shared"}), frozenset({"breast_cancer_resampled"}))
     assert (rule.obligations.shuffle, rule.obligations.max_lease_s) == (Shuffle.ROWS, 3600)
     assert rule.obligations.accepted_degradations == frozenset()
+
+
+def test_all_obligations(policies: Path) -> None:
+    """Every key of zone.yaml becomes what a decision demands; a rule's own value beats the zone's."""
+    path = policies / "clinic" / "zone.yaml"
+    written = """shuffle: none
+padding: coarse
+max_rows: 1000
+min_shards: 4
+max_node_share: {percent: 60}
+exclusive_gpu: true
+gpu_kinds: ["NVIDIA H100*", "NVIDIA H200*"]
+environments: [DIGEST]
+max_session_s: 28800
+hours: mon-fri 07:00-19:00 Europe/Berlin
+purposes: [care]
+reviewed_functions_only: true"""
+    edit(path, "shuffle: rows", written.replace("DIGEST", "0a" * 32))
+    edit(path, "    shuffle: blocks(16)", "    max_rows: 10\n    max_node_share: {percent: 10, window_s: 60}")
+
+    zone = load_zone(policies, "clinic")
+    (rule,) = zone.obligation_rules
+
+    assert zone.obligations == Obligations(
+        shuffle=Shuffle.NONE,
+        padding=Padding.COARSE,
+        max_rows=1000,
+        min_shards=4,
+        max_node_share=NodeShare(percent=60, window_s=86400),
+        accepted_degradations=zone.obligations.accepted_degradations,
+        exclusive_gpu=True,
+        gpu_kinds=("NVIDIA H100*", "NVIDIA H200*"),
+        environments=frozenset({"0a" * 32}),
+        max_lease_s=3600,
+        max_session_s=28800,
+        hours=Hours.parse("mon-fri 07:00-19:00 Europe/Berlin"),
+        purposes=frozenset({"care"}),
+        reviewed_functions_only=True,
+    )
+    share = NodeShare(percent=10, window_s=60)
+    assert rule.obligations == replace(zone.obligations, max_rows=10, max_node_share=share)
 
 
 def test_shuffle_blocks() -> None:

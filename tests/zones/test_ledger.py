@@ -913,6 +913,7 @@ def test_verify_speed(path: Path, ledger: Ledger, record_testsuite_property: Cal
         "decision": "allowed",
         "rules": ["r1"],
         "reasons": ["study approved"],
+        "obligations": {},
     }
     with ThreadPoolExecutor(64) as pool:
         list(pool.map(lambda _: ledger.append(entry), range(5_000)))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from zones.config import load_zone
 from zones.errors import ConfigError
 from zones.labels import ARGUMENTS
-from zones.model import EgressRequest, Grant, Shuffle
+from zones.model import EgressRequest, Grant, Padding, Shuffle
 from zones.policy import Policy, PoolPolicy
 
 SHIPPED = Path(__file__).parents[2] / "policies"
@@ -272,6 +272,8 @@ GRANT = Grant(
     offer_digest="",
     exchange_key="",
     accepted_degradations=(),
+    padding=Padding.FINE,
+    environment="",
     gpu_milli=500,
     memory_bytes=1 << 30,
     policy_digest="",

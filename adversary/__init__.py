@@ -1,0 +1,1 @@
+"""An attacker who has captured GPU nodes guesses what shuffle, shares and padding hide: ``make adversary``."""

@@ -1,0 +1,74 @@
+"""Pools of any size, on paper: shards are planned and given out by the product's own code, and nothing is sent. Pure.
+
+What is assumed of the rest: a node takes the next shard when it has done one, and all take about as long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from adversary.guessing import Seen, Shard
+from zones import plan, spread
+from zones.envelope import padded_size
+from zones.model import Obligations, Shuffle
+
+#: Bytes of a row, and of a shard without padding.
+ROW_BYTES = 240
+
+
+def seen(rows: int, obligations: Obligations, *, nodes: int, calls: int, shards: int, seed: int) -> Seen:
+    """Return what *nodes* nodes see of so many calls over one data set.
+
+    Args:
+        rows: Rows of the data set.
+        obligations: Shuffle, and the bound of a node's share if there is one.
+        nodes: GPU nodes of the pool; every call uses all.
+        calls: Calls.
+        shards: Shards of each call.
+        seed: Of everything that is drawn.
+    """
+    names = [f"gpu-{number}" for number in range(nodes)]
+    rng = np.random.default_rng(seed)
+    key = hashlib.sha256(f"{seed}".encode()).digest()
+    held: dict[str, set[int]] = {name: set() for name in names}
+    found = []
+    for call in range(calls):
+        drawn = rng.bytes(plan.SEED_BYTES)
+        if obligations.max_node_share is None:
+            made = plan.make_plan(
+                rows, ROW_BYTES, obligations=obligations, seed=drawn, shard_bytes=1 << 40, min_shards=shards
+            )
+            owners: list[str] | None = None
+        else:
+            n = plan.block_rows(obligations)
+            unit_cells = spread.cells(-(-rows // n), key, ordered=obligations.shuffle is Shuffle.NONE)
+            most = spread.most_cells(np.bincount(unit_cells), obligations.max_node_share.percent)
+            given, left = spread.assign(range(spread.CELLS), held, dict.fromkeys(names, most))
+            assert not left
+            for name, cells in given.items():
+                held[name] |= set(cells)
+            placed = spread.Placed(rows=rows, unit_cells=unit_cells, units=None)
+            made, parts = spread.plan_of(
+                given, placed, obligations=obligations, seed=drawn, shard_units=rows, min_shards=shards
+            )
+            owners = [part.node for part in parts]
+        found.append(_sent(made, names, owners, rng, began=10.0 * call))
+    return Seen(rows=rows, calls=found)
+
+
+def _sent(
+    made: plan.Plan, names: Sequence[str], owners: Sequence[str] | None, rng: np.random.Generator, *, began: float
+) -> list[Shard]:
+    """Return a call's shards as they arrive."""
+    free = {name: began + rng.exponential(0.01) for name in names}
+    found = []
+    for number in range(len(made)):
+        node = owners[number] if owners else min(free, key=lambda name: free[name])
+        rows = made.row_index(number)
+        at = free[node]
+        free[node] += 0.01 * (1 + rng.exponential(0.2))
+        found.append(Shard(node=node, number=number, rows=rows, at=at, size=padded_size(len(rows) * ROW_BYTES)))
+    return found

@@ -1,0 +1,208 @@
+"""What each GPU node was given of each data set, where policy bounds that. This module does I/O.
+
+Counted over all sessions of the gateway, in windows of time, and written to the ledger before it is sent: a gateway
+that starts again goes on counting where the last one was. How cells are made and given is :mod:`zones.spread`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import os
+import secrets
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from zones import spread
+from zones.ledger import Ledger
+from zones.model import NodeShare, Obligations, Shuffle
+from zones.plan import Index
+
+_KEY_BYTES = 32
+
+
+@dataclass(slots=True, kw_only=True)
+class _Window:
+    """One data set in one window of time."""
+
+    #: SHA-256 of all of it, hexadecimal.
+    identity: str
+    #: When it begins, UTC seconds since the epoch.
+    begins: int
+    #: How long it is, seconds.
+    length_s: int
+    #: Node to system of cells to the cells that it was given.
+    held: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Shares:
+    """Thread-safe.
+
+    Args:
+        ledger: Where shares are written.
+        path: The ledger's file. Beside it lies the key that cells are made with.
+        now: UTC seconds since the epoch.
+    """
+
+    def __init__(self, ledger: Ledger, path: Path, now: int) -> None:
+        self._ledger = ledger
+        self._key = _key(path.with_name("cells.key"))
+        self._lock = threading.Lock()
+        self._windows: dict[tuple[str, int, int], _Window] = {}
+        for entry in ledger.find("share"):
+            if entry["window"] + entry["window_s"] > now:
+                where = (entry["dataset_digest"], entry["window"], entry["window_s"])
+                window = self._window(*where)
+                cells = window.held.setdefault(entry["node"], {}).setdefault(entry["system"], set())
+                cells |= _cells(entry["cells"])
+
+    def _window(self, identity: str, begins: int, length_s: int) -> _Window:
+        made = _Window(identity=identity, begins=begins, length_s=length_s)
+        return self._windows.setdefault((identity, begins, length_s), made)
+
+    def book(
+        self, dataset: str, identity: str, share: NodeShare, obligations: Obligations, unit_rows: Index, now: int
+    ) -> Book:
+        """Return what nodes were given of a data set in the window that *now* is in.
+
+        Args:
+            dataset: Its name, for people.
+            identity: SHA-256 of all of it, hexadecimal.
+            share: The policy's bound.
+            obligations: Whether neighbours are kept.
+            unit_rows: Rows of the whole in each unit of it.
+            now: UTC seconds since the epoch.
+        """
+        begins = now - now % share.window_s
+        with self._lock:
+            over = [where for where in self._windows if where[1] + where[2] <= now]
+            for where in over:
+                del self._windows[where]
+            window = self._window(identity, begins, share.window_s)
+        ordered = obligations.shuffle is Shuffle.NONE
+        told = f"{identity} {begins} {share.window_s} {ordered} {hashlib.sha256(unit_rows.tobytes()).hexdigest()}"
+        key = hmac.digest(self._key, told.encode(), "sha256")
+        unit_cells = spread.cells(len(unit_rows), key, ordered=ordered)
+        count = spread.count(len(unit_rows))
+        rows = np.bincount(unit_cells, weights=unit_rows, minlength=count).astype(np.int64)
+        system = hashlib.sha256(key).hexdigest()[:16]
+        return Book(self._ledger, window, Cells(dataset, system, unit_cells, rows), percent=share.percent)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """The cells of a data set."""
+
+    #: The data set's name, for people.
+    dataset: str
+    #: Names how they were made. Others, of an older key or for another shuffle, count in full.
+    system: str
+    #: Cell of each unit of the whole.
+    of_unit: Index
+    #: Rows of the whole in each cell.
+    rows: Index
+
+
+class Book:
+    """One data set in one window, cut into cells in one way. Use it as a context manager to be alone with it."""
+
+    def __init__(self, ledger: Ledger, window: _Window, cells: Cells, *, percent: int) -> None:
+        """Use :meth:`Shares.book`."""
+        self._ledger, self._window, self._percent = ledger, window, percent
+        self.cells = cells
+
+    def __enter__(self) -> Book:
+        self._window.lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._window.lock.release()
+
+    @property
+    def over(self) -> int:
+        """When counting begins anew, UTC seconds since the epoch."""
+        return self._window.begins + self._window.length_s
+
+    def nodes_needed(self) -> int:
+        """Return how many nodes can hold all of it, if they were given nothing yet."""
+        return math.ceil(len(self.cells.rows) / max(1, spread.most_cells(self.cells.rows, self._percent)))
+
+    def held(self, node: str) -> set[int]:
+        """Return the cells that a node was given."""
+        return self._window.held.get(node, {}).get(self.cells.system, set())
+
+    def most(self, node: str) -> int:
+        """Return how many cells a node may hold."""
+        systems = self._window.held.get(node, {})
+        elsewhere = sum(len(cells) for system, cells in systems.items() if system != self.cells.system)
+        left = self._percent - 100 * elsewhere / max(1, len(self.cells.rows))
+        return spread.most_cells(self.cells.rows, left) if left > 0 else 0
+
+    def assign(self, wanted: Collection[int], nodes: Collection[str]) -> tuple[dict[str, list[int]], list[int]]:
+        """Give each cell to one of *nodes*, and return those that none may have; nothing is noted yet."""
+        held = {node: self.held(node) for node in nodes}
+        return spread.assign(wanted, held, {node: self.most(node) for node in nodes})
+
+    def fits(self, node: str, cells: Collection[int]) -> bool:
+        """Say whether a node may be given these cells too."""
+        return len(self.held(node) | set(cells)) <= self.most(node)
+
+    def give(self, given: Mapping[str, Collection[int]]) -> None:
+        """Note what nodes are given, before it is sent.
+
+        Raises:
+            LedgerUnavailableError: It could not be written down; nothing may be sent.
+        """
+        for node, cells in given.items():
+            new = set(cells) - self.held(node)
+            if not new:
+                continue
+            self._ledger.append(
+                {
+                    "kind": "share",
+                    "dataset": self.cells.dataset,
+                    "dataset_digest": self._window.identity,
+                    "node": node,
+                    "window": self._window.begins,
+                    "window_s": self._window.length_s,
+                    "system": self.cells.system,
+                    "cells": _bits(new),
+                    "percent": math.ceil(self.percent(node, new)),
+                }
+            )
+            self._window.held.setdefault(node, {}).setdefault(self.cells.system, set()).update(new)
+
+    def percent(self, node: str, more: Collection[int] = ()) -> float:
+        """Return how much of all rows a node holds, with *more* cells, in percent."""
+        cells = sorted(self.held(node) | set(more))
+        return float(100 * self.cells.rows[cells].sum() / max(1, self.cells.rows.sum()))
+
+
+def _key(path: Path) -> bytes:
+    """Return the key in a file, which is made if it is not there."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(descriptor, "wb") as file:
+        key = secrets.token_bytes(_KEY_BYTES)
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    return key
+
+
+def _bits(cells: Collection[int]) -> str:
+    """Return cells as a number in hexadecimal: bit *n* is cell *n*."""
+    return f"{sum(1 << cell for cell in cells):x}"
+
+
+def _cells(bits: str) -> set[int]:
+    number = int(bits, 16)
+    return {cell for cell in range(number.bit_length()) if number >> cell & 1}
