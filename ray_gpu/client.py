@@ -79,6 +79,16 @@ class Session:
         """Data sets of the zone's catalog, each with its columns and their classes."""
         return {name: dict(item["columns"]) for name, item in self._card["datasets"].items()}
 
+    def segments(self, dataset: str) -> list[str]:
+        """Return the names of a data set's segments, each before its parts.
+
+        Raises:
+            UnknownNameError: No such data set.
+        """
+        if dataset not in self._card["datasets"]:
+            raise UnknownNameError.of("dataset", dataset, self.datasets)
+        return list(self._card["datasets"][dataset]["segments"])
+
     def read(self, dataset: str, columns: Iterable[str] | None = None, filter: Any = None) -> Handle:  # noqa: A002 - as in pyarrow.dataset
         """Return a handle on a catalog data set.
 

@@ -42,6 +42,15 @@ def resampled(table: pa.Table, rows: int = RESAMPLED_ROWS) -> pa.Table:
     return table.take(np.random.default_rng(_SEED).integers(0, table.num_rows, rows)).combine_chunks()
 
 
+def digits() -> pa.Table:
+    """Return scikit-learn's 1,797 handwritten digits: 64 grey values from 0 to 16 each, and the label."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow, optional
+
+    data = load_digits()
+    pixels = pa.FixedSizeListArray.from_arrays(pa.array(data.data.astype(np.float32).reshape(-1)), 64)
+    return pa.table({"pixels": pixels, "label": pa.array(data.target.astype(np.int64))})
+
+
 def macrodata() -> pa.Table:
     """Return statsmodels' United States macroeconomic series, 203 quarters."""
     from statsmodels.datasets import macrodata as data  # noqa: PLC0415 - slow, optional
@@ -76,7 +85,7 @@ def write(zone: str, directory: Path) -> None:
             "breast_cancer_resampled": lambda: resampled(breast_cancer()),
         },
         "trading": {"macrodata": macrodata},
-        "openlab": {"diabetes": diabetes, "fair": fair},
+        "openlab": {"diabetes": diabetes, "digits": digits, "fair": fair},
     }
     for name, make in makers.get(zone, {}).items():
         path = directory / f"{name}.arrow"

@@ -54,6 +54,7 @@ from zones import replaying
 from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
+from zones.segments import names
 from zones.signing import Signer
 from zones.vault import Vault
 
@@ -289,7 +290,11 @@ class Gateway:
     def catalog(self) -> dict[str, Any]:
         """Return the catalog: data set to description and column classes."""
         return {
-            name: {"description": item.description, "columns": dict(item.columns)}
+            name: {
+                "description": item.description,
+                "columns": dict(item.columns),
+                "segments": list(names(item.segments)) if item.segments else [],
+            }
             for name, item in self._services.zone.datasets.items()
         }
 

@@ -31,6 +31,8 @@ class Handle:
     session: Session
     dataset: str
     columns: tuple[str, ...]
+    #: Segments of the data set; ``None``: all of it.
+    segments: tuple[str, ...] | None = None
     #: A filter on the rows, as ``zones.filters`` describes it.
     condition: Any = None
     #: Fractions, seed and index of the part, when this is a part of a split.
@@ -46,6 +48,24 @@ class Handle:
             TypeError, ValueError: *columns* is no list of names, or names one twice.
         """
         return replace(self, columns=column_names(columns, self.columns))
+
+    def segment(self, *names: str) -> Handle:
+        """Return a handle on the rows of segments that the catalog declares, such as ``"train"`` or ``"train/fold-1"``.
+
+        Which row is in which segment is always the same. Policy may forbid that a segment leaves, and with it a handle
+        that has rows of it.
+
+        Raises:
+            UnknownNameError: The data set has no such segment.
+            ValueError: None is named, or the handle is of some already.
+        """
+        if not names or self.segments is not None:
+            raise ValueError('segment takes names, once, as in segment("train") or segment("fold-1", "fold-2")')
+        known = self.session.segments(self.dataset)
+        for name in names:
+            if name not in known:
+                raise UnknownNameError.of("segment", name, known)
+        return replace(self, segments=tuple(dict.fromkeys(names)))
 
     def filter(self, condition: Any) -> Handle:
         """Return a handle on the rows that meet *condition*, for example ``["age", ">", 60]``.
@@ -86,6 +106,7 @@ class Handle:
         return {
             "dataset": self.dataset,
             "columns": list(self.columns),
+            "segments": None if self.segments is None else list(self.segments),
             "filter": self.condition,
             "split": self._split(),
             "then": self.then,
@@ -112,7 +133,12 @@ class Handle:
     def __repr__(self) -> str:
         where = "".join(
             f", {name}={value!r}"
-            for name, value in (("filter", self.condition), ("split", self.part), ("then", self.then))
+            for name, value in (
+                ("segments", self.segments),
+                ("filter", self.condition),
+                ("split", self.part),
+                ("then", self.then),
+            )
             if value is not None
         )
         return f"Handle({self.dataset!r}, columns={list(self.columns)}{where})"

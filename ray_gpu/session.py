@@ -117,7 +117,9 @@ class Session:
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
         small = self._count_small_bytes(zone, request)
-        what = (source.dataset, source.digest, tuple(source.columns), source.filter_columns) if source else None
+        what = None
+        if source:
+            what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments
         # The share is here since nodes are told it, and what they are told is written down before.
         key = (zone.policy_digest, request.work.digest, pool, small, what, request.work.options.gpu_milli)
         found = self._allowed.get(key)
@@ -193,6 +195,7 @@ class Session:
             dataset=source.dataset if source else "",
             columns=frozenset(source.columns) if source else ARGUMENTS,
             classes=small | set(labels(zone, source.dataset, columns).values()) if source else small,
+            segments=source.segments if source else frozenset(),
             function_digest=request.work.digest,
             function_reviewed=request.work.digest in zone.approved,
         )

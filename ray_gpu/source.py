@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from ray_gpu.share import open_sealed
 from zones import filters, shards
+from zones import segments as divisions
 from zones.errors import ConfigError, UnknownNameError
 from zones.model import Dataset, Zone
 from zones.plan import Index, split_rows
@@ -36,6 +37,8 @@ class Source:
     digest: str = ""
     #: Columns that choose rows, or keep them together, and do not leave themselves.
     filter_columns: frozenset[str] = frozenset()
+    #: Segments that rows are of, with those that they are parts of; empty where the data set has none.
+    segments: frozenset[str] = frozenset()
     #: Rows of the whole that these are a part of.
     of_rows: int
     #: ``int64[rows]``: the number of each row in the whole; ``None`` when these are all of it, in order.
@@ -72,13 +75,13 @@ def from_catalog(
     *,
     keep_together: str | None = None,
 ) -> Source:
-    """Resolve a handle's document: ``{"dataset", "columns", "filter", "split", "then"}``.
+    """Resolve a handle's document: ``{"dataset", "columns", "segments", "filter", "split", "then"}``.
 
-    ``filter`` chooses rows of the whole, ``split`` a part of them, and ``then`` rows of that part. Rows with one value
-    in the column *keep_together* stay together.
+    ``segments`` names parts of the whole, ``filter`` chooses rows of those, ``split`` a part of them, and ``then`` rows
+    of that part. Rows with one value in the column *keep_together* stay together.
 
     Raises:
-        UnknownNameError: No such data set or column.
+        UnknownNameError: No such data set, column or segment.
         ValueError: Filter or split is malformed.
         ConfigError: The data set's file is missing, or lacks a column of the catalog.
     """
@@ -93,10 +96,12 @@ def from_catalog(
         _check_column(dataset, keep_together)
         used.add(keep_together)
     whole, digest = _open(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])))
-    table, numbers = whole, None
-    if handle.get("split") is not None or any(item is not None for item in conditions):
+    table, numbers, segments = whole, None, _chosen(dataset, handle.get("segments"))
+    if any(handle.get(key) is not None for key in ("segments", "filter", "split", "then")):
         # The place of each row goes along, under a name that no column of a catalog has.
         table = whole.append_column("", pa.array(np.arange(whole.num_rows)))
+        if handle.get("segments") is not None:
+            table = table.take(_members(dataset, data_dir, segments))
         table = filters.apply_filter(table, conditions[0])
         if handle.get("split") is not None:
             table = _part(table, handle["split"])
@@ -107,10 +112,52 @@ def from_catalog(
         table=table.select(wanted),
         digest=digest,
         filter_columns=frozenset(used),
+        segments=segments,
         of_rows=whole.num_rows,
         numbers=numbers,
         groups=None if keep_together is None else _groups(whole.column(keep_together)),
     )
+
+
+def _chosen(dataset: Dataset, wanted: Any) -> frozenset[str]:
+    """Return every segment that rows are of, if those of *wanted* are chosen; ``None`` stands for all."""
+    if wanted is not None and not (isinstance(wanted, list) and wanted):
+        raise ValueError("segments must be a list of names, at least one; use handle.segment(...)")
+    if dataset.segments is None:
+        if wanted is not None:
+            raise UnknownNameError.of("segment", str(wanted[0]), ())
+        return frozenset()
+    chosen = dataset.segments.parts if wanted is None else [str(name) for name in wanted]
+    return divisions.touched(dataset.segments, chosen)
+
+
+def _members(dataset: Dataset, data_dir: Path, segments: frozenset[str]) -> Index:
+    """Return the numbers of the rows of segments, of a data set that has some."""
+    assert dataset.segments is not None
+    columns = tuple(sorted(divisions.columns(dataset.segments))) or tuple(dataset.columns)[:1]
+    table, digest = _open(dataset, data_dir, columns)
+    leaf_of = _leaves(dataset.name, repr(dataset.segments), digest, table.num_rows)
+    if leaf_of.value is None:
+        found = divisions.assign(
+            dataset.segments, dataset.name, table.num_rows, lambda name: table.column(name).combine_chunks()
+        )
+        names, codes = np.unique(found, return_inverse=True)
+        leaf_of.value = [str(name) for name in names], codes.reshape(-1)
+    names_of, codes_of = leaf_of.value
+    return np.flatnonzero(np.isin(codes_of, [place for place, name in enumerate(names_of) if name in segments]))
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The leaf of each row: names, and the number of one for each row; ``None`` before it is known."""
+
+    value: tuple[list[str], Index] | None = None
+
+
+@functools.lru_cache(maxsize=16)
+def _leaves(dataset: str, segments: str, digest: str, rows: int) -> _Kept:
+    """Return where the leaves of a data set are kept, once they were found."""
+    return _Kept()
 
 
 def _groups(column: Any) -> Index:

@@ -201,6 +201,16 @@ def full_ray() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def head_packages(request: pytest.FixtureRequest) -> Path | None:
+    """What the head of a test bed has and no other host; ``None`` where pip cannot get it, which ``full_ray`` says."""
+    try:
+        found: Path = request.getfixturevalue("full_ray")
+    except pytest.skip.Exception:
+        return None
+    return found
+
+
+@pytest.fixture(scope="session")
 def client_cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> Iterator[Cluster]:
     """The same with carrier client: no node of it is in the zone, and its relay has no network."""
     with start_cluster(carrier="client") as running:

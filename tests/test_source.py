@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_gpu import share, source
+from ray_gpu import demo_data, share, source
+from ray_gpu.embedded import shipped_policies
+from zones.config import load_zone
 from zones.errors import ConfigError, UnknownNameError, ValueRefusedError
 from zones.model import Dataset, Zone
 
@@ -237,3 +240,62 @@ def test_values_side_by_side() -> None:
 
     assert [values.decode(view[start:stop]) for start, stop in places] == [{"a": 1}, [2, 3], "four"]
     assert all(start % 64 == 0 for start, _ in places)
+
+
+# -- segments ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the shipped zone openlab's digits."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
+    directory = tmp_path_factory.mktemp("openlab")
+    with pa.OSFile(str(directory / "digits.arrow"), "wb") as file:
+        table = demo_data.digits()
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    return directory
+
+
+OPENLAB = load_zone(shipped_policies(), "openlab")
+
+
+def rows_of(digits: Path, *segments: str, **handle: Any) -> source.Source:
+    """Return rows of segments."""
+    document = {"dataset": "digits", "segments": list(segments) or None, **handle}
+    return source.from_catalog(OPENLAB, digits, document, None)
+
+
+def test_segments_make_up_the_whole(digits: Path) -> None:
+    """Train and test have every row once, folds every row of train, and each label its share of all of them."""
+    whole, train, test = rows_of(digits), rows_of(digits, "train"), rows_of(digits, "test")
+    folds = [rows_of(digits, f"train/fold-{number}") for number in range(1, 6)]
+
+    assert train.numbers is not None
+    assert test.numbers is not None
+    assert sorted([*train.numbers, *test.numbers]) == list(range(whole.rows))
+    assert sorted(np.concatenate([fold.numbers for fold in folds if fold.numbers is not None])) == sorted(train.numbers)
+    assert test.table.equals(whole.table.take(pa.array(test.numbers)))
+    for label in range(10):
+        of_label = [part.table["label"].to_pylist().count(label) for part in (whole, test, *folds)]
+        assert abs(of_label[1] - of_label[0] / 5) <= 1
+        assert max(of_label[2:]) - min(of_label[2:]) <= 1
+
+
+def test_what_a_segment_touches(digits: Path) -> None:
+    """Rows of a fold are rows of train too; without a segment they are of all; a filter or split changes nothing."""
+    every = {"train", "test", *(f"train/fold-{number}" for number in range(1, 6))}
+
+    assert rows_of(digits).segments == every
+    assert rows_of(digits, "train/fold-2").segments == {"train", "train/fold-2"}
+    assert rows_of(digits, "test", filter=["label", "==", 3]).segments == {"test"}
+    three = rows_of(digits, "train", filter=["label", "==", 3])
+    assert set(three.table["label"].to_pylist()) == {3}
+    assert rows_of(digits, filter=["label", "==", 3]).segments == every
+
+
+@pytest.mark.parametrize("segments", [[], "train", ["trian"], [3]])
+def test_no_segment(digits: Path, segments: Any) -> None:
+    """What is no segment is refused, whatever a notebook sends."""
+    with pytest.raises((ValueError, UnknownNameError)):
+        source.from_catalog(OPENLAB, digits, {"dataset": "digits", "segments": segments}, None)

@@ -66,6 +66,7 @@ class Egress:
             "dataset_digest": self.dataset_digest,
             "columns": sorted(asked.columns),
             "classes": sorted(asked.classes),
+            "segments": sorted(asked.segments),
             "rows": self.rows,
             "function": asked.function_digest,
             "function_reviewed": asked.function_reviewed,

@@ -30,6 +30,7 @@ from zones.model import (
     ObligationRule,
     Obligations,
     Padding,
+    Segments,
     Shuffle,
     SmallBytes,
     Zone,
@@ -222,11 +223,38 @@ class _ZoneFile(_ObligationsPart):
     obligations: list[_RulePart] = Field(default_factory=list)
 
 
+class _SegmentsPart(FileModel):
+    parts: Annotated[dict[Id, Annotated[int, Field(ge=1, le=100)]], Field(min_length=2)] | None = None
+    folds: Annotated[int, Field(ge=2, le=100)] | None = None
+    by: _Name | None = None
+    stratify: _Name | None = None
+    within: dict[Id, _SegmentsPart] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.parts is None) == (self.folds is None):
+            raise ValueError("segments have either parts with percents, or a number of folds")
+        if self.parts is not None and sum(self.parts.values()) != 100:
+            raise ValueError(f"the percents of parts make {sum(self.parts.values())}, not 100")
+        return self
+
+    def segments(self) -> Segments:
+        """Return what this says."""
+        folds = {f"fold-{number}": 1 for number in range(1, (self.folds or 0) + 1)}
+        return Segments(
+            parts=self.parts or folds,
+            by=self.by,
+            stratify=self.stratify,
+            within={name: inner.segments() for name, inner in self.within.items()},
+        )
+
+
 class _DatasetPart(FileModel):
     path: Annotated[str, AfterValidator(_data_path)]
     description: str = ""
     columns: dict[_Name, str] | None = Field(default=None, min_length=1)
     same_columns_as: _Name | None = None
+    segments: _SegmentsPart | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -266,15 +294,29 @@ def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
         if other is not None:
             written_out = [known for known in parts if parts[known].columns is not None]
             _check_known(document, ("datasets", name, "same_columns_as"), "data set with columns", other, written_out)
-    return {
-        name: Dataset(
+    found = {}
+    for name, part in parts.items():
+        columns = dict(part.columns or parts[str(part.same_columns_as)].columns or {})
+        if part.segments is not None:
+            _check_segments(document, ("datasets", name, "segments"), part.segments, list(columns))
+        found[name] = Dataset(
             name=name,
             path=part.path,
             description=part.description,
-            columns=dict(part.columns or parts[str(part.same_columns_as)].columns or {}),
+            columns=columns,
+            segments=None if part.segments is None else part.segments.segments(),
         )
-        for name, part in parts.items()
-    }
+    return found
+
+
+def _check_segments(document: Document, loc: Loc, part: _SegmentsPart, columns: Sequence[str]) -> None:
+    for key in ("by", "stratify"):
+        name = getattr(part, key)
+        if name is not None:
+            _check_known(document, (*loc, key), "column", name, columns)
+    for name, inner in part.within.items():
+        _check_known(document, (*loc, "within", name), "part", name, list(part.segments().parts))
+        _check_segments(document, (*loc, "within", name), inner, columns)
 
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:

@@ -95,7 +95,7 @@ class UnknownNameError(ZoneError):
     """No such zone, pool, data set, column or option.
 
     Attributes:
-        kind: What was looked up: ``"zone"``, ``"pool"``, ``"dataset"``, ``"column"``, ``"option"``.
+        kind: What was looked up: ``"zone"``, ``"pool"``, ``"dataset"``, ``"column"``, ``"segment"``, ``"option"``.
         name: The name that was asked for.
         known: Names that exist.
     """

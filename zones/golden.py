@@ -29,6 +29,7 @@ class _Part(FileModel):
     purpose: str = ""
     dataset: str = ""
     columns: _Names | None = None
+    segments: _Names | None = None
     reviewed: bool = False
     expect: Literal["allowed", "refused"]
     rules: _Names | None = None
@@ -96,11 +97,13 @@ def _parsed(document: Document, parts: Sequence[_Part], zone: Zone) -> Iterator[
                 purpose=part.purpose,
                 dataset=part.dataset,
                 columns=frozenset(part.columns or ()),
+                segments=frozenset(part.segments or ()),
                 function_reviewed=part.reviewed,
             )
             request = completed(zone, asked)
         except UnknownNameError as error:
-            document.refuse((*loc, "columns" if error.kind == "column" else "dataset"), error.message)
+            where = {"column": "columns", "segment": "segments"}.get(error.kind, "dataset")
+            document.refuse((*loc, where), error.message)
         yield Golden(
             where=f"{document.path}:{document.line((*loc, 'name'))}",
             name=part.name,

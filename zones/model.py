@@ -156,6 +156,20 @@ class ObligationRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """How a data set, or a segment of it, is divided."""
+
+    #: Name of each part to its percent; together 100.
+    parts: Mapping[str, int]
+    #: Column whose equal values are in one part; ``None``: each row is for itself.
+    by: str | None = None
+    #: Column within each of whose values the percents hold.
+    stratify: str | None = None
+    #: How parts are divided further.
+    within: Mapping[str, Segments] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
     """One data set of a zone's catalog."""
 
@@ -165,6 +179,7 @@ class Dataset:
     #: Column name to class name, in file order.
     columns: Mapping[str, str]
     description: str = ""
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +242,8 @@ class EgressRequest:
     columns: frozenset[str] = frozenset()
     #: Every class among the data, the function and its arguments.
     classes: frozenset[str] = frozenset()
+    #: Segments that rows leave of; empty for a data set that has none, and without one.
+    segments: frozenset[str] = frozenset()
     function_digest: str = ""
     function_reviewed: bool = False
 

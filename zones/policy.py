@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zones import segments
 from zones.config import SCHEMA_FILE, egress_path, files_digest, pool_path, read_policy_files, zone_paths
 from zones.errors import ConfigError, EgressDeniedError, UnknownNameError
 from zones.labels import ARGUMENTS, labels
-from zones.model import Decision, EgressRequest, Grant, Obligations, Zone
+from zones.model import Dataset, Decision, EgressRequest, Grant, Obligations, Zone
 from zones.obligations import Unmet
 from zones.rules import DEFAULT_RULE, Answer, RuleFile, no, read_schema
 
@@ -91,6 +92,7 @@ class Policy:
         known: dict[str, Collection[str]] = {
             "Pool": zone.pools,
             "classes": zone.classes,
+            "segments": {name for dataset in zone.datasets.values() for name in _segments(dataset)},
             "dataset": {"", *zone.datasets},
             "zone": {zone.name},
         }
@@ -255,6 +257,9 @@ def _unacceptable(zone: Zone, request: EgressRequest) -> str | None:
         return f"zone {zone.name} has no such pool"
     if not request.columns:
         return "the request names no columns"
+    divided = frozenset(_segments(zone.datasets[request.dataset])) if request.dataset in zone.datasets else frozenset()
+    if not request.segments <= divided or bool(request.segments) != bool(divided):
+        return "the request names other segments than the data set has, or none of them"
     if not request.classes or not request.classes <= set(zone.classes):
         return f"the classes of a request are some of {', '.join(zone.classes)}"
     try:
@@ -264,6 +269,10 @@ def _unacceptable(zone: Zone, request: EgressRequest) -> str | None:
         return f"the catalog has no such {problem.kind}"
     # A caller's bug must not send a column under another class than the catalog's.
     return None if needed <= request.classes else "the request leaves out a class that the catalog names"
+
+
+def _segments(dataset: Dataset) -> list[str]:
+    return [] if dataset.segments is None else list(segments.names(dataset.segments))
 
 
 def _obligations(zone: Zone, request: EgressRequest) -> Obligations:
@@ -293,6 +302,7 @@ def _egress(request: EgressRequest) -> tuple[dict[str, Any], list[dict[str, Any]
         "dataset": request.dataset,
         "columns": sorted(request.columns),
         "classes": sorted(request.classes),
+        "segments": sorted(request.segments),
         "purpose": request.purpose.strip(),
         "function_reviewed": request.function_reviewed,
     }

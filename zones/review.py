@@ -20,6 +20,8 @@ from zones.labels import ARGUMENTS, classify
 from zones.model import Decision, EgressRequest, Obligations, Zone
 from zones.obligations import duties
 from zones.policy import Policy
+from zones.segments import names as segment_names
+from zones.segments import touched
 
 #: Stands for a purpose that no rule names, and for a person of no name in particular.
 SOME_PURPOSE, SOMEBODY = "(some other purpose)", "(anybody)"
@@ -32,10 +34,11 @@ _MOST_CHANGES = 3
 def completed(zone: Zone, asked: EgressRequest) -> EgressRequest:
     """Return a question with the classes that the gateway would put, for a small function and small arguments.
 
-    Without ``columns`` it is about all of its data set's; without a data set either, about arguments alone.
+    Without ``columns`` it is about all of its data set's, without ``segments`` about all rows; without a data set
+    either, about arguments alone.
 
     Raises:
-        UnknownNameError: The catalog has no such data set or column.
+        UnknownNameError: The catalog has no such data set, column or segment.
     """
     columns: frozenset[str] | None = asked.columns or None
     if columns is None and asked.dataset:
@@ -45,7 +48,10 @@ def completed(zone: Zone, asked: EgressRequest) -> EgressRequest:
     classes = classify(
         zone, dataset=asked.dataset, columns=columns, function_bytes=1, argument_bytes=0, session_bytes=0
     )
-    return replace(asked, columns=ARGUMENTS if columns is None else columns, classes=classes)
+    divided = zone.datasets[asked.dataset].segments if asked.dataset else None
+    chosen = touched(divided, asked.segments or divided.parts) if divided else frozenset()
+    columns = ARGUMENTS if columns is None else columns
+    return replace(asked, columns=columns, classes=classes, segments=chosen)
 
 
 # -- explain ------------------------------------------------------------------------------------
@@ -104,6 +110,10 @@ def _changes(policy: Policy, request: EgressRequest) -> Iterator[_Change]:
         yield "with a reviewed function", {"function_reviewed": True}
     for pool in sorted(set(policy.zone.pools) - {request.pool}):
         yield f"to pool {pool}", {"pool": pool}
+    divided = policy.zone.datasets[request.dataset].segments if request.dataset in policy.zone.datasets else None
+    if divided is not None:
+        for segment in divided.parts:
+            yield f"from segment {segment} alone", {"segments": touched(divided, [segment])}
     if columns := _harmful(policy, request):
         left = completed(policy.zone, replace(request, columns=request.columns - set(columns)))
         named = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
@@ -135,6 +145,8 @@ class Asked:
     reviewed: bool
     #: Data set and columns, arguments, or values of no data set.
     what: tuple[str, tuple[str, ...]]
+    #: Segment of the data set; ``""`` for all of it.
+    segment: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +194,18 @@ def _questions(old: Policy, new: Policy) -> Iterator[Asked]:
     pools = sorted({*old.zone.pools, *new.zone.pools})
     purposes = _purposes(old, new)
     for one, pool, what, purpose, reviewed in itertools.product(who, pools, _data(old, new), purposes, (False, True)):
-        yield Asked(who=one, pool=pool, purpose=purpose, reviewed=reviewed, what=what)
+        for segment in _divided(what[0], old, new):
+            yield Asked(who=one, pool=pool, purpose=purpose, reviewed=reviewed, what=what, segment=segment)
+
+
+def _divided(dataset: str, *policies: Policy) -> list[str]:
+    """Return the segments to ask about: all rows, and each that one of *policies* has."""
+    found = {"": None}
+    for policy in policies:
+        known = policy.zone.datasets.get(dataset)
+        if known is not None and known.segments is not None:
+            found |= dict.fromkeys(segment_names(known.segments))
+    return list(found)
 
 
 def _purposes(old: Policy, new: Policy) -> list[str]:
@@ -217,6 +240,7 @@ def _answer(policy: Policy, asked: Asked) -> Obligations | None:
         purpose=asked.purpose,
         dataset="" if dataset.startswith("<") else dataset,
         columns=frozenset(columns),
+        segments=frozenset({asked.segment} if asked.segment else ()),
         function_reviewed=asked.reviewed,
     )
     try:
@@ -232,7 +256,7 @@ class Group:
 
     who: str
     pool: str
-    #: Data set, ``<arguments>`` or ``<values>``.
+    #: Data set with its segment, ``<arguments>`` or ``<values>``.
     data: str
     columns: Sequence[str]
     #: When: ``"always"``, or for which purposes and functions.
@@ -248,7 +272,9 @@ def grouped(asked: Iterable[Asked], purposes: Sequence[str]) -> list[Group]:
     """
     conditions: dict[tuple[str, str, str, tuple[str, ...]], set[tuple[str, bool]]] = {}
     for one in asked:
-        conditions.setdefault((one.who, one.pool, *one.what), set()).add((one.purpose, one.reviewed))
+        data, columns = one.what
+        data = f"{data} ({one.segment})" if one.segment else data
+        conditions.setdefault((one.who, one.pool, data, columns), set()).add((one.purpose, one.reviewed))
     together: dict[tuple[str, str, str, str], list[str]] = {}
     for (who, pool, data, columns), when in conditions.items():
         listed = together.setdefault((who, pool, data, _when(when, purposes)), [])
@@ -323,6 +349,7 @@ def asked_of(zone: str, entry: Mapping[str, Any]) -> EgressRequest:
         dataset=str(entry["dataset"]),
         columns=names("columns"),
         classes=names("classes"),
+        segments=names("segments"),
         function_digest=str(entry.get("function", "")),
         function_reviewed=bool(entry.get("function_reviewed", False)),
     )

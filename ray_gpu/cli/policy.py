@@ -116,6 +116,7 @@ def _answer(*, allowed: bool, rules: Iterable[str]) -> str:
 @click.option("--purpose", default="", help="As it would be said when attaching.")
 @click.option("--dataset", default="", help="Data set of the catalog; without one it is about arguments alone.")
 @click.option("--columns", default="", help="Column names with commas between; by default all of the data set's.")
+@click.option("--segments", default="", help="Segments with commas between; by default all rows.")
 @click.option("--reviewed", is_flag=True, help="As if the function had been reviewed.")
 def explain(zone: str, policies: Path | None, teams: Sequence[str], reviewed: bool, **asked: str) -> None:
     """Say whether something may leave ZONE, which rule decides, where it stands, and what would have to change."""
@@ -137,6 +138,7 @@ def explain(zone: str, policies: Path | None, teams: Sequence[str], reviewed: bo
             purpose=asked["purpose"],
             dataset=asked["dataset"],
             columns=frozenset(name.strip() for name in columns),
+            segments=frozenset(name.strip() for name in asked["segments"].split(",") if name.strip()),
             function_reviewed=reviewed,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,11 @@ from testbed.cluster import BedCluster
 
 
 @pytest.fixture(scope="session")
-def bed_cluster() -> Iterator[BedCluster]:
+def bed_cluster(head_packages: Path | None) -> Iterator[BedCluster]:
     """A pool by `ray up`, and the zones clinic and trading, which joined by themselves. Nothing of it may be broken."""
     if reason := lacking():
         pytest.skip(reason)
-    with Testbed() as bed, BedCluster(bed) as cluster:
+    with Testbed() as bed, BedCluster(bed, head_packages=head_packages) as cluster:
         cluster.up()
         with ThreadPoolExecutor(2) as both:
             list(both.map(cluster.join, ("clinic", "trading")))

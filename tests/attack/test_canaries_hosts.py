@@ -103,7 +103,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, head_packages: Path | None) -> Iterator[World]:
     """Run the cluster, end a call in each way, and end the cluster."""
     reason = lacking() or disk.lacking()
     if reason or not all_powerful():
@@ -114,7 +114,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         disk.make(image, DISK_BYTES)
     world = World(mark=new_mark(), control=new_mark(), became={}, disks=disks)
     with ExitStack() as stack:
-        cluster = stack.enter_context(BedCluster(stack.enter_context(Testbed(HOSTS, disks=disks))))
+        bed = stack.enter_context(Testbed(HOSTS, disks=disks))
+        cluster = stack.enter_context(BedCluster(bed, head_packages=head_packages))
         for name in (ZONE_HOST, *GPU_HOSTS):
             capture = Capture(cluster.bed[name], directory / f"{name}.packets")
             world.captures[name] = stack.enter_context(capture)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,9 @@ with ThreadPoolExecutor(1) as background, attach() as zone:
 
 
 @pytest.fixture(scope="module")
-def cluster(can_build: None, request: pytest.FixtureRequest) -> Iterator[BedCluster]:
+def cluster(can_build: None, head_packages: Path | None) -> Iterator[BedCluster]:
     """A bed with Vault set up and hosts equipped, the head with ray[default]; nothing of Ray runs."""
-    try:
-        packages = request.getfixturevalue("full_ray")
-    except pytest.skip.Exception:  # test_heads_agents says why
-        packages = None
-    with Testbed() as bed, BedCluster(bed, head_packages=packages) as equipped:
+    with Testbed() as bed, BedCluster(bed, head_packages=head_packages) as equipped:
         yield equipped
 
 
@@ -541,6 +538,8 @@ def test_a_cage_reaches_rays_ports_alone(listening: BedCluster) -> None:
         assert set(forbidden) - set(by_host) <= nowhere
 
 
+#: Hosts with a cage, but for the head.
+CAGED = ("gpu-1", "gpu-2", "zone-clinic")
 #: What ray[default] opens besides on the head: the dashboard's agent, twice, and metrics of autoscaler and dashboard.
 AGENTS = (PORTS.first + 4, PORTS.first + 5, 44217, 44227)
 _CONNECT = """
@@ -559,7 +558,10 @@ with ThreadPoolExecutor(len(ports)) as several:
 
 
 def test_heads_agents(zones: BedCluster, full_ray: Path) -> None:
-    """The head has all of ray[default]: its agents, which take no token, serve in its own cage and nowhere else."""
+    """The head has all of ray[default]: its agents, which take no token, serve in its own cage and nowhere else.
+
+    Nor do they where every firewall is off, but for the cages' own rules.
+    """
     head = zones.bed["head"]
 
     def serving(host: Host, *, inside: bool) -> list[int]:
@@ -567,10 +569,19 @@ def test_heads_agents(zones: BedCluster, full_ray: Path) -> None:
         found: list[int] = json.loads(host.run([*(into_cage(host) if inside else []), *probe]).stdout)
         return found
 
+    def from_elsewhere() -> list[set[int]]:
+        places = [(host, False) for host in zones.bed] + [(zones.bed[name], True) for name in CAGED]
+        with ThreadPoolExecutor(len(places)) as several:
+            return [set(found) for found in several.map(lambda place: serving(place[0], inside=place[1]), places)]
+
     assert serving(head, inside=True) == [PORTS.gcs, *AGENTS]
-    for name in ("gpu-1", "zone-clinic"):
-        assert serving(zones.bed[name], inside=True) == [PORTS.gcs]
-        assert set(serving(zones.bed[name], inside=False)) <= {PORTS.gcs}
+    assert set().union(*from_elsewhere()) == {PORTS.gcs}
+    for host in (zones.bed.router, *zones.bed):
+        host.flush_rules()
+    try:
+        assert set().union(*from_elsewhere()) == {PORTS.gcs}
+    finally:
+        zones.bed.load_firewalls()
 
 
 # -- a node is restarted, all of it ends, and comes again ----------------------------------------------
@@ -606,17 +617,25 @@ def test_autoscaler_starts_a_node_again(zones: BedCluster) -> None:
     await_node(zones, "gpu-2", timeout_s=2 * TIMEOUT_S)
 
 
-@pytest.mark.chaos
+@contextmanager
+def left_alone(host: Host) -> Iterator[None]:
+    """Keep the head's autoscaler, which stops and starts a node that it misses, from a host."""
+    keys = "/etc/ssh/authorized_keys"
+    known = host.read(keys)
+    host.write(keys, "")
+    try:
+        yield
+    finally:
+        host.write(keys, known)
+
+
 def test_rotated_token(zones: BedCluster) -> None:
     """A node with another token than the head's does not join; it says what to restart, and nothing of it is left."""
-    host, keys = zones.bed["gpu-2"], "/etc/ssh/authorized_keys"
-    known = host.read(keys)
-    host.write(keys, "")  # or the head's autoscaler stops and starts the node meanwhile
-    host.run(["ray-gpu", "node", "stop"])
-    zones.administer("setup", DECLARATION, "--rotate-token")
+    with left_alone(zones.bed["gpu-2"]):
+        zones.bed["gpu-2"].run(["ray-gpu", "node", "stop"])
+        zones.administer("setup", DECLARATION, "--rotate-token")
 
-    refuses(zones, "gpu-2", "if the Ray token was rotated")
-    host.write(keys, known)
+        refuses(zones, "gpu-2", "if the Ray token was rotated")
 
 
 def test_down_and_half_up(zones: BedCluster) -> None:
@@ -648,14 +667,15 @@ def test_service_killed(zones: BedCluster) -> None:
     host, state = zones.bed["gpu-2"], zones.status("gpu-2")
     assert state is not None
     assert "ray-cage" in network_left(host)
-    host.run(["kill", "-KILL", str(state["pid"])])
-    await_nothing(zones, "gpu-2")
-    deadline = time.monotonic() + TIMEOUT_S
-    while "ray-cage" in network_left(host):
-        assert time.monotonic() < deadline
-    assert "ray_gpu_cage" in network_left(host)  # until the next start, what it drops is still dropped
+    with left_alone(host):
+        host.run(["kill", "-KILL", str(state["pid"])])
+        await_nothing(zones, "gpu-2")
+        deadline = time.monotonic() + TIMEOUT_S
+        while "ray-cage" in network_left(host):
+            assert time.monotonic() < deadline
+        assert "ray_gpu_cage" in network_left(host)  # until the next start, what it drops is still dropped
 
-    zones.start_node("gpu-2")
-    assert network_left(host)[:2] == ["ray-cage", "ray_gpu_cage"]
-    host.run(["ray-gpu", "node", "stop"])
-    assert network_left(host) == []
+        zones.start_node("gpu-2")
+        assert network_left(host)[:2] == ["ray-cage", "ray_gpu_cage"]
+        host.run(["ray-gpu", "node", "stop"])
+        assert network_left(host) == []

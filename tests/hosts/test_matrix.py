@@ -35,7 +35,7 @@ from testbed import Host, HostProcess, Testbed
 
 PROBER = Path(__file__).with_name("prober.py")
 #: Nobody's: what is next to declared ranges, what Ray opens by default, and what hosts often have.
-UNDECLARED = (21, 23, 53, 80, 443, 6379, 8199, 8201, 8265, 10001, 25999, 26002, 52365)
+UNDECLARED = (21, 23, 53, 80, 443, 6379, 8199, 8201, 8265, 10001, 25999, 26002, 44217, 44227, 52365)
 UNDECLARED_NEAR = (26009, 26013, 26014, 26015, 26019, 26210)
 #: Root, the gateway, the forwarder, and a cage's uid outside of the cage; all but root only where they live.
 UIDS = (0, GATEWAY_UID, FORWARDER_UID, 61003)

@@ -1,0 +1,143 @@
+"""Parts of a data set that always have the same rows: train and test, folds, rounds, and parts of those. Pure.
+
+A zone's catalog declares them, so that policy can say which may leave; nobody else can. Which segment a row is in is a
+matter of the catalog and the data alone: the same on every host, in every run.
+
+* By a column: each value's rows go to one segment, by a hash of the value. Rows that are added later, with new values
+  or old ones, move no others.
+* By none: rows are ranked by a hash of their number, and cut to the percents exactly.
+* Stratified: cut so within each value of another column, as near to the percents as there are rows or groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zones.errors import UnknownNameError
+from zones.model import Segments
+from zones.plan import Index, draw
+
+#: Returns a column of the whole data set: an Arrow array.
+Columns = Callable[[str], Any]
+#: Separates a segment's name from that of the one that it is a part of.
+SEPARATOR = "/"
+
+
+def names(segments: Segments, above: str = "") -> Iterator[str]:
+    """Yield the names of all segments, each before its parts: ``train``, ``train/fold-1``, ..., ``test``."""
+    for part in segments.parts:
+        name = f"{above}{part}"
+        yield name
+        if part in segments.within:
+            yield from names(segments.within[part], f"{name}{SEPARATOR}")
+
+
+def leaves(segments: Segments, chosen: Collection[str]) -> list[str]:
+    """Return the segments without parts that are, or are in, one of *chosen*.
+
+    Raises:
+        UnknownNameError: There is no such segment.
+    """
+    every = list(names(segments))
+    for one in chosen:
+        if one not in every:
+            raise UnknownNameError.of("segment", one, every)
+    without = [name for name in every if not any(other.startswith(f"{name}{SEPARATOR}") for other in every)]
+    return [name for name in without if any(f"{name}{SEPARATOR}".startswith(f"{one}{SEPARATOR}") for one in chosen)]
+
+
+def touched(segments: Segments, chosen: Collection[str]) -> frozenset[str]:
+    """Return every segment that has rows in common with one of *chosen*: those in it, and those that it is in.
+
+    Raises as :func:`leaves`.
+    """
+    found = leaves(segments, chosen)
+    return frozenset(
+        name for name in names(segments) if any(f"{leaf}{SEPARATOR}".startswith(f"{name}{SEPARATOR}") for leaf in found)
+    )
+
+
+def columns(segments: Segments) -> set[str]:
+    """Return the columns that decide which row is where."""
+    own = {name for name in (segments.by, segments.stratify) if name is not None}
+    return own.union(*(columns(inner) for inner in segments.within.values()))
+
+
+def assign(segments: Segments, dataset: str, rows: int, column: Columns) -> list[str]:
+    """Return the leaf that each row of the whole data set is in.
+
+    Args:
+        segments: As the catalog has them.
+        dataset: Its name, which is part of every hash.
+        rows: Of the whole.
+        column: Returns one of its columns.
+    """
+    found = np.empty(rows, object)
+    _assign(segments, dataset, np.arange(rows), column, found, "")
+    return list(found)
+
+
+def _assign(
+    segments: Segments,
+    path: str,
+    members: Index,
+    column: Columns,
+    found: npt.NDArray[np.object_],
+    above: str,
+) -> None:
+    """Write down the leaf of each of *members*, numbers of rows."""
+    places = _places(segments, path, members, column)
+    for number, part in enumerate(segments.parts):
+        name, inside = f"{above}{part}", members[places == number]
+        if part in segments.within:
+            _assign(segments.within[part], f"{path}{SEPARATOR}{part}", inside, column, found, f"{name}{SEPARATOR}")
+        else:
+            found[inside] = name
+
+
+def _places(segments: Segments, path: str, members: Index, column: Columns) -> Index:
+    """Return the number of the part that each of *members* is in."""
+    seed = hashlib.sha256(f"ray-gpu segments v1\n{path}".encode()).digest()
+    limits = list(itertools.accumulate(segments.parts.values()))
+    if segments.by is None:
+        units, of_row = len(members), np.arange(len(members))
+        # By the number in the whole: the draw is the same for each row, whatever else is in the segment above.
+        drawn = draw(int(members.max()) + 1 if len(members) else 0, seed)[members]
+    else:
+        codes = column(segments.by).take(members).dictionary_encode()
+        texts = [repr(value) for value in codes.dictionary.to_pylist()] + ["None"] * bool(codes.null_count)
+        of_row = codes.indices.fill_null(len(texts) - 1).to_numpy().astype(np.int64)
+        units = len(texts)
+        drawn = np.array([_hash(seed, text) for text in texts], np.uint64)
+    if segments.stratify is None:
+        if segments.by is None:
+            return _ranked(drawn, np.zeros(units, np.int64), limits)[of_row]
+        shares = drawn.astype(np.float64) / 2.0**64 * limits[-1]
+        return np.searchsorted(np.array(limits[:-1], np.float64), shares, side="right")[of_row]
+    values = column(segments.stratify).take(members).dictionary_encode()
+    strata = values.indices.fill_null(len(values.dictionary)).to_numpy().astype(np.int64)
+    of_unit = np.zeros(units, np.int64)
+    # A group is of the stratum of its first row.
+    of_unit[of_row[::-1]] = strata[::-1]
+    return _ranked(drawn, of_unit, limits)[of_row]
+
+
+def _ranked(drawn: npt.NDArray[np.uint64], strata: Index, limits: list[int]) -> Index:
+    """Cut the units of each stratum, ranked by what was drawn, to the percents."""
+    found = np.zeros(len(drawn), np.int64)
+    for stratum in np.unique(strata):
+        inside = np.flatnonzero(strata == stratum)
+        inside = inside[np.argsort(drawn[inside], kind="stable")]
+        edges = [round(len(inside) * limit / limits[-1]) for limit in limits[:-1]]
+        found[inside] = np.searchsorted(edges, np.arange(len(inside)), side="right")
+    return found
+
+
+def _hash(seed: bytes, text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=seed).digest(), "big")
