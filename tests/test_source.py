@@ -275,7 +275,7 @@ def test_segments_make_up_the_whole(digits: Path) -> None:
     assert test.numbers is not None
     assert sorted([*train.numbers, *test.numbers]) == list(range(whole.rows))
     assert sorted(np.concatenate([fold.numbers for fold in folds if fold.numbers is not None])) == sorted(train.numbers)
-    assert test.table.equals(whole.table.take(pa.array(test.numbers)))
+    assert test.table.equals(whole.table.take(test.numbers))
     for label in range(10):
         of_label = [part.table["label"].to_pylist().count(label) for part in (whole, test, *folds)]
         assert abs(of_label[1] - of_label[0] / 5) <= 1

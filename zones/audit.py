@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -216,7 +217,7 @@ class _Tree:
 
     def want(self, database: sqlite3.Connection) -> None:
         """Learn beforehand which sizes the checkpoints are about: roots are not kept for all."""
-        self.wanted = {0 if self.noted is None else self.noted.size}
+        self.wanted |= {0 if self.noted is None else self.noted.size}
         for (body,) in database.execute('SELECT body FROM entries WHERE body LIKE \'%"kind":"checkpoint"%\''):
             entry = parse(body if isinstance(body, bytes) else b"")
             with contextlib.suppress(ValueError):
@@ -261,11 +262,18 @@ def hashes(frontier: Frontier) -> list[str]:
 def copy_ledger(path: Path, target: Path) -> None:
     """Copy the ledger at *path*, running or not, to a new file: complete without a ``-wal``, mode 0600.
 
+    Its archives are copied beside it.
+
     Raises:
         LedgerUnavailableError: There is no such file or it may not be read, or *target* exists or cannot be written.
         LedgerCorruptError: It is no SQLite file, or a damaged one.
     """
     try:
+        for older in archives(path):
+            named = target.with_name(
+                f"{target.stem}{older.name[len(path.stem) :].removesuffix(path.suffix)}{target.suffix}"
+            )
+            shutil.copyfile(older, named)
         with closing(_open_to_read(path)) as database:
             database.execute("SELECT count(*) FROM sqlite_schema")
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
@@ -295,26 +303,63 @@ def read_verified(path: Path) -> Iterator[Verified]:
     return _walk(path)
 
 
+def archives(path: Path) -> list[Path]:
+    """Return the files that older entries of the ledger at *path* were moved to, oldest first: ``ledger.1-99.db``."""
+    form = re.compile(rf"{re.escape(path.stem)}\.([1-9][0-9]{{0,18}})-[1-9][0-9]{{0,18}}{re.escape(path.suffix)}")
+    found = [(int(match[1]), file) for file in path.parent.glob("*") if (match := form.fullmatch(file.name))]
+    return [file for _, file in sorted(found)]
+
+
+def archive_path(path: Path, first: int, last: int) -> Path:
+    """Return where entries *first* to *last* of the ledger at *path* belong once they are old."""
+    return path.with_name(f"{path.stem}.{first}-{last}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return all files of a ledger, oldest first; right after a rotation the newest is not there yet."""
+    older = archives(path)
+    return [*older, path] if path.is_file() or not older else older
+
+
 def _walk(path: Path, prepare: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Verified]:
     """Yield the entries of one snapshot; the caller's last entry is not the end until this returns."""
-    seq = 0
+    seq, file = 0, path
     try:
-        with closing(_open_to_read(path)) as database:
-            database.execute("BEGIN")
-            _check_schema(database, path)
-            if prepare is not None:
+        with contextlib.ExitStack() as opened:
+            parts = []
+            for file in _parts(path):
+                database = opened.enter_context(closing(_open_to_read(file)))
+                database.execute("BEGIN")
+                _check_schema(database, file)
+                parts.append((file, database))
+            # Of all of them before the first entry: a checkpoint may be about entries of an older file.
+            for _, database in parts if prepare is not None else ():
+                assert prepare is not None
                 prepare(database)
             previous: bytes | None = None
-            for row in _rows(database, "ORDER BY seq"):
-                checked = _check(database, row, seq + 1, previous)
-                previous = checked.head
-                seq += 1
-                yield checked
-            if seq == 0:
-                raise _corrupt(1, "missing: the ledger is empty")
-            _check_surroundings(database, path, seq)
+            for file, database in parts:
+                began = seq
+                for row in _rows(database, "ORDER BY seq"):
+                    if seq == began:
+                        _check_continues(row, seq, file)
+                    checked = _check(database, row, seq + 1, previous)
+                    previous = checked.head
+                    seq += 1
+                    yield checked
+                if seq == began:
+                    raise _corrupt(seq + 1, "missing: the ledger is empty")
+                _check_surroundings(database, file, seq)
     except UNREADABLE as error:
-        raise _unreadable(path, seq, error) from error
+        raise _unreadable(file, seq, error) from error
+
+
+def _check_continues(row: _Row, seq: int, file: Path) -> None:
+    """Refuse a file whose first entry is not the next: what stands between is in an archive, or nowhere."""
+    if row.seq > seq + 1 and (row.entry() or {}).get("kind") == "opened" and (row.entry() or {}).get("seq") == row.seq:
+        raise LedgerUnavailableError(
+            f"{file.name} begins with entry {row.seq}, and entries {seq + 1} to {row.seq - 1} are in no file beside "
+            f"it; put the archive with them there (named like {archive_path(file, seq + 1, row.seq - 1).name})"
+        )
 
 
 def _unreadable(path: Path, seq: int, error: Exception) -> LedgerUnavailableError | LedgerCorruptError:

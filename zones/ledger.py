@@ -41,6 +41,8 @@ __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "c
 BUSY_TIMEOUT_MS = 1000
 
 _FORMAT = 2
+#: A file with more entries than this is archived at the next start: some hundred megabytes.
+MOST_ENTRIES = 500_000
 #: SQLite error name prefix: (what happened and what to do, whether a later write may be tried).
 _CAUSES = {
     "SQLITE_FULL": ("the disk is full; free space, then call again", True),
@@ -92,6 +94,8 @@ class Ledger:
         self._lock = lock
         self._chain = _Chain()
         self._zone = ""
+        #: Whether the file has no table yet.
+        self._is_new = False
         self._files: dict[Path, tuple[int, int] | None] = {}
         self._allowed: set[int] = set()
         self._refusal = ""
@@ -100,8 +104,12 @@ class Ledger:
         self._commit_guard = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path, *, zone: str, clock: Callable[[], datetime] = _utc_now) -> Self:
+    def open(
+        cls, path: Path, *, zone: str, clock: Callable[[], datetime] = _utc_now, most_entries: int = MOST_ENTRIES
+    ) -> Self:
         """Open the ledger of *zone*, creating it with mode 0600, and write ``opened`` and ``recovered`` entries.
+
+        A file with more than *most_entries* is archived first, and a new one continues it.
 
         Checks the chain since the last start; :func:`verify` checks all of it.
 
@@ -120,6 +128,8 @@ class Ledger:
             try:
                 lock = _lock(path)
                 undo.callback(os.close, lock)
+                if _entries(path) > most_entries:
+                    _archive(path)
                 _create(path)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
@@ -181,16 +191,19 @@ class Ledger:
         return Budget(self._write, intent=self._write([entry]), entry=entry)
 
     def find(self, kind: str) -> list[dict[str, Any]]:
-        """Return all entries of one kind, oldest first. Those before the last start are not verified again.
+        """Return all entries of one kind, oldest first, archives included. Older ones are not verified again.
 
         Raises:
             LedgerUnavailableError: They cannot be read.
         """
+        query, wanted = "SELECT body FROM entries WHERE instr(body, ?) ORDER BY seq", (f'"kind":"{kind}"',)
+        rows = []
         with self._commit_guard:
             try:
-                rows = self._database.execute(
-                    "SELECT body FROM entries WHERE instr(body, ?) ORDER BY seq", (f'"kind":"{kind}"',)
-                ).fetchall()
+                for older in audit.archives(self._path):
+                    with contextlib.closing(_read_only(older)) as archive:
+                        rows += archive.execute(query, wanted).fetchall()
+                rows += self._database.execute(query, wanted).fetchall()
             except audit.UNREADABLE as error:
                 raise _translate(self._path, error)[0] from error
         return [entry for row in rows if (entry := audit.parse(row[0].encode()) or {}).get("kind") == kind]
@@ -237,8 +250,13 @@ class Ledger:
         self._database.execute("PRAGMA auto_vacuum = NONE")
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
-        if self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        older = audit.archives(self._path)
+        self._is_new = not self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        if not self._is_new:
             self._chain = _resume(self._database, self._path, zone)
+        elif older:
+            with contextlib.closing(_read_only(older[-1])) as archive:
+                self._chain = _resume(archive, self._path, zone)
         else:
             self._chain = _Chain(hash=audit.genesis(zone))
         opened = {"kind": "opened", "zone": zone, "format": _FORMAT, "frontier": audit.hashes(self._chain.tree)}
@@ -300,11 +318,11 @@ class Ledger:
                 rows.append((seq, canonical(whole).decode("ascii"), salt.hex(), head.hex()))
             last.append(seq)
         self._database.execute("BEGIN IMMEDIATE")
-        if not self._chain.seq:
+        if self._is_new:
             self._database.execute(audit.SCHEMA)
         self._database.executemany("INSERT INTO entries VALUES (?, ?, ?, ?)", rows)
         self._database.execute("COMMIT")
-        self._chain = _Chain(seq=seq, hash=head, tree=tree)
+        self._chain, self._is_new = _Chain(seq=seq, hash=head, tree=tree), False
         for pending, number in zip(group, last, strict=True):
             pending.last_seq = number
 
@@ -326,6 +344,8 @@ def _resume(database: sqlite3.Connection, path: Path, zone: str) -> _Chain:
     first = rows[0][0]
     before = database.execute("SELECT hash FROM entries WHERE seq = ?", (first - 1,)).fetchone()
     try:
+        if before is None and first > 1:
+            before = _last_hash(path, first - 1)
         head = bytes.fromhex(before[0]) if before else audit.genesis(zone)
     except (TypeError, ValueError):
         raise LedgerCorruptError(f"ledger entry {first - 1} has no hash; use a backup", entry=first - 1) from None
@@ -341,6 +361,16 @@ def _resume(database: sqlite3.Connection, path: Path, zone: str) -> _Chain:
             intents[entry["seq"]] = entry
         intents.pop(entry.get("intent", 0), None)
     return _Chain(seq=rows[-1][0], hash=head, tree=tree, unfinished=list(intents.values()))
+
+
+def _last_hash(path: Path, seq: int) -> tuple[str]:
+    """Return the hash of entry *seq*, the last one of the newest archive before a file."""
+    for file in reversed(audit.archives(path)):
+        with contextlib.closing(_read_only(file)) as archive:
+            found: tuple[str] | None = archive.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
+        if found is not None:
+            return found
+    raise _unavailable(path, f"it continues entry {seq}, which is in no archive beside it; put that archive there")
 
 
 def _tree_before(row: tuple[int, bytes, bytes, bytes]) -> Frontier:
@@ -379,6 +409,64 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def _entries(path: Path) -> int:
+    """Return how many entries a ledger file has; 0 for one that is not there, or that says so when it is opened."""
+    if not path.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(path)) as database, contextlib.suppress(*audit.UNREADABLE):
+        return int(database.execute("SELECT count(*) FROM entries").fetchone()[0])
+    return 0
+
+
+def archive(path: Path) -> Path:
+    """Move all entries of a ledger that no gateway writes to a file of their own, and return it. A gateway continues.
+
+    Raises:
+        LedgerUnavailableError: A gateway writes it, there is none, or it cannot be moved.
+        LedgerCorruptError: It has no entries.
+    """
+    lock = None
+    try:
+        lock = _lock(path)
+        if not path.is_file():
+            raise LedgerUnavailableError(f"there is no ledger file {path}; check the path")
+        return _archive(path)
+    except OSError as error:
+        raise LedgerUnavailableError(
+            f"{path.name} cannot be archived ({error.strerror}); look at its directory"
+        ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _archive(path: Path) -> Path:
+    """Rename a ledger file after its entries; the lock is held. A crash leaves it under one of the two names, whole."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("PRAGMA journal_mode = DELETE")
+        first, last = database.execute("SELECT min(seq), max(seq) FROM entries").fetchone()
+    if first is None:
+        raise LedgerCorruptError(f"{path.name} has no entries to archive", entry=1)
+    target = audit.archive_path(path, first, last)
+    path.chmod(0o400)
+    os.rename(path, target)
+    _sync(path.parent)
+    return target
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _create(path: Path) -> None:
     """Create *path* with mode 0600, or check that nobody else can read it."""
     try:
@@ -387,11 +475,7 @@ def _create(path: Path) -> None:
         if path.stat().st_mode & 0o077:
             raise _unavailable(path, "others may read or write it; `chmod 600` it, then retry") from None
         return
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _sync(path.parent)
 
 
 def _lock(path: Path) -> int:

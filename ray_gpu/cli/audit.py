@@ -319,6 +319,19 @@ def copy(target: Path, ledger: Path | None, state: Path, zone: str) -> None:
 
 @audit.command()
 @_ledger
+def archive(ledger: Path | None, state: Path, zone: str) -> None:
+    """Move all entries of a ledger, whose gateway does not run, to a file of their own beside it.
+
+    The gateway's next start continues it in a new file. Verifying needs all files; keep them together.
+    """
+    from zones.ledger import archive as move  # noqa: PLC0415 - imports what only this command needs
+
+    moved = move(ledger or Layout(state).ledger(zone))
+    console.print(f"moved to {moved}; the gateway continues in a new file. Keep both together", soft_wrap=True)
+
+
+@audit.command()
+@_ledger
 @click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Entries to show.")
 def log(ledger: Path | None, state: Path, zone: str, last: int) -> None:
     """Show a ledger's last entries, each verified before it is shown."""
