@@ -126,6 +126,26 @@ class Handle:
         _, fds = self.session.ask({"op": "read", "data": self.document()})
         return open_table(fds[0], trusted=True)
 
+    def overlap(self, other: Handle, columns: Iterable[str] | None = None) -> int:
+        """Return how many rows of *other* have the same values as some row of this one: what leaks between segments.
+
+        Both are read here, in the zone.
+
+        Args:
+            other: Such as ``zone.read("digits").segment("test")``, with this being the rows that a model learns from.
+            columns: What is compared, such as a patient's number or everything but the label; all by default.
+
+        Raises:
+            UnknownNameError: One of the two has no such column.
+        """
+        names = column_names(self.columns if columns is None else columns, self.columns)
+        seen, asked = (
+            [repr(row) for row in zip(*(column.to_pylist() for column in handle.select(names).to_arrow().columns))]
+            for handle in (self, other)
+        )
+        known = set(seen)
+        return sum(row in known for row in asked)
+
     def __len__(self) -> int:
         reply, _ = self.session.ask({"op": "read", "data": self.document(), "rows": False})
         return int(reply["rows"])

@@ -43,6 +43,19 @@ def test_the_test_segment_stays(zone: Any) -> None:
     assert len(digits.segment("train")) + len(digits.segment("test")) == len(digits) == 1797
 
 
+def test_overlap(zone: Any) -> None:
+    """What two segments have in common is counted: nothing of the pictures, every label; a segment is all in itself."""
+    _, session = zone
+    digits = session.read("digits")
+    train, test = digits.segment("train"), digits.segment("test")
+
+    assert train.overlap(test) == 0
+    assert train.overlap(test, ["label"]) == len(test)
+    assert train.overlap(digits.segment("train/fold-1")) == len(digits.segment("train/fold-1"))
+    with pytest.raises(UnknownNameError):
+        train.overlap(test, ["lable"])
+
+
 def test_names(zone: Any) -> None:
     """A session lists a data set's segments; another name is refused with the nearest."""
     _, session = zone
