@@ -139,10 +139,7 @@ class Handle:
             UnknownNameError: One of the two has no such column.
         """
         names = column_names(self.columns if columns is None else columns, self.columns)
-        seen, asked = (
-            [repr(row) for row in zip(*(column.to_pylist() for column in handle.select(names).to_arrow().columns))]
-            for handle in (self, other)
-        )
+        seen, asked = (map(repr, handle.select(names).to_arrow().to_pylist()) for handle in (self, other))
         known = set(seen)
         return sum(row in known for row in asked)
 
