@@ -188,7 +188,7 @@ class RemoteFunction(Generic[P, R]):
         """
         try:
             form = next(iter(proposal.proposals(self._function)), None) or proposal.source(self._function)
-        except proposal.UnstableError as error:
+        except (proposal.UnstableError, ValueError, RecursionError) as error:
             raise FunctionRefusedError(
                 f"{self._name} cannot be approved: {error}. Pass what it captures as arguments", variable=None
             ) from None

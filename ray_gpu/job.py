@@ -346,51 +346,82 @@ class ShardRun:
         )
 
     def _share_out(self, sharing: Sharing) -> list[Lease]:
-        """Take leases on as many nodes as policy asks for, and plan which of them gets what."""
+        """Take leases on as many nodes as policy asks for, and plan which of them gets what.
+
+        While other calls have the nodes this waits as a call does that finds no room, and holds none meanwhile.
+        """
         options = self._request.work.options
         needed = 1 if options.whole else sharing.nodes_needed()
-        options = dataclasses.replace(options, concurrency=max(needed, options.concurrency))
-        leases = [self._take_lease()]
-        try:
-            while len(leases) < (1 if options.whole else options.concurrency):
-                nodes = {lease.node for lease in leases}
-                lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S, options, apart=nodes)
-                if lease is None:
-                    break
-                leases.append(lease)
-                if lease.node in nodes and len(nodes) < needed:
-                    break
-            made, owners = sharing.plan({lease.node for lease in leases}, self._size)
-            self._set_plan(made, owners)
-        except BaseException as error:
-            for lease in leases:
-                self._session.leases.give(lease)
-            if isinstance(error, OverShareError):
-                raise self._session.refuse(self._allowed, [error.unmet]) from None
-            raise
-        return leases
+        deadline = time.monotonic() + options.placement_timeout_s
+        while True:
+            leases = [self._take_lease()]
+            try:
+                self._take_further(leases, needed)
+                sharing.plan({lease.node for lease in leases}, self._size, self._set_plan)
+            except BaseException as error:
+                for lease in leases:
+                    self._session.leases.give(lease)
+                if not isinstance(error, OverShareError):
+                    raise
+                if len({lease.node for lease in leases}) >= needed or time.monotonic() > deadline:
+                    raise self._session.refuse(self._allowed, [error.unmet]) from None
+            else:
+                self._serving.update(lease.node for lease in leases)
+                return leases
+            # Not in step with another call that waits for the same nodes.
+            time.sleep(PAUSE_S * (1 + secrets.randbelow(4)))
+            self._cancelled.check()
+
+    def _take_further(self, leases: list[Lease], needed: int) -> None:
+        """Add further leases of a call to its first, on other nodes as long as there are some."""
+        options = self._request.work.options
+        most = 1 if options.whole else max(needed, options.concurrency)
+        options = dataclasses.replace(options, concurrency=most)
+        while len(leases) < most:
+            nodes = {lease.node for lease in leases}
+            lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S, options, apart=nodes)
+            if lease is None:
+                return
+            leases.append(lease)
+            if lease.node in nodes and len(nodes) < needed:
+                return
 
     def _work(self, worker: int, lease: Lease | None) -> None:
-        """Serve one lease after another, the given one first, until nothing is pending."""
+        """Serve one lease after another, the given one first, until nothing is pending that it could serve."""
         try:
-            lease = self._lease(worker) if lease is None else lease
+            if lease is None:
+                lease = self._lease(worker)
+                self._begin_serving(lease)
             while lease is not None:
-                with self._lock:
-                    self._serving[lease.node] += 1
+                served = False
                 try:
                     self._serve(lease)
-                    if not self._session.leases.leaves(lease) and not self._orphaned(lease):
-                        return
+                    served = True
                 except LeaseLostError as error:
                     self._cancelled.check()
                     self._events({"event": "lost", "node": lease.node, "reason": error.reason})
                 finally:
                     with self._lock:
                         self._serving[lease.node] -= 1
+                        # In one hold: of two leases of a node the last one sees what the other left behind.
+                        left = bool(self._pending.without(self._nodes_served()))
+                    leaves = self._session.leases.leaves(lease)
                     self._session.leases.give(lease)
+                if served and not leaves and not left:
+                    return
                 lease = self._replacement()
+                self._begin_serving(lease)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for this one
             self._fail(error)
+
+    def _begin_serving(self, lease: Lease | None) -> None:
+        if lease is not None:
+            with self._lock:
+                self._serving[lease.node] += 1
+
+    def _nodes_served(self) -> list[str]:
+        """Return the nodes of the leases that work on this call; with the lock held."""
+        return [node for node, leases in self._serving.items() if leases]
 
     def _lease(self, worker: int) -> Lease | None:
         """Take this worker's lease. One worker must get one; all begin together, with what there is."""
@@ -438,7 +469,7 @@ class ShardRun:
         deadline = time.monotonic() + self._request.work.options.placement_timeout_s
         while True:
             with self._lock:
-                serving = [node for node, leases in self._serving.items() if leases]
+                serving = self._nodes_served()
                 if not self._pending.without(serving) or self._failure:
                     return None
             lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S) if serving else self._take_lease()
@@ -455,21 +486,12 @@ class ShardRun:
                 self._session.leases.give(lease)
             time.sleep(PAUSE_S)
 
-    def _orphaned(self, lease: Lease) -> bool:
-        """Tell whether shards wait for a node that nobody serves, once *lease* has done what its own node may have."""
-        if self._sharing is None:
-            return False
-        with self._lock:
-            served = {node for node, leases in self._serving.items() if leases} | {lease.node}
-            return bool(self._pending.without(served))
-
     def _adopt(self, lease: Lease) -> bool:
         """Give a lease's node the shards whose own is gone, as far as it may have them; tell whether there are any."""
         if self._sharing is None:
             return True
         with self._lock:
-            serving = [node for node, leases in self._serving.items() if leases]
-            orphans = self._pending.without(serving)
+            orphans = self._pending.without(self._nodes_served())
             others = [shard for shard in orphans if self._pending.owner(shard) != lease.node]
             moved = self._sharing.move(others, lease.node)
             self._pending.move(moved, lease.node)

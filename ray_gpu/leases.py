@@ -92,6 +92,8 @@ class LeaseTerms:
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     accepted_degradations: tuple[str, ...]
     padding: Padding = Padding.FINE
+    #: Whether its functions are approved: what another function left behind in a sandbox shall not touch one that is.
+    reviewed: bool = False
     #: See :class:`zones.model.Obligations`.
     gpu_kinds: tuple[str, ...] | None = None
     environments: frozenset[str] | None = None

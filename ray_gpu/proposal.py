@@ -59,7 +59,7 @@ def parse(text: str) -> dict[str, Any]:
         document = json.loads(text)
         _check(document, 0)
         canonical(document)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, SyntaxError, MemoryError):
         raise ValueError("this is no proposal; write it down as f.proposal() returns it") from None
     return dict(document)
 
@@ -70,6 +70,13 @@ def _check(document: Any, depth: int) -> None:
         raise ValueError
     if any(type(document[key]) is not str for key in document.keys() - {"bindings"}):
         raise ValueError
+    if document["form"] == "source":
+        (definition,) = ast.parse(document["source"]).body
+        if not isinstance(definition, ast.FunctionDef) or definition.name != document["name"]:
+            raise ValueError
+        # Read as it is compiled: no comment, no layout and no character that is not there in the function itself.
+        if ast.unparse(definition) != document["source"]:
+            raise ValueError
     for how, *what in document.get("bindings", {}).values():
         if len(what) != {"self": 0, "module": 1, "attribute": 2, "function": 1, "literal": 1}[how]:
             raise ValueError
@@ -79,14 +86,25 @@ def _check(document: Any, depth: int) -> None:
             raise ValueError
 
 
-def readable(document: Mapping[str, Any], indent: str = "") -> str:
-    """Return a form for people to read: its source, and what each name in it stands for."""
+def readable(document: Mapping[str, Any]) -> str:
+    """Return a form for people to read: its source, and what each name in it stands for.
+
+    What a terminal would not show as it is, is written out.
+    """
     if document["form"] == "named":
-        return "{module}.{name} of {distribution} {version}".format_map(document)
+        text = "{module}.{name} of {distribution} {version}".format_map(document)
+    else:
+        text = f"the function {document['name']}\n\n{_lines(document)}"
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
+
+
+def _lines(document: Mapping[str, Any], indent: str = "") -> str:
+    if document["form"] == "named":
+        return indent + readable(document)
     lines = textwrap.indent(str(document["source"]), indent).splitlines()
     for name, (how, *what) in document["bindings"].items():
         if how == "function":
-            lines += ["", f"{indent}where {name} is", readable(what[0], f"{indent}    ")]
+            lines += ["", f"{indent}where {name} is", _lines(what[0], f"{indent}    ")]
         else:
             lines += ["", f"{indent}where {name} is {'the function itself' if how == 'self' else '.'.join(what)}"]
     return "\n".join(lines)
@@ -98,7 +116,8 @@ def proposals(function: Callable[..., Any]) -> list[dict[str, Any]]:
     for form in (named, source):
         try:
             found.append(form(function))
-        except UnstableError:
+        except (UnstableError, ValueError, RecursionError):
+            # The last two come of values that cannot be written down: endless, or holding themselves.
             continue
     return found
 
@@ -141,7 +160,7 @@ def source(function: Callable[..., Any], depth: int = 0) -> dict[str, Any]:
         UnstableError: It has no source here, is none of ``def``, or names what is neither a module, nor something in
             one of Python's or an installed package's, nor a plain value, nor such a function.
     """
-    if not isinstance(function, types.FunctionType) or depth > _MAX_DEPTH:
+    if not isinstance(function, types.FunctionType) or depth > _MAX_DEPTH or hasattr(function, "__wrapped__"):
         raise UnstableError(f"{function!r} is no function of its own source")
     tree = _definition(function)
     outer = _outer_values(function, {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})

@@ -265,6 +265,7 @@ class Session:
                 gpu_milli=request.work.options.gpu_milli,
                 accepted_degradations=tuple(sorted(obligations.accepted_degradations)),
                 padding=obligations.padding,
+                reviewed=allowed.request.function_reviewed,
                 gpu_kinds=obligations.gpu_kinds,
                 environments=obligations.environments,
                 max_lease_s=obligations.max_lease_s,

@@ -6,6 +6,7 @@ that starts again goes on counting where the last one was. How cells are made an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from zones import spread
+from zones.errors import ConfigError
 from zones.ledger import Ledger
 from zones.model import NodeShare, Obligations, Shuffle
 from zones.plan import Index
@@ -36,8 +38,9 @@ class _Window:
     begins: int
     #: How long it is, seconds.
     length_s: int
-    #: Node to system of cells to the cells that it was given.
+    #: Node to system of cells to the cells that it was given, and to how much of all rows those are, in percent.
     held: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+    percents: dict[str, dict[str, float]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -61,13 +64,15 @@ class Shares:
                 window = self._window(*where)
                 cells = window.held.setdefault(entry["node"], {}).setdefault(entry["system"], set())
                 cells |= _cells(entry["cells"])
+                share = 100 * entry["rows"] / max(1, entry["of_rows"])
+                window.percents.setdefault(entry["node"], {})[entry["system"]] = share
 
     def _window(self, identity: str, begins: int, length_s: int) -> _Window:
         made = _Window(identity=identity, begins=begins, length_s=length_s)
         return self._windows.setdefault((identity, begins, length_s), made)
 
     def book(
-        self, dataset: str, identity: str, share: NodeShare, obligations: Obligations, unit_rows: Index, now: int
+        self, dataset: str, identity: str, share: NodeShare, obligations: Obligations, of_row: Index, now: int
     ) -> Book:
         """Return what nodes were given of a data set in the window that *now* is in.
 
@@ -76,7 +81,7 @@ class Shares:
             identity: SHA-256 of all of it, hexadecimal.
             share: The policy's bound.
             obligations: Whether neighbours are kept.
-            unit_rows: Rows of the whole in each unit of it.
+            of_row: Unit of each row of the whole.
             now: UTC seconds since the epoch.
         """
         begins = now - now % share.window_s
@@ -86,7 +91,8 @@ class Shares:
                 del self._windows[where]
             window = self._window(identity, begins, share.window_s)
         ordered = obligations.shuffle is Shuffle.NONE
-        told = f"{identity} {begins} {share.window_s} {ordered} {hashlib.sha256(unit_rows.tobytes()).hexdigest()}"
+        told = f"{identity} {begins} {share.window_s} {ordered} {hashlib.sha256(of_row.tobytes()).hexdigest()}"
+        unit_rows = np.bincount(of_row, minlength=1) if len(of_row) else np.zeros(0, np.int64)
         key = hmac.digest(self._key, told.encode(), "sha256")
         unit_cells = spread.cells(len(unit_rows), key, ordered=ordered)
         count = spread.count(len(unit_rows))
@@ -139,10 +145,13 @@ class Book:
 
     def most(self, node: str) -> int:
         """Return how many cells a node may hold."""
-        systems = self._window.held.get(node, {})
-        elsewhere = sum(len(cells) for system, cells in systems.items() if system != self.cells.system)
-        left = self._percent - 100 * elsewhere / max(1, len(self.cells.rows))
+        left = self._percent - self._elsewhere(node)
         return spread.most_cells(self.cells.rows, left) if left > 0 else 0
+
+    def _elsewhere(self, node: str) -> float:
+        """Return how much of all rows a node was given by other systems of cells, in percent."""
+        percents = self._window.percents.get(node, {})
+        return sum(percent for system, percent in percents.items() if system != self.cells.system)
 
     def assign(self, wanted: Collection[int], nodes: Collection[str]) -> tuple[dict[str, list[int]], list[int]]:
         """Give each cell to one of *nodes*, and return those that none may have; nothing is noted yet."""
@@ -173,28 +182,42 @@ class Book:
                     "window_s": self._window.length_s,
                     "system": self.cells.system,
                     "cells": _bits(new),
+                    "rows": self._rows(node, new),
+                    "of_rows": int(self.cells.rows.sum()),
                     "percent": math.ceil(self.percent(node, new)),
                 }
             )
+            percents = self._window.percents.setdefault(node, {})
+            percents[self.cells.system] = self.percent(node, new) - self._elsewhere(node)
             self._window.held.setdefault(node, {}).setdefault(self.cells.system, set()).update(new)
 
     def percent(self, node: str, more: Collection[int] = ()) -> float:
-        """Return how much of all rows a node holds, with *more* cells, in percent."""
-        cells = sorted(self.held(node) | set(more))
-        return float(100 * self.cells.rows[cells].sum() / max(1, self.cells.rows.sum()))
+        """Return how much of all rows a node holds, with *more* cells, in percent, whichever system they are of."""
+        return 100 * self._rows(node, more) / max(1, int(self.cells.rows.sum())) + self._elsewhere(node)
+
+    def _rows(self, node: str, more: Collection[int]) -> int:
+        return int(self.cells.rows[sorted(self.held(node) | set(more))].sum())
 
 
 def _key(path: Path) -> bytes:
-    """Return the key in a file, which is made if it is not there."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as file:
-        key = secrets.token_bytes(_KEY_BYTES)
+    """Return the key in a file, which is made if it is not there. The ledger's lock is held: nobody else makes it.
+
+    Raises:
+        ConfigError: The file holds none.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            what = f"{path} holds no key; remove it: what nodes were given is counted all the same"
+            raise ConfigError(what, file=str(path))
+        return key
+    key, partial = secrets.token_bytes(_KEY_BYTES), path.with_name(f"{path.name}.new")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(key)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, path)
     return key
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -48,7 +48,7 @@ class Sharing:
             source.identity(),
             share,
             obligations,
-            np.bincount(self._of_unit, minlength=1) if source.of_rows else np.zeros(0, np.int64),
+            self._of_unit,
             int(time.time()),
         )
         self._parts: list[spread.Part] = []
@@ -57,8 +57,13 @@ class Sharing:
         """Return how many nodes can take all rows of the data set."""
         return self._book.nodes_needed()
 
-    def plan(self, nodes: Collection[str], size: Size) -> tuple[Plan, list[str]]:
-        """Give each row to a node and note it; return the plan, and the node of each of its shards.
+    def plan(self, nodes: Collection[str], size: Size, accept: Callable[[Plan, list[str]], None]) -> None:
+        """Give each row to a node, and note it once it is accepted.
+
+        Args:
+            nodes: Those of the call's leases.
+            size: What shards shall be.
+            accept: Is given the plan, and the node of each of its shards; raises where they will not do.
 
         Raises:
             OverShareError: Some rows may go to none of *nodes*.
@@ -76,17 +81,17 @@ class Sharing:
             given, left = book.assign(np.unique(unit_cells).tolist(), nodes)
             if left:
                 raise OverShareError(self.over_share(nodes))
+            rows_of_unit = max(1, -(-source.rows // max(1, len(unit_cells))))
+            made, self._parts = spread.plan_of(
+                given,
+                spread.Placed(rows=source.rows, unit_cells=unit_cells, units=units),
+                obligations=obligations,
+                seed=secrets.token_bytes(plan.SEED_BYTES),
+                shard_units=max(1, size.shard_bytes // (size.row_bytes * rows_of_unit)),
+                min_shards=size.min_shards,
+            )
+            accept(made, [part.node for part in self._parts])
             book.give(given)
-        rows_of_unit = max(1, -(-source.rows // max(1, len(unit_cells))))
-        made, self._parts = spread.plan_of(
-            given,
-            spread.Placed(rows=source.rows, unit_cells=unit_cells, units=units),
-            obligations=obligations,
-            seed=secrets.token_bytes(plan.SEED_BYTES),
-            shard_units=max(1, size.shard_bytes // (size.row_bytes * rows_of_unit)),
-            min_shards=size.min_shards,
-        )
-        return made, [part.node for part in self._parts]
 
     def move(self, shards: Sequence[int], node: str) -> list[int]:
         """Give a node shards of another one, and note it; return those that it may have.
@@ -100,6 +105,7 @@ class Sharing:
                 cells = self._parts[shard].cells
                 if book.fits(node, cells):
                     book.give({node: cells})
+                    self._parts[shard] = spread.Part(node=node, cells=cells)
                     moved.append(shard)
         return moved
 

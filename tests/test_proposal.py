@@ -242,6 +242,13 @@ def test_read_again() -> None:
         {"bindings": {"x": ["call", "os.system"]}},
         {"bindings": {"x": ["function", {"form": "source"}]}},
         {"bindings": {"x": ["literal", 1.5]}},
+        {"source": "def decorated(x):\n    return x\ndef evil(x):\n    return 0"},
+        {"source": "def decorated(x):\n    return x", "name": "evil"},
+        {"source": "def decorated(x):\n    return x  # \x1b[8m"},
+        {"source": "def decorated( x ):\n    return x"},
+        {"source": "import os\ndef decorated(x):\n    return x"},
+        {"source": "decorated = print"},
+        {"source": "def decorated(x:"},
     ],
 )
 def test_no_proposal(change: dict[str, Any]) -> None:
@@ -271,3 +278,56 @@ def test_approved_form_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rated.approved(wanted) is not None
     monkeypatch.setattr(sys.modules[__name__], "RATE", 0.5)
     assert rated.approved(wanted) is None
+
+
+def test_nothing_is_hidden_from_a_reader() -> None:
+    """What a terminal would not show as it is, is written out: escapes, and characters that turn text around."""
+    document = {"form": "source", "name": "f", "source": "def f():\n    return y", "bindings": {}}
+    document["bindings"] = {"y": ["literal", "'\x1b[8m\u202e'"]}
+    shown = readable(proposal.parse(json.dumps(document)))
+
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "\\u001b[8m\\u202e" in shown
+    assert shown.startswith("the function f\n")
+    named_ = {"form": "named", "distribution": "d\x1b", "version": "1", "module": "m", "name": "f"}
+    assert "\x1b" not in readable(named_)
+
+
+def doubled(function: Any) -> Any:
+    """Return a function that calls another one twice."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) * 100
+
+    return wrapper
+
+
+@doubled
+def wrapped(a: int, b: int = 2) -> int:
+    """Add."""
+    return a + b
+
+
+def test_wrapped_functions_have_no_form() -> None:
+    """A function that a decorator wrapped does what its source does not say: it cannot be approved as that."""
+    with pytest.raises(UnstableError, match="no function of its own source"):
+        source(wrapped)
+    assert [form["form"] for form in proposals(wrapped)] in ([], ["named"])
+
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
+def with_endless() -> Any:
+    """Return what holds itself."""
+    return ENDLESS
+
+
+def test_values_that_cannot_be_written_down() -> None:
+    """A value that holds itself is no reason to fail: the function just has no form."""
+    assert proposals(with_endless) == []
+    with pytest.raises(FunctionRefusedError, match="cannot be approved"):
+        gpu_remote(with_endless).proposal()

@@ -14,7 +14,8 @@ from zones import note as notes
 from zones.note import VerifierKey
 
 _HEAD = "ray-gpu approved function v1"
-_FORM = re.compile(rf"{re.escape(_HEAD)}\nzone: (\S+)\nfunction: ([0-9a-f]{{64}})\nname: ([^\n]{{1,200}})\n")
+_NAME = re.compile(r"[!-~][ -~]{0,199}")
+_FORM = re.compile(rf"{re.escape(_HEAD)}\nzone: (\S+)\nfunction: ([0-9a-f]{{64}})\nname: ({_NAME.pattern})\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,10 @@ class Approval:
     function: str
     #: For people.
     name: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"a function's name has 1 to 200 characters that can be printed, not {self.name[:40]!r}")
 
     def text(self) -> str:
         """Return what is signed."""

@@ -273,10 +273,11 @@ def copy_ledger(path: Path, target: Path) -> None:
             named = target.with_name(
                 f"{target.stem}{older.name[len(path.stem) :].removesuffix(path.suffix)}{target.suffix}"
             )
-            shutil.copyfile(older, named)
+            with older.open("rb") as source, os.fdopen(_create_private(named), "wb") as copied:
+                shutil.copyfileobj(source, copied)
         with closing(_open_to_read(path)) as database:
             database.execute("SELECT count(*) FROM sqlite_schema")
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            os.close(_create_private(target))
             with closing(sqlite3.connect(target)) as made:
                 database.backup(made)
                 made.execute("PRAGMA journal_mode = DELETE")
@@ -286,6 +287,10 @@ def copy_ledger(path: Path, target: Path) -> None:
         ) from error
     except UNREADABLE as error:
         raise _unreadable(path, 0, error) from error
+
+
+def _create_private(path: Path) -> int:
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -310,6 +315,12 @@ def archives(path: Path) -> list[Path]:
     return [file for _, file in sorted(found)]
 
 
+def archived(path: Path, archive: Path) -> tuple[int, int]:
+    """Return the first and the last entry of an archive of the ledger at *path*, as its name says."""
+    first, _, last = archive.name[len(path.stem) + 1 :].removesuffix(path.suffix).partition("-")
+    return int(first), int(last)
+
+
 def archive_path(path: Path, first: int, last: int) -> Path:
     """Return where entries *first* to *last* of the ledger at *path* belong once they are old."""
     return path.with_name(f"{path.stem}.{first}-{last}{path.suffix}")
@@ -318,7 +329,9 @@ def archive_path(path: Path, first: int, last: int) -> Path:
 def _parts(path: Path) -> list[Path]:
     """Return all files of a ledger, oldest first; right after a rotation the newest is not there yet."""
     older = archives(path)
-    return [*older, path] if path.is_file() or not older else older
+    # Right after archiving, the file may still have both names, or be a new one without entries.
+    unfinished = older and (not path.is_file() or path.samefile(older[-1]) or not path.stat().st_size)
+    return older if unfinished else [*older, path]
 
 
 def _walk(path: Path, prepare: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Verified]:

@@ -28,7 +28,12 @@ REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
     ),
     "checkpoint": frozenset({"note"}),
     "policy": frozenset({"policy_digest", "files"}),
-    "share": frozenset({"dataset", "dataset_digest", "node", "window", "window_s", "system", "cells", "percent"}),
+    "share": frozenset(
+        {
+            *("dataset", "dataset_digest", "node", "window", "window_s"),
+            *("system", "cells", "rows", "of_rows", "percent"),
+        }
+    ),
     "refusal": frozenset({"person", "session", "decision_entry", "obligations", "reasons"}),
     "decision": _EGRESS_FIELDS | {"decision", "rules", "reasons", "obligations", "policy_digest"},
 }

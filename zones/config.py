@@ -76,7 +76,8 @@ def load_zone(policies_dir: Path, name: str) -> Zone:
     datasets = _datasets(Document(files[f"{name}/catalog.yaml"], folder / "catalog.yaml"), zone_file.classes)
     zone = _zone(name, zone_document, zone_file, datasets, files_digest(files))
     officers = _officers(zone_document, zone_file.officers)
-    return replace(zone, officers=officers, approved=_approved(name, folder, officers, files))
+    approved, disapproved = _approved(name, folder, officers, files)
+    return replace(zone, officers=officers, approved=approved, disapproved=disapproved)
 
 
 def zone_paths(policies_dir: Path, name: str) -> list[str]:
@@ -351,18 +352,22 @@ def _officers(document: Document, texts: Sequence[str]) -> tuple[VerifierKey, ..
     return tuple(keys)
 
 
-def _approved(name: str, folder: Path, officers: Sequence[VerifierKey], files: Mapping[str, bytes]) -> dict[str, str]:
-    """Return the functions that were approved, and their names."""
-    found = {}
+def _approved(
+    name: str, folder: Path, officers: Sequence[VerifierKey], files: Mapping[str, bytes]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the functions that were approved with their names, and which files approve none, and why."""
+    found, not_held = {}, []
     for path, content in files.items():
         if path.endswith(".note"):
             file = folder.parent / path
             try:
                 approval = approved(content.decode("utf-8"), zone=name, officers=officers)
             except ValueError as problem:
-                raise ConfigError(f"{file}:1: {problem}", file=str(file), line=1) from problem
+                # Not approved is the safe side, and where an officer's key was taken out it is what is wanted.
+                not_held.append(f"{file}: {problem}")
+                continue
             found[approval.function] = approval.name
-    return found
+    return found, tuple(not_held)
 
 
 def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:

@@ -128,8 +128,11 @@ class Ledger:
             try:
                 lock = _lock(path)
                 undo.callback(os.close, lock)
+                _finish_archiving(path)
                 if _entries(path) > most_entries:
-                    _archive(path)
+                    # Somebody who reads it keeps it from being folded: then at a later start.
+                    with contextlib.suppress(*audit.UNREADABLE):
+                        _archive(path)
                 _create(path)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
@@ -196,6 +199,7 @@ class Ledger:
         Raises:
             LedgerUnavailableError: They cannot be read.
         """
+        self._check_archives()
         query, wanted = "SELECT body FROM entries WHERE instr(body, ?) ORDER BY seq", (f'"kind":"{kind}"',)
         rows = []
         with self._commit_guard:
@@ -207,6 +211,22 @@ class Ledger:
             except audit.UNREADABLE as error:
                 raise _translate(self._path, error)[0] from error
         return [entry for row in rows if (entry := audit.parse(row[0].encode()) or {}).get("kind") == kind]
+
+    def _check_archives(self) -> None:
+        """Refuse to go on without an archive: what it has would be forgotten."""
+        following = 1
+        for file in audit.archives(self._path):
+            first, last = audit.archived(self._path, file)
+            if first != following:
+                break
+            following = last + 1
+        else:
+            first = self._database.execute("SELECT min(seq) FROM entries").fetchone()[0]
+        if first != following:
+            missing = audit.archive_path(self._path, following, first - 1).name
+            raise _unavailable(
+                self._path, f"entries {following} to {first - 1} are in no file beside it; put {missing} there"
+            )
 
     @property
     def head(self) -> Head:
@@ -435,6 +455,8 @@ def archive(path: Path) -> Path:
         if not path.is_file():
             raise LedgerUnavailableError(f"there is no ledger file {path}; check the path")
         return _archive(path)
+    except audit.UNREADABLE as error:
+        raise LedgerUnavailableError(f"{path.name} cannot be archived ({error}); close what reads it") from error
     except OSError as error:
         raise LedgerUnavailableError(
             f"{path.name} cannot be archived ({error.strerror}); look at its directory"
@@ -453,10 +475,18 @@ def _archive(path: Path) -> Path:
     if first is None:
         raise LedgerCorruptError(f"{path.name} has no entries to archive", entry=1)
     target = audit.archive_path(path, first, last)
-    path.chmod(0o400)
-    os.rename(path, target)
-    _sync(path.parent)
+    os.link(path, target)
+    _finish_archiving(path)
     return target
+
+
+def _finish_archiving(path: Path) -> None:
+    """Take the old name from a file that has its archive's name already."""
+    older = audit.archives(path)
+    if older and path.exists() and path.samefile(older[-1]):
+        path.unlink()
+        older[-1].chmod(0o400)
+        _sync(path.parent)
 
 
 def _sync(directory: Path) -> None:

@@ -218,6 +218,8 @@ class Zone:
     officers: Sequence[VerifierKey] = ()
     #: Digest of what is sent of a function to its name, of those that an officer approved.
     approved: Mapping[str, str] = field(default_factory=dict)
+    #: Files below ``approved/`` that approve nothing, and why: ``file: reason``.
+    disapproved: Sequence[str] = ()
     #: ``None`` where zone.yaml says nothing: ``edge``, but for embedded clusters without root.
     carrier: Carrier | None = None
 

@@ -83,8 +83,10 @@ def _session_ends(obligations: Obligations, began: datetime) -> int | None:
 
 def ends(obligations: Obligations, *, began: datetime, now: datetime) -> int | None:
     """Return by when a lease must end, UTC seconds since the epoch: with the session, and with the working hours."""
-    hours = None if obligations.hours is None else obligations.hours.end(now)
-    limits = [_session_ends(obligations, began), None if hours is None else int(hours.timestamp())]
+    limits = [_session_ends(obligations, began)]
+    if obligations.hours is not None:
+        # Outside of them, for a call that was decided just before they ended: at once.
+        limits.append(int((obligations.hours.end(now) or now).timestamp()))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

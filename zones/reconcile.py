@@ -8,6 +8,7 @@ is known to the byte, and one byte more is found.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from zones.header import HEADER_BYTES, MIN_PADDED_BYTES, sealed_size
 
 #: Bytes of a knock, and of a control message.
 SMALL_BYTES = HEADER_BYTES + sealed_size(MIN_PADDED_BYTES)
+#: Knocks that a keeper may leave without an answer, where strangers crowd it out: the gateway tries for 3 s.
+MOST_KNOCKS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,7 @@ def reconcile(entries: Iterable[Mapping[str, Any]], counted: Iterable[Counted], 
         since: Leases that ended before this UTC time, as entries have it, are left out.
     """
     calls: dict[str, int] = {}
-    leases: dict[tuple[str, str], tuple[Mapping[str, Any], int]] = {}
+    leases: dict[tuple[str, str], list[tuple[Mapping[str, Any], int]]] = {}
     for entry in entries:
         kind = entry["kind"]
         if kind == "completion":
@@ -77,17 +80,21 @@ def reconcile(entries: Iterable[Mapping[str, Any]], counted: Iterable[Counted], 
             calls[entry["lease"]] = calls.get(entry["lease"], 0) + entry["at_most_bytes"]
         elif kind == "lease-end" and entry["time"] >= since:
             local, remote = entry["connection"]
-            leases[local, remote] = entry, calls.get(entry["lease"], 0)
+            leases.setdefault((local, remote), []).append((entry, calls.get(entry["lease"], 0)))
     endpoints = {remote for _, remote in leases}
-    unknown = []
+    unknown, knocks = [], Counter[str]()
     for one in counted:
-        found = leases.pop((one.local, one.remote), None)
-        if found is not None:
-            yield _line((one.local, one.remote), *found, one.sent)
-        elif one.remote in endpoints and one.sent not in (0, SMALL_BYTES):
-            unknown.append(one)
-    for names, found in leases.items():
-        yield _line(names, *found, None)
+        # Two leases may have had the same two ends, one after the other.
+        found = leases.get((one.local, one.remote))
+        if found:
+            yield _line((one.local, one.remote), *found.pop(0), one.sent)
+        elif one.remote in endpoints and one.sent:
+            knocks[one.remote] += one.sent == SMALL_BYTES
+            if one.sent != SMALL_BYTES or knocks[one.remote] > MOST_KNOCKS:
+                unknown.append(one)
+    for names, some in leases.items():
+        for entry, sent in some:
+            yield _line(names, entry, sent, None)
     for one in unknown:
         yield Line(
             local=one.local,

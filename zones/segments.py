@@ -6,7 +6,8 @@ matter of the catalog and the data alone: the same on every host, in every run.
 * By a column: each value's rows go to one segment, by a hash of the value. Rows that are added later, with new values
   or old ones, move no others.
 * By none: rows are ranked by a hash of their number, and cut to the percents exactly.
-* Stratified: cut so within each value of another column, as near to the percents as there are rows or groups.
+* Stratified: cut so within each value of another column, as near to the percents as there are rows or groups. Rows that
+  are added may then move others.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def plan_of(
         order = sorted_units(shards[units], drawn[units])
         ends = np.cumsum(np.bincount(shards[units], minlength=len(parts)))
     edges = [0, *ends.tolist()]
-    cuts = tuple((edges[i], edges[i + 1]) for i in range(len(parts))) or ((0, 0),)
+    cuts = tuple((edges[i], edges[i + 1]) for i in range(len(parts)))
     return Plan(rows=placed.rows, block_rows=n, order=order, cuts=cuts), parts
 
 
@@ -162,6 +162,9 @@ def _parts(
         least = max(-(-min_shards // len(nodes)), -(-units // shard_units))
         edges = cut(len(mine), 1, len(mine), min(len(mine), least))
         found += [Part(node=node, cells=tuple(mine[start:stop].tolist())) for start, stop in edges]
+    if not found:
+        # No rows are one shard of none.
+        return [Part(node=node, cells=()) for node in list(given)[:1]]
     return [found[place] for place in permutation(len(found), _seed(seed, ""))]
 
 

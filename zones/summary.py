@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 #: Stands for what comes from no data set: functions and arguments alone, or a notebook's own values.
 NO_DATASET = "(no data set)"
 
@@ -140,10 +142,7 @@ def _ranks(policy: Mapping[str, Any]) -> dict[str, int]:
     """Return each class and its place, least sensitive first, as the zone.yaml of a policy has them."""
     for path, text in policy["files"].items():
         if path.endswith("/zone.yaml"):
-            for line in text.splitlines():
-                if line.startswith("classes:"):
-                    names = line.partition(":")[2].partition("#")[0].strip().strip("[]").split(",")
-                    return {name.strip(): place for place, name in enumerate(names)}
+            return {name: place for place, name in enumerate(yaml.safe_load(text)["classes"])}
     return {}
 
 

@@ -76,6 +76,8 @@ def check(policies: Path | None, zones: Sequence[str]) -> None:
         zone = loaded.zone
         counts = f"{len(zone.datasets)} data sets, {len(loaded.rule_ids)} rules"
         console.print(f"[green]ok[/]: {name}: {counts}, pools: {', '.join(zone.pools)}", soft_wrap=True)
+        for problem in zone.disapproved:
+            console.print(f"[yellow]approves nothing[/]: {problem}", soft_wrap=True)
 
 
 @policy.command()
@@ -272,13 +274,17 @@ def approve(zone: str, proposal: Path, key: Path, policies: Path | None, *, yes:
     loaded = _load(directory, zone)
     if signer.verifier not in loaded.zone.officers:
         raise click.UsageError(f"{signer.verifier.name} is no officer of zone {zone}; add the key to zone.yaml first")
-    approval = Approval(zone=zone, function=proposals.digest(document), name=str(document["name"]))
+    try:
+        approval = Approval(zone=zone, function=proposals.digest(document), name=str(document["name"]))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     click.echo(proposals.readable(document))
     if not yes:
         click.confirm(f"Approve this function for zone {zone}?", abort=True)
     path = directory / approval_path(zone, approval.function)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(signer.sign(approval.text()), encoding="utf-8")
-    _load(directory, zone)
+    draft = path.with_suffix(".draft")
+    draft.write_text(signer.sign(approval.text()), encoding="utf-8")
+    draft.replace(path)
     console.print(f"[green]approved[/]: {approval.name}, {approval.function[:16]}, in {path}", soft_wrap=True)
     console.print("Sessions that attach from now on send it as it was approved.", soft_wrap=True)

@@ -239,6 +239,47 @@ def test_reviewed(world: World, tmp_path: Path) -> None:
     assert [entry["function_reviewed"] for entry in decisions[-2:]] == [True, False]
 
 
+@gpu_remote
+def poison(value: int) -> str:
+    """Leave something behind in the sandbox, and say what was there."""
+    import sys
+
+    library = sys.modules["ray_gpu.arrays"].__dict__
+    return str(library.setdefault("left_behind", value))
+
+
+def test_approved_functions_do_not_share_a_sandbox(world: World, tmp_path: Path) -> None:
+    """What a function that nobody approved left in a sandbox is not there for one that is; among others it is."""
+    key, proposal = tmp_path / "olga.key", tmp_path / "look.json"
+    made = CliRunner().invoke(cli, ["policy", "officer", "olga", "--out", str(key)])
+    world.demand(f"officers: [{made.output.split()[-1]}]")
+    proposal.write_text(poison.proposal())
+
+    def look(value: int, session: Any) -> str:
+        return str(poison.options(session=session, concurrency=1).remote(value).result())
+
+    with world.cluster.attach() as session:
+        assert look(1, session) == "1"
+        # Control: the same sandbox, and what was left there.
+        assert look(2, session) == "1"
+        before = session.status()["leases"]
+    policies = str(world.cluster.policies)
+    command = ["policy", "approve", "clinic", str(proposal), "--key", str(key), "--policies", policies, "--yes"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        with world.cluster.attach() as session:
+            if session.approved:
+                # This captures what is not approved.
+                assert gpu_remote(session=session, concurrency=1)(lambda: poison(3)).remote().result() == "3"
+                approved = look(4, session)
+                break
+        assert time.monotonic() < deadline
+    assert before
+    assert approved == "4"
+    assert [entry["function_reviewed"] for entry in world.cluster.entries("decision")[-2:]] == [False, True]
+
+
 def test_replayed(world: World) -> None:
     """Everything that was decided here is decided the same again, with what it demanded."""
     again = list(replay(read(world.cluster.ledger)))

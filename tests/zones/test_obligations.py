@@ -72,6 +72,7 @@ def test_all_are_named() -> None:
         (Obligations(max_session_s=7200), 3600),
         (Obligations(hours=Hours.parse("wed 08:00-12:30 UTC")), 1800),
         (Obligations(hours=Hours.parse("wed 08:00-12:30 UTC"), max_session_s=3601), 1),
+        (Obligations(hours=Hours.parse("wed 08:00-12:00 UTC")), 0),
     ],
 )
 def test_ends(obligations: Obligations, after_s: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from zones.reconcile import SMALL_BYTES, Counted, reconcile
+from zones.reconcile import MOST_KNOCKS, SMALL_BYTES, Counted, reconcile
 
 HERE, NODE = "198.18.4.2:40000", "198.18.2.2:26130"
 
@@ -79,3 +79,20 @@ def test_not_counted() -> None:
     (line,) = reconcile(LEDGER, [])
     assert "no such connection" in line.problem
     assert list(reconcile(LEDGER, [], since="2026-11-28T12:00:01.000000Z")) == []
+
+
+def test_many_knocks() -> None:
+    """A few knocks that were not answered are no news; more of them than a gateway makes are."""
+    knocks = [Counted(local=f"198.18.4.2:{50_000 + i}", remote=NODE, sent=SMALL_BYTES) for i in range(MOST_KNOCKS + 3)]
+    lines = list(reconcile(LEDGER, [Counted(local=HERE, remote=NODE, sent=ALL), *knocks]))
+
+    assert sum(bool(line.problem) for line in lines) == 3
+
+
+def test_same_ends_twice() -> None:
+    """Two leases whose connections had the same two ends, one after the other, are two."""
+    entries = [*LEDGER, {"kind": "completion", "lease": "l3", "bytes": 7}, ended("l3")]
+    sent = [ALL, 7 + 4 * SMALL_BYTES]
+    lines = list(reconcile(entries, [Counted(local=HERE, remote=NODE, sent=some) for some in sent]))
+
+    assert [(line.lease, line.problem) for line in lines] == [("l1", ""), ("l3", "")]

@@ -230,3 +230,11 @@ def test_more_parts_than_fit_a_key() -> None:
 
     assert made is not None
     assert (made == np.arange(70_000)).all()
+
+
+def test_no_rows() -> None:
+    """A call without rows is one shard of none, of some node."""
+    placed = spread.Placed(rows=0, unit_cells=np.zeros(0, np.int64), units=np.zeros(0, np.int64))
+    made, parts = spread.plan_of({"a": [], "b": []}, placed, obligations=ROWS, seed=SEED, shard_units=10, min_shards=4)
+
+    assert (len(made), made.rows, parts) == (1, 0, [spread.Part(node="a", cells=())])
