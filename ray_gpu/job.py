@@ -357,13 +357,15 @@ class ShardRun:
             leases = [self._take_lease()]
             try:
                 self._take_further(leases, needed)
-                sharing.plan({lease.node for lease in leases}, self._size, self._set_plan)
+                nodes, late = {lease.node for lease in leases}, time.monotonic() > deadline
+                # With fewer nodes than it takes for all, what others have would be given once more.
+                sharing.plan(nodes, self._size, self._set_plan, anew=late or len(nodes) >= needed)
             except BaseException as error:
                 for lease in leases:
                     self._session.leases.give(lease)
                 if not isinstance(error, OverShareError):
                     raise
-                if len({lease.node for lease in leases}) >= needed or time.monotonic() > deadline:
+                if late or len(nodes) >= needed:
                     raise self._session.refuse(self._allowed, [error.unmet]) from None
             else:
                 self._serving.update(lease.node for lease in leases)

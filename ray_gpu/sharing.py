@@ -57,16 +57,19 @@ class Sharing:
         """Return how many nodes can take all rows of the data set."""
         return self._book.nodes_needed()
 
-    def plan(self, nodes: Collection[str], size: Size, accept: Callable[[Plan, list[str]], None]) -> None:
+    def plan(
+        self, nodes: Collection[str], size: Size, accept: Callable[[Plan, list[str]], None], *, anew: bool
+    ) -> None:
         """Give each row to a node, and note it once it is accepted.
 
         Args:
             nodes: Those of the call's leases.
             size: What shards shall be.
             accept: Is given the plan, and the node of each of its shards; raises where they will not do.
+            anew: Whether a node may be given what it had not.
 
         Raises:
-            OverShareError: Some rows may go to none of *nodes*.
+            OverShareError: Some rows may go to none of *nodes*, or only anew.
             LedgerUnavailableError: It could not be written down.
         """
         source, obligations = self._source, self._obligations
@@ -79,7 +82,8 @@ class Sharing:
             unit_cells, units = self._book.cells.of_unit[numbers], units.reshape(-1)
         with self._book as book:
             given, left = book.assign(np.unique(unit_cells).tolist(), nodes)
-            if left:
+            new = any(not set(cells) <= book.held(node) for node, cells in given.items())
+            if left or (new and not anew):
                 raise OverShareError(self.over_share(nodes))
             rows_of_unit = max(1, -(-source.rows // max(1, len(unit_cells))))
             made, self._parts = spread.plan_of(
