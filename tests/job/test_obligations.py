@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -45,9 +46,14 @@ class World:
         self._text = self.file.read_text()
 
     def demand(self, *lines: str) -> None:
-        """Put obligations in force."""
+        """Put obligations in force; what other tests approved is not any more."""
+        if (approved := self.file.parent / "approved").exists():
+            self._change(lambda: shutil.rmtree(approved))
+        self._change(lambda: self.file.write_text(self._text.replace(PLACE, "\n".join(lines))))
+
+    def _change(self, change: Callable[[], Any]) -> None:
         before = self._digest()
-        self.file.write_text(self._text.replace(PLACE, "\n".join(lines)))
+        change()
         deadline = time.monotonic() + TIMEOUT_S
         while self._digest() == before:
             assert time.monotonic() < deadline
