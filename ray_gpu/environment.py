@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
+import site
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,9 +37,13 @@ class Environment:
 
 
 def current() -> Environment:
-    """Return the environment of this Python. Its sandboxes have the same."""
+    """Return the environment of this Python. Its sandboxes have the same.
+
+    Only this Python's own directories count. What a process adds to its path, as setuptools does where it is imported,
+    its sandboxes do not have.
+    """
     found: dict[str, str] = {}
-    for distribution in metadata.distributions():
+    for distribution in metadata.distributions(path=site.getsitepackages()):
         # The first of a name is the one that an import finds.
         found.setdefault(re.sub(r"[-_.]+", "-", distribution.name).lower(), distribution.version)
     return Environment(python=platform.python_version(), packages=found)

@@ -7,8 +7,10 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from click.testing import CliRunner
 
 from ray_gpu import environment
@@ -26,6 +28,17 @@ def test_current() -> None:
     assert found.packages["pyarrow"] == pa.__version__ == metadata.version("pyarrow")
     assert found.packages["scikit-learn"] == metadata.version("scikit_learn")
     assert done.stdout.strip() == found.digest
+
+
+def test_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution on a path that only this process has is none of the environment's."""
+    (tmp_path / "extra-1.dist-info").mkdir()
+    (tmp_path / "extra-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1\n")
+    before = environment.current()
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    assert metadata.version("extra") == "1"
+    assert environment.current() == before
 
 
 def test_digest_follows_every_part() -> None:
