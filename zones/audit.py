@@ -270,14 +270,12 @@ def copy_ledger(path: Path, target: Path) -> None:
     """
     try:
         for older in archives(path):
-            named = target.with_name(
-                f"{target.stem}{older.name[len(path.stem) :].removesuffix(path.suffix)}{target.suffix}"
-            )
-            with older.open("rb") as source, os.fdopen(_create_private(named), "wb") as copied:
+            named = archive_path(target, *archived(path, older))
+            with older.open("rb") as source, os.fdopen(create_private(named), "wb") as copied:
                 shutil.copyfileobj(source, copied)
         with closing(_open_to_read(path)) as database:
             database.execute("SELECT count(*) FROM sqlite_schema")
-            os.close(_create_private(target))
+            os.close(create_private(target))
             with closing(sqlite3.connect(target)) as made:
                 database.backup(made)
                 made.execute("PRAGMA journal_mode = DELETE")
@@ -289,7 +287,8 @@ def copy_ledger(path: Path, target: Path) -> None:
         raise _unreadable(path, 0, error) from error
 
 
-def _create_private(path: Path) -> int:
+def create_private(path: Path) -> int:
+    """Create a file that only its owner may read or write, and return its descriptor; it must not exist."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
 
 

@@ -500,7 +500,7 @@ def _sync(directory: Path) -> None:
 def _create(path: Path) -> None:
     """Create *path* with mode 0600, or check that nobody else can read it."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        os.close(audit.create_private(path))
     except FileExistsError:
         if path.stat().st_mode & 0o077:
             raise _unavailable(path, "others may read or write it; `chmod 600` it, then retry") from None

@@ -47,10 +47,10 @@ class VerifierKey:
             ValueError: It is no Ed25519 key in that form, or does not belong to its own id.
         """
         match = _KEY.fullmatch(text.strip())
-        data = decoded(match[3]) if match else b""
-        if match is None or data[:1] != _ED25519 or len(data) != 1 + _KEY_BYTES:
+        data = _key_bytes(match)
+        if match is None or data is None:
             raise ValueError("a key is written as name+id+base64, as the command that made it printed it")
-        key = cls(match[1], data[1:])
+        key = cls(match[1], data)
         if key.id.hex() != match[2]:
             raise ValueError("the key does not belong to its id; copy it again")
         return key
@@ -82,10 +82,10 @@ class SigningKey:
             ValueError: It is no private Ed25519 key in that form.
         """
         match = _PRIVATE.fullmatch(text.strip())
-        data = decoded(match[3]) if match else b""
-        if match is None or data[:1] != _ED25519 or len(data) != 1 + _KEY_BYTES:
+        data = _key_bytes(match)
+        if match is None or data is None:
             raise ValueError("this is no private key of a note's signer; make one with `ray-gpu policy officer`")
-        return cls(match[1], Ed25519PrivateKey.from_private_bytes(data[1:]))
+        return cls(match[1], Ed25519PrivateKey.from_private_bytes(data))
 
     @property
     def text(self) -> str:
@@ -99,6 +99,12 @@ class SigningKey:
 
     def __repr__(self) -> str:
         return f"SigningKey({self.verifier.name!r})"
+
+
+def _key_bytes(match: re.Match[str] | None) -> bytes | None:
+    """Return the 32 bytes of the key that was read; ``None`` where it is no Ed25519 key."""
+    data = decoded(match[3]) if match else b""
+    return data[1:] if data[:1] == _ED25519 and len(data) == 1 + _KEY_BYTES else None
 
 
 def signed(text: str, key: VerifierKey, signature: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from zones.errors import GrantRefusedError
 from zones.keys import verify_node_signature
 from zones.model import canonical, controls_held, digest
-from zones.reconcile import SMALL_BYTES
+from zones.reconcile import framing_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def _problem(entry: Mapping[str, Any], signed: Mapping[str, Any], calls: int, no
         return "it is about other terms than those in the entry"
     if receipt["controls"] != controls_held(receipt["degradations"]):
         return "the controls that it names do not fit what it lacks"
-    sent = calls + SMALL_BYTES * (1 + entry["controls"])
+    sent = calls + framing_bytes(entry)
     if receipt["received_bytes"] != sent:
         return f"the node received {receipt['received_bytes']} bytes, and by the ledger {sent} were sent"
     return ""

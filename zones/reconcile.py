@@ -108,6 +108,11 @@ def reconcile(entries: Iterable[Mapping[str, Any]], counted: Iterable[Counted], 
         )
 
 
+def framing_bytes(entry: Mapping[str, Any]) -> int:
+    """Return the bytes of the knock and the control messages of a lease, by its ``lease-end`` entry."""
+    return SMALL_BYTES * (1 + int(entry["controls"]))
+
+
 def _line(names: tuple[str, str], entry: Mapping[str, Any], calls: int, kernel: int | None) -> Line:
     return Line(
         local=names[0],
@@ -115,7 +120,7 @@ def _line(names: tuple[str, str], entry: Mapping[str, Any], calls: int, kernel: 
         lease=entry["lease"],
         node=entry["node"],
         ledger_bytes=calls,
-        framing_bytes=SMALL_BYTES * (1 + entry["controls"]),
+        framing_bytes=framing_bytes(entry),
         kernel_bytes=kernel,
         whole=entry["outcome"] == "done",
     )

@@ -49,8 +49,8 @@ def leaves(segments: Segments, chosen: Collection[str]) -> list[str]:
     for one in chosen:
         if one not in every:
             raise UnknownNameError.of("segment", one, every)
-    without = [name for name in every if not any(other.startswith(f"{name}{SEPARATOR}") for other in every)]
-    return [name for name in without if any(f"{name}{SEPARATOR}".startswith(f"{one}{SEPARATOR}") for one in chosen)]
+    without = [name for name in every if not any(other != name and _is_in(other, name) for other in every)]
+    return [name for name in without if any(_is_in(name, one) for one in chosen)]
 
 
 def touched(segments: Segments, chosen: Collection[str]) -> frozenset[str]:
@@ -59,9 +59,12 @@ def touched(segments: Segments, chosen: Collection[str]) -> frozenset[str]:
     Raises as :func:`leaves`.
     """
     found = leaves(segments, chosen)
-    return frozenset(
-        name for name in names(segments) if any(f"{leaf}{SEPARATOR}".startswith(f"{name}{SEPARATOR}") for leaf in found)
-    )
+    return frozenset(name for name in names(segments) if any(_is_in(leaf, name) for leaf in found))
+
+
+def _is_in(name: str, other: str) -> bool:
+    """Say whether a segment is another, or a part of it."""
+    return f"{name}{SEPARATOR}".startswith(f"{other}{SEPARATOR}")
 
 
 def columns(segments: Segments) -> set[str]:
