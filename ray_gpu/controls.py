@@ -68,6 +68,7 @@ _INTO, _OUT = "tests/attack/test_into_zone.py::", "tests/attack/test_out_of_zone
 _RELAY, _FLIPPING = "tests/attack/test_lying_relay.py::", "tests/attack/test_flipping.py::"
 _DUTIES, _SHARE = "tests/job/test_obligations.py::", "tests/job/test_node_share.py::"
 _ADVERSARY = "tests/attack/test_adversary.py::"
+_LINEAGE, _CURATION = "tests/zones/test_lineage.py::", "tests/job/test_curation.py::"
 _APPROVALS = "tests/zones/test_approvals.py::"
 _GETS = "tests/attack/test_what_a_node_gets.py::"
 _CLIENT = "tests/attack/test_client_relay.py::"
@@ -497,6 +498,12 @@ _ALL = (
         attacks=(_SHARE + "test_epochs_do_not_add_up", _SHARE + "test_all_rows_to_one_node", _SHARE + "test_groups",
                  _SHARE + "test_lost_node", "tests/zones/test_spread.py::test_assign"),
         positives=(_SHARE + "test_control_without_a_bound",)),
+    Control(
+        id="lineage", where="gateway", promise="P3", told="built in", code="zones/lineage.py::chain",
+        keeps_off="Derived data sets from leaving where what they were made of may not, or after it was changed.",
+        attacks=(_CURATION + "test_it_outranks_no_parent", _LINEAGE + "test_refused_with_its_parent",
+                 _LINEAGE + "test_segment_of_the_parent_that_stays", _LINEAGE + "test_problem"),
+        positives=(_LINEAGE + "test_control_without_parents", _CURATION + "test_derived_data_leaves")),
     Control(
         id="strip", where="zone", promise="P5", told="built in", code="zones/shards.py::strip",
         keeps_off="A node from metadata, categories and values beneath nulls.",

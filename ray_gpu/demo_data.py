@@ -1,6 +1,6 @@
 """Real data for the embedded zones: ships inside scikit-learn and statsmodels. Writes files.
 
-Run as a program by the supervisor, since both libraries are slow to import and needed only once.
+Run as a program, since both libraries are slow to import and needed only once.
 """
 
 from __future__ import annotations

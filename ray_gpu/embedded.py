@@ -148,7 +148,7 @@ class Supervisor:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self._plan.data:
             return None
-        command = [sys.executable, "-m", "ray_gpu.demo_data", self._plan.zone, str(directory)]
+        command = [sys.executable, "-m", "ray_gpu.curation", self._plan.zone, str(self._plan.policies), str(directory)]
         return services.spawn(command, log=self._layout.log)
 
     def _setup_vault(self, server: VaultServer) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ray_gpu.spending import Spending
 from zones.errors import EgressDeniedError, LedgerError, UnknownNameError, ZoneError
 from zones.labels import ARGUMENTS, classify, labels
 from zones.ledger import Egress, Ledger
-from zones.model import Decision, EgressRequest, Zone
+from zones.model import Decision, EgressRequest, Zone, canonical
 from zones.obligations import Facts, Unmet, ends, unmet
 from zones.policy import Policy
 from zones.vault import Person
@@ -119,7 +119,8 @@ class Session:
         small = self._count_small_bytes(zone, request)
         what = None
         if source:
-            what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments
+            come = canonical({"derived": source.lineage, "listed": dict(source.listed)})
+            what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments, come
         # The share is here since nodes are told it, and what they are told is written down before.
         key = (zone.policy_digest, request.work.digest, pool, small, what, request.work.options.gpu_milli)
         found = self._allowed.get(key)
@@ -208,6 +209,7 @@ class Session:
             rows=rows,
             gpu_milli=request.work.options.gpu_milli,
             dataset_digest=source.digest if source else "",
+            lineage={"derived": source.lineage, "listed": dict(source.listed)} if source else {},
         )
         entry = self.services.ledger.decided(egress, decision)
         if not decision.allowed:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ray_gpu import data_files
 from ray_gpu.share import open_sealed
 from zones import filters, shards
 from zones import segments as divisions
-from zones.errors import ConfigError, UnknownNameError
+from zones.errors import UnknownNameError
 from zones.model import Dataset, Zone
 from zones.plan import Index, split_rows
 
@@ -39,6 +40,10 @@ class Source:
     filter_columns: frozenset[str] = frozenset()
     #: Segments that rows are of, with those that they are parts of; empty where the data set has none.
     segments: frozenset[str] = frozenset()
+    #: What the data set comes from, if it is derived: see :mod:`zones.lineage`.
+    lineage: Mapping[str, Any] | None = None
+    #: SHA-256 of each data set that says which row is in which round, by its name.
+    listed: Mapping[str, str] = field(default_factory=dict)
     #: Rows of the whole that these are a part of.
     of_rows: int
     #: ``int64[rows]``: the number of each row in the whole; ``None`` when these are all of it, in order.
@@ -95,13 +100,19 @@ def from_catalog(
     if keep_together is not None:
         _check_column(dataset, keep_together)
         used.add(keep_together)
-    whole, digest = _open(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])))
-    table, numbers, segments = whole, None, _chosen(dataset, handle.get("segments"))
+    # What is kept together is kept so in the whole, which then has to be read.
+    known = conditions[0] if keep_together is None else None
+    lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
+    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known)
+    table, numbers, segments = opened.table, opened.numbers, _chosen(dataset, handle.get("segments"))
+    listed = {name: _listed(zone, data_dir, name) for name in sorted(_listings(dataset, handle.get("segments")))}
     if any(handle.get(key) is not None for key in ("segments", "filter", "split", "then")):
         # The place of each row goes along, under a name that no column of a catalog has.
-        table = whole.append_column("", pa.array(np.arange(whole.num_rows)))
+        numbers = np.arange(table.num_rows) if numbers is None else numbers
+        table = table.append_column("", pa.array(numbers))
         if handle.get("segments") is not None:
-            table = table.take(_members(dataset, data_dir, segments))
+            members = _members(zone, dataset, data_dir, segments, listed)
+            table = table.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
         table = filters.apply_filter(table, conditions[0])
         if handle.get("split") is not None:
             table = _part(table, handle["split"])
@@ -110,12 +121,14 @@ def from_catalog(
     return Source(
         dataset=dataset.name,
         table=table.select(wanted),
-        digest=digest,
+        digest=opened.digest,
         filter_columns=frozenset(used),
         segments=segments,
-        of_rows=whole.num_rows,
+        lineage=lineage,
+        listed=listed,
+        of_rows=opened.of_rows,
         numbers=numbers,
-        groups=None if keep_together is None else _groups(whole.column(keep_together)),
+        groups=None if keep_together is None else _groups(opened.table.column(keep_together)),
     )
 
 
@@ -131,15 +144,37 @@ def _chosen(dataset: Dataset, wanted: Any) -> frozenset[str]:
     return divisions.touched(dataset.segments, chosen)
 
 
-def _members(dataset: Dataset, data_dir: Path, segments: frozenset[str]) -> Index:
-    """Return the numbers of the rows of segments, of a data set that has some."""
+def _listings(dataset: Dataset, wanted: Any) -> set[str]:
+    """Return the data sets that say which rows are in the rounds that are asked for; none if none are."""
+    return set() if dataset.segments is None or wanted is None else divisions.listings(dataset.segments)
+
+
+def _listed(zone: Zone, data_dir: Path, name: str) -> str:
+    """Return the digest of a data set that lists rounds, which must be what its lineage says if it is derived."""
+    data_files.checked_lineage(zone.datasets, data_dir, name)
+    return data_files.digest(zone.datasets[name], data_dir)
+
+
+def _members(
+    zone: Zone, dataset: Dataset, data_dir: Path, segments: frozenset[str], listed: Mapping[str, str]
+) -> Index:
+    """Return the numbers of the rows of segments, ascending, of a data set that has some."""
     assert dataset.segments is not None
     columns = tuple(sorted(divisions.columns(dataset.segments))) or tuple(dataset.columns)[:1]
-    table, digest = _open(dataset, data_dir, columns)
-    leaf_of = _leaves(dataset.name, repr(dataset.segments), digest, table.num_rows)
+    opened = data_files.read(dataset, data_dir, columns)
+    leaf_of = _leaves(dataset.name, repr(dataset.segments), opened.digest, tuple(listed.items()))
     if leaf_of.value is None:
+
+        def rounds(name: str, by: str) -> tuple[Any, Any]:
+            rows = data_files.read(zone.datasets[name], data_dir, (by, divisions.ROUND_COLUMN)).table
+            return tuple(rows.column(column).combine_chunks() for column in (by, divisions.ROUND_COLUMN))  # type: ignore[return-value]  # two
+
         found = divisions.assign(
-            dataset.segments, dataset.name, table.num_rows, lambda name: table.column(name).combine_chunks()
+            dataset.segments,
+            dataset.name,
+            opened.of_rows,
+            lambda name: opened.table.column(name).combine_chunks(),
+            rounds,
         )
         names, codes = np.unique(found, return_inverse=True)
         leaf_of.value = [str(name) for name in names], codes.reshape(-1)
@@ -155,7 +190,7 @@ class _Kept:
 
 
 @functools.lru_cache(maxsize=16)
-def _leaves(dataset: str, segments: str, digest: str, rows: int) -> _Kept:
+def _leaves(dataset: str, segments: str, digest: str, listed: tuple[tuple[str, str], ...]) -> _Kept:
     """Return where the leaves of a data set are kept, once they were found."""
     return _Kept()
 
@@ -167,24 +202,6 @@ def _groups(column: Any) -> Index:
     alone = found < 0
     found[alone] = len(codes.dictionary) + np.arange(np.count_nonzero(alone))
     return found
-
-
-def _open(dataset: Dataset, data_dir: Path, columns: tuple[str, ...]) -> tuple[pa.Table, str]:
-    """Return the rows of a data set, and the digest of its file."""
-    path = data_dir / dataset.path
-    try:
-        status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        return _read(path, stamp, columns), _digest(path, stamp)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or type(error).__name__})"
-    except (KeyError, pa.ArrowException) as error:
-        what = f"is not what catalog.yaml says ({type(error).__name__})"
-    raise ConfigError(
-        f"the file of data set {dataset.name} {what}; have the zone's operator look at {dataset.path} in "
-        "its data directory",
-        file=str(dataset.path),
-    )
 
 
 def _part(table: pa.Table, split: Any) -> pa.Table:
@@ -216,21 +233,6 @@ def _columns(dataset: Dataset, handle: Any, option: tuple[str, ...] | None) -> l
 def _check_column(dataset: Dataset, name: str) -> None:
     if name not in dataset.columns:
         raise UnknownNameError.of("column", name, dataset.columns)
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, stamp: tuple[int, ...]) -> str:
-    """Return the SHA-256 of a file; *stamp* changes with it and is part of the cache's key."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.lru_cache(maxsize=8)
-def _read(path: Path, stamp: tuple[int, ...], columns: tuple[str, ...]) -> pa.Table:
-    """Read columns of a file; *stamp* is as for :func:`_digest`."""
-    if path.suffix == ".parquet":
-        return pq.read_table(path, columns=list(columns))
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().select(list(columns))
 
 
 def from_memory(fd: int, columns: tuple[str, ...] | None, *, keep_together: str | None = None) -> Source:

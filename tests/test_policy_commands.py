@@ -44,7 +44,7 @@ def test_check(policies: Path) -> None:
     change(policies / "clinic/egress.cedar", "context.classes.contains", "context.clases.contains")
     bad, other = run("check", "--policies", policies), run("check", "--policies", policies, "trading")
 
-    assert (good.exit_code, good.output.splitlines()[0]) == (0, "ok: clinic: 3 data sets, 5 rules, pools: shared")
+    assert (good.exit_code, good.output.splitlines()[0]) == (0, "ok: clinic: 6 data sets, 5 rules, pools: shared")
     assert bad.exit_code == 1
     assert f"{policies}/clinic/egress.cedar:13: " in bad.output.replace("\n", "")
     assert other.exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_gpu import demo_data, share, source
+from ray_gpu import data_files, demo_data, share, source
 from ray_gpu.embedded import shipped_policies
+from zones import segments as divisions
 from zones.config import load_zone
 from zones.errors import ConfigError, UnknownNameError, ValueRefusedError
-from zones.model import Dataset, Zone
+from zones.model import Dataset, Segments, Zone
 
 CLASSES = {"age": "confidential", "name": "direct-identifier", "visits": "internal"}
 
@@ -292,6 +294,52 @@ def test_what_a_segment_touches(digits: Path) -> None:
     three = rows_of(digits, "train", filter=["label", "==", 3])
     assert set(three.table["label"].to_pylist()) == {3}
     assert rows_of(digits, filter=["label", "==", 3]).segments == every
+
+
+@pytest.fixture
+def learning(zone: Zone, directory: Path) -> Zone:
+    """A zone whose people are in rounds of learning, of which a file says who was labelled when."""
+    rounds = Segments(parts=divisions.rounds(2), by="age", listed_in="labelled")
+    divided = replace(
+        zone.datasets["people"], segments=Segments(parts={"train": 80, "test": 20}, within={"train": rounds})
+    )
+    labelled = Dataset(name="labelled", path="labelled.parquet", columns={"age": "confidential", "round": "internal"})
+    return replace(zone, datasets={**zone.datasets, "people": divided, "labelled": labelled})
+
+
+def label(directory: Path, rounds: dict[int, int]) -> None:
+    """Write who was labelled in which round."""
+    pq.write_table(pa.table({"age": list(rounds), "round": list(rounds.values())}), directory / "labelled.parquet")
+
+
+def test_rounds_of_learning(learning: Zone, directory: Path) -> None:
+    """Labelling moves rows from the rest into their round, on the next call; the source says by which file."""
+
+    def ages(*segments: str) -> list[Any]:
+        found = source.from_catalog(learning, directory, {"dataset": "people", "segments": list(segments)}, None)
+        assert found.listed == {"labelled": data_files.digest(learning.datasets["labelled"], directory)}
+        return list(found.table["age"].to_pylist())
+
+    label(directory, {})
+    train, test = ages("train"), ages("test")
+    assert ages("train/unlabelled") == train
+    label(directory, {train[0]: 1, train[5]: 1})
+    assert ages("train/round-1") == [train[0], train[5]]
+    label(directory, {train[0]: 1, train[5]: 1, train[7]: 2})
+    assert (ages("train/round-1"), ages("train/round-2")) == ([train[0], train[5]], [train[7]])
+    assert ages("train/round-1", "train/round-2") == [train[0], train[5], train[7]]
+    assert len(ages("train/unlabelled")) == len(train) - 3
+    assert (ages("train"), ages("test")) == (train, test)
+    label(directory, {test[0]: 1})
+    with pytest.raises(ConfigError, match="of no row of people/train"):
+        ages("train")
+
+
+def test_rounds_that_nobody_asks_for(learning: Zone, directory: Path) -> None:
+    """All rows are all rows, whether or not there is a file that says who was labelled; a segment needs it."""
+    assert source.from_catalog(learning, directory, {"dataset": "people"}, None).listed == {}
+    with pytest.raises(ConfigError, match=r"labelled\.parquet"):
+        source.from_catalog(learning, directory, {"dataset": "people", "segments": ["test"]}, None)
 
 
 @pytest.mark.parametrize("segments", [[], "train", ["trian"], [3]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zones.errors import BudgetSpentError
@@ -48,6 +48,8 @@ class Egress:
     session: str
     policy_digest: str
     dataset_digest: str = ""
+    #: What the data set comes from, and the digests of what lists its rounds: written with the decision.
+    lineage: Mapping[str, Any] = field(default_factory=dict)
     environment_digest: str = ""
     #: Rows asked for; 0 where no table is sent.
     rows: int = 0

@@ -26,10 +26,12 @@ from zones.model import (
     RECEIPT_IDS,
     Carrier,
     Dataset,
+    Derivation,
     NodeShare,
     ObligationRule,
     Obligations,
     Padding,
+    Reading,
     Segments,
     Shuffle,
     SmallBytes,
@@ -38,6 +40,8 @@ from zones.model import (
     digest,
 )
 from zones.note import VerifierKey
+from zones.segments import ROUND_COLUMN, names, rounds
+from zones.steps import ROW_COLUMN, STEPS_FILE, Step, parse
 
 SCHEMA_FILE = "schema.cedarschema"
 
@@ -73,7 +77,8 @@ def load_zone(policies_dir: Path, name: str) -> Zone:
     zone_file = zone_document.check(_ZoneFile)
     _check_pool_files(zone_document, zone_file, policies_dir)
     files |= read_policy_files(policies_dir, [pool_path(pool) for pool in zone_file.pools])
-    datasets = _datasets(Document(files[f"{name}/catalog.yaml"], folder / "catalog.yaml"), zone_file.classes)
+    steps = parse(files.get(steps_path(name), b"").decode("utf-8"), str(folder / STEPS_FILE))
+    datasets = _datasets(Document(files[f"{name}/catalog.yaml"], folder / "catalog.yaml"), zone_file.classes, steps)
     zone = _zone(name, zone_document, zone_file, datasets, files_digest(files))
     officers = _officers(zone_document, zone_file.officers)
     approved, disapproved = _approved(name, folder, officers, files)
@@ -83,12 +88,18 @@ def load_zone(policies_dir: Path, name: str) -> Zone:
 def zone_paths(policies_dir: Path, name: str) -> list[str]:
     """Return the files that describe a zone, relative to the policies directory, but for its pools' files."""
     approvals = [f"{name}/{_APPROVED}/{path.name}" for path in (policies_dir / name / _APPROVED).glob("*.note")]
-    return [f"{name}/zone.yaml", f"{name}/catalog.yaml", egress_path(name), SCHEMA_FILE, *sorted(approvals)]
+    steps = [steps_path(name)] if (policies_dir / steps_path(name)).exists() else []
+    return [f"{name}/zone.yaml", f"{name}/catalog.yaml", egress_path(name), SCHEMA_FILE, *steps, *sorted(approvals)]
 
 
 def approval_path(name: str, function: str) -> str:
     """Return where a zone's approval of a function belongs, relative to the policies directory."""
     return f"{name}/{_APPROVED}/{function[:16]}.note"
+
+
+def steps_path(name: str) -> str:
+    """Return where a zone's steps lie, if it has any, relative to the policies directory."""
+    return f"{name}/{STEPS_FILE}"
 
 
 def egress_path(name: str) -> str:
@@ -227,14 +238,20 @@ class _ZoneFile(_ObligationsPart):
 class _SegmentsPart(FileModel):
     parts: Annotated[dict[Id, Annotated[int, Field(ge=1, le=100)]], Field(min_length=2)] | None = None
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
+    rounds: Annotated[int, Field(ge=1, le=1000)] | None = None
+    listed_in: _Name | None = None
     by: _Name | None = None
     stratify: _Name | None = None
     within: dict[Id, _SegmentsPart] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if (self.parts is None) == (self.folds is None):
-            raise ValueError("segments have either parts with percents, or a number of folds")
+        if sum(given is not None for given in (self.parts, self.folds, self.rounds)) != 1:
+            raise ValueError("segments have either parts with percents, or a number of folds, or a number of rounds")
+        if (self.rounds is None) != (self.listed_in is None):
+            raise ValueError("rounds have listed_in, the data set that says what is in which, and nothing else has")
+        if self.rounds is not None and (self.by is None or self.stratify is not None):
+            raise ValueError("rounds are by a column, whose values listed_in lists, and not stratified")
         if self.parts is not None and sum(self.parts.values()) != 100:
             raise ValueError(f"the percents of parts make {sum(self.parts.values())}, not 100")
         return self
@@ -243,11 +260,34 @@ class _SegmentsPart(FileModel):
         """Return what this says."""
         folds = {f"fold-{number}": 1 for number in range(1, (self.folds or 0) + 1)}
         return Segments(
-            parts=self.parts or folds,
+            parts=self.parts or folds or rounds(self.rounds or 0),
+            listed_in=self.listed_in,
             by=self.by,
             stratify=self.stratify,
             within={name: inner.segments() for name, inner in self.within.items()},
         )
+
+
+class _ReadingPart(FileModel):
+    columns: _SomeNames
+    segments: _SomeNames | None = None
+    carries: _SomeNames | None = None
+
+
+class _DerivedPart(FileModel):
+    step: _Name
+    version: Annotated[int, Field(ge=1)]
+    reads: Annotated[dict[_Name, _ReadingPart], Field(min_length=1)]
+
+    def derivation(self, digest: str) -> Derivation:
+        """Return what this says of a step with this digest."""
+        reads = {
+            name: Reading(
+                columns=tuple(part.columns), segments=tuple(part.segments or ()), carries=tuple(part.carries or ())
+            )
+            for name, part in self.reads.items()
+        }
+        return Derivation(step=self.step, version=self.version, digest=digest, reads=reads)
 
 
 class _DatasetPart(FileModel):
@@ -256,6 +296,7 @@ class _DatasetPart(FileModel):
     columns: dict[_Name, str] | None = Field(default=None, min_length=1)
     same_columns_as: _Name | None = None
     segments: _SegmentsPart | None = None
+    derived: _DerivedPart | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -286,7 +327,7 @@ def _check_accepted(document: Document, loc: Loc, ids: Sequence[str]) -> None:
         _check_known(document, (*loc, place), "degradation", name, sorted(RECEIPT_IDS))
 
 
-def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
+def _datasets(document: Document, classes: Sequence[str], steps: Mapping[str, Step]) -> dict[str, Dataset]:
     parts = document.check(_CatalogFile).datasets
     for name, part in parts.items():
         for column, classification in (part.columns or {}).items():
@@ -300,13 +341,21 @@ def _datasets(document: Document, classes: Sequence[str]) -> dict[str, Dataset]:
         columns = dict(part.columns or parts[str(part.same_columns_as)].columns or {})
         if part.segments is not None:
             _check_segments(document, ("datasets", name, "segments"), part.segments, list(columns))
+        if part.derived is not None:
+            _check_step(document, ("datasets", name, "derived"), part.derived, steps)
         found[name] = Dataset(
             name=name,
             path=part.path,
             description=part.description,
             columns=columns,
             segments=None if part.segments is None else part.segments.segments(),
+            derived=None if part.derived is None else part.derived.derivation(steps[part.derived.step].digest),
         )
+    for name, part in parts.items():
+        if part.segments is not None:
+            _check_rounds(document, ("datasets", name, "segments"), part.segments, found)
+        if part.derived is not None:
+            _check_reads(document, name, part.derived, found, classes)
     return found
 
 
@@ -318,6 +367,82 @@ def _check_segments(document: Document, loc: Loc, part: _SegmentsPart, columns: 
     for name, inner in part.within.items():
         _check_known(document, (*loc, "within", name), "part", name, list(part.segments().parts))
         _check_segments(document, (*loc, "within", name), inner, columns)
+
+
+def _check_rounds(document: Document, loc: Loc, part: _SegmentsPart, datasets: Mapping[str, Dataset]) -> None:
+    """Check that the data set that lists rounds is there, and has both columns."""
+    if part.listed_in is not None and part.by is not None:
+        _check_known(document, (*loc, "listed_in"), "data set", part.listed_in, list(datasets))
+        for column in (part.by, ROUND_COLUMN):
+            _check_known(document, (*loc, "listed_in"), "column", column, list(datasets[part.listed_in].columns))
+    for name, inner in part.within.items():
+        _check_rounds(document, (*loc, "within", name), inner, datasets)
+
+
+def _check_step(document: Document, loc: Loc, part: _DerivedPart, steps: Mapping[str, Step]) -> None:
+    """Check that a derived data set's step is there, in this version, and takes as many data sets."""
+    _check_known(document, (*loc, "step"), "step", part.step, sorted(steps))
+    step = steps[part.step]
+    if step.version != part.version:
+        document.refuse((*loc, "version"), f"step {part.step} has version {step.version}, not {part.version}")
+    if len(step.parameters) != len(part.reads):
+        count = len(step.parameters)
+        document.refuse((*loc, "reads"), f"step {part.step} takes {count} data sets: {', '.join(step.parameters)}")
+
+
+def _check_reads(
+    document: Document, name: str, part: _DerivedPart, datasets: Mapping[str, Dataset], classes: Sequence[str]
+) -> None:
+    """Check that what a derived data set is made of is there, does not come from itself, and has no higher class."""
+    loc: Loc = ("datasets", name, "derived", "reads")
+    highest, where, own = -1, "", datasets[name].columns
+    carriers = [other for other, reading in part.reads.items() if reading.carries]
+    if len(carriers) > 1:
+        document.refuse((*loc, carriers[1], "carries"), "rows are those of one data set, which alone can carry columns")
+    if ROW_COLUMN in own and carriers:
+        document.refuse((*loc, carriers[0], "carries"), f"a step has the column {ROW_COLUMN} for itself then")
+    for other, reading in part.reads.items():
+        _check_known(document, (*loc, other), "data set", other, list(datasets))
+        parent = datasets[other]
+        if name in _ancestors(datasets, other):
+            document.refuse((*loc, other), f"{other} comes from {name} itself")
+        for place, column in enumerate(reading.columns):
+            _check_known(document, (*loc, other, "columns", place), "column", column, list(parent.columns))
+            rank = classes.index(parent.columns[column])
+            if rank > highest:
+                highest, where = rank, f"{other}.{column}"
+        for place, segment in enumerate(reading.segments or ()):
+            known = [] if parent.segments is None else list(names(parent.segments))
+            _check_known(document, (*loc, other, "segments", place), "segment", segment, known)
+        for place, column in enumerate(reading.carries or ()):
+            for columns in (parent.columns, own):
+                _check_known(document, (*loc, other, "carries", place), "column", column, list(columns))
+            if column in reading.columns:
+                document.refuse(
+                    (*loc, other, "carries", place), f"{column} is read, so it is not carried past the step"
+                )
+            if classes.index(own[column]) < classes.index(parent.columns[column]):
+                was = parent.columns[column]
+                document.refuse(("datasets", name, "columns", column), f"{column} is {own[column]}, and was {was}")
+    for column, classification in own.items():
+        if classes.index(classification) < highest:
+            document.refuse(
+                ("datasets", name, "columns", column),
+                f"{column} is {classification}, and its step reads {where}, which is {classes[highest]}; a derived "
+                "column has no lower class than anything that its step reads",
+            )
+
+
+def _ancestors(datasets: Mapping[str, Dataset], name: str) -> set[str]:
+    """Return a data set's name, and those of all that it comes from."""
+    found, left = set(), [name]
+    while left:
+        one = left.pop()
+        if one not in found:
+            found.add(one)
+            derived = datasets[one].derived if one in datasets else None
+            left += derived.reads if derived else ()
+    return found
 
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, time, timedelta
 from typing import Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -26,6 +26,8 @@ class Hours:
     stop: int
     #: Name of the time zone.
     zone: str
+    #: Hours that must be as well.
+    also: Hours | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -54,7 +56,18 @@ class Hours:
             return None
         day = local.date() + timedelta(days=self.stop // (24 * 60))
         stop = self.stop % (24 * 60)
-        return datetime.combine(day, time(stop // 60, stop % 60), ZoneInfo(self.zone)).astimezone(UTC)
+        over = datetime.combine(day, time(stop // 60, stop % 60), ZoneInfo(self.zone)).astimezone(UTC)
+        if self.also is None:
+            return over
+        other = self.also.end(now)
+        return other and min(over, other)
+
+    def within(self, other: Hours) -> Hours:
+        """Return the hours that are both these and the *other* ones."""
+        if self == other:
+            return self
+        inner = other if self.also is None else self.also.within(other)
+        return replace(self, text=f"{self.text} and {other.text}", also=inner)
 
     def __str__(self) -> str:
         return self.text

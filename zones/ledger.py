@@ -170,6 +170,7 @@ class Ledger:
             "rules": list(decision.rules),
             "reasons": list(decision.reasons),
             "obligations": duties(decision.obligations) if decision.allowed else {},
+            "lineage": dict(egress.lineage),
         }
         return self.append(egress.fields() | answer | {"policy_digest": decision.policy_digest})
 

@@ -165,8 +165,33 @@ class Segments:
     by: str | None = None
     #: Column within each of whose values the percents hold.
     stratify: str | None = None
+    #: Data set that lists the values of ``by`` that each round of learning has, if the parts are rounds.
+    listed_in: str | None = None
     #: How parts are divided further.
     within: Mapping[str, Segments] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a step reads of a data set."""
+
+    columns: tuple[str, ...]
+    #: Names of segments; empty: all rows.
+    segments: tuple[str, ...] = ()
+    #: Columns that the step does not get, and that its rows have again afterwards.
+    carries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derivation:
+    """How a data set is made of others."""
+
+    #: A function of the zone's steps.py, its version, and the digest of its text (:mod:`zones.steps`).
+    step: str
+    version: int
+    digest: str
+    #: Data sets that it reads, in the order of the step's parameters.
+    reads: Mapping[str, Reading]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +205,8 @@ class Dataset:
     columns: Mapping[str, str]
     description: str = ""
     segments: Segments | None = None
+    #: ``None``: it is no other data set's.
+    derived: Derivation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,11 @@ hold where shards are given out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from datetime import datetime
 
-from zones.model import Obligations, Shuffle
+from zones.model import NodeShare, Obligations, Padding, Shuffle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,62 @@ def ends(obligations: Obligations, *, began: datetime, now: datetime) -> int | N
         # Outside of them, for a call that was decided just before they ended: at once.
         limits.append(int((obligations.hours.end(now) or now).timestamp()))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def strictest(first: Obligations, second: Obligations) -> Obligations:
+    """Return obligations whose every fulfilment fulfils both. Of patterns, those that both have are left."""
+    if first == second:
+        return first
+    least = min((first, second), key=_loose)
+    return replace(
+        first,
+        shuffle=least.shuffle,
+        block_rows=least.block_rows,
+        # No window is the widest.
+        shuffle_window=None
+        if first.shuffle_window is None or second.shuffle_window is None
+        else max(first.shuffle_window, second.shuffle_window),
+        padding=Padding.COARSE if Padding.COARSE in (first.padding, second.padding) else first.padding,
+        max_rows=_lower(first.max_rows, second.max_rows),
+        min_shards=max(first.min_shards, second.min_shards),
+        max_node_share=_smaller_share(first.max_node_share, second.max_node_share),
+        accepted_degradations=first.accepted_degradations & second.accepted_degradations,
+        exclusive_gpu=first.exclusive_gpu or second.exclusive_gpu,
+        gpu_kinds=_in_both(first.gpu_kinds, second.gpu_kinds),
+        environments=_common(first.environments, second.environments),
+        max_lease_s=min(first.max_lease_s, second.max_lease_s),
+        max_session_s=_lower(first.max_session_s, second.max_session_s),
+        hours=first.hours.within(second.hours) if first.hours and second.hours else first.hours or second.hours,
+        purposes=_common(first.purposes, second.purposes),
+        reviewed_functions_only=first.reviewed_functions_only or second.reviewed_functions_only,
+    )
+
+
+def _loose(obligations: Obligations) -> float:
+    """Return how little rows are moved apart: 0 for each for itself, and so many for blocks."""
+    return {Shuffle.ROWS: 0.0, Shuffle.NONE: math.inf}.get(obligations.shuffle, obligations.block_rows)
+
+
+def _lower(first: int | None, second: int | None) -> int | None:
+    return min((limit for limit in (first, second) if limit is not None), default=None)
+
+
+def _common(first: frozenset[str] | None, second: frozenset[str] | None) -> frozenset[str] | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def _in_both(first: tuple[str, ...] | None, second: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return tuple(pattern for pattern in first if pattern in second)
+
+
+def _smaller_share(first: NodeShare | None, second: NodeShare | None) -> NodeShare | None:
+    if first is None or second is None:
+        return first or second
+    return NodeShare(percent=min(first.percent, second.percent), window_s=max(first.window_s, second.window_s))
 
 
 def duties(obligations: Obligations) -> dict[str, str]:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from zones import segments
 from zones.config import SCHEMA_FILE, egress_path, files_digest, pool_path, read_policy_files, zone_paths
 from zones.errors import ConfigError, EgressDeniedError, UnknownNameError
 from zones.labels import ARGUMENTS, labels
+from zones.lineage import chain
 from zones.model import Dataset, Decision, EgressRequest, Grant, Obligations, Zone
-from zones.obligations import Unmet
+from zones.obligations import Unmet, strictest
 from zones.rules import DEFAULT_RULE, Answer, RuleFile, no, read_schema
 
 #: A refusal looks for the columns that caused it among at most this many: each costs a question to Cedar.
@@ -110,7 +112,8 @@ class Policy:
         try:
             problem = _unacceptable(self.zone, request)
             answer = no(problem) if problem else _both(*self._answers(request))
-            return _decision(answer, self.zone.policy_digest, _obligations(self.zone, request))
+            demanded = (_obligations(self.zone, asked) for asked in chain(self.zone, request))
+            return _decision(answer, self.zone.policy_digest, functools.reduce(strictest, demanded))
         except Exception as failure:  # noqa: BLE001 - rule 1: whatever goes wrong denies
             answer = no(f"the request could not be decided ({type(failure).__name__})")
             return _decision(answer, self.zone.policy_digest)
@@ -176,9 +179,13 @@ class Policy:
         )
 
     def _answers(self, request: EgressRequest) -> tuple[Answer, Answer]:
-        """Return what the zone's policy says, and the pool's."""
-        question = _egress(request)
-        return self._rules.ask(*question), self._pools[request.pool].ask(*question)
+        """Return what the zone's policy says, and the pool's: of the data set, and of all that it comes from."""
+        asked = chain(self.zone, request)
+        mine, theirs = (
+            _all([(one, rules.ask(*_egress(one))) for one in asked])
+            for rules in (self._rules, self._pools[request.pool])
+        )
+        return mine, theirs
 
     def _would_allow(self, request: EgressRequest, column: str, classification: str) -> bool:
         part = replace(request, columns=frozenset({column}), classes=frozenset({classification}))
@@ -187,6 +194,8 @@ class Policy:
     def _blame(self, request: EgressRequest, column_classes: Mapping[str, str] | None) -> tuple[str, str]:
         """Return what was refused, and what to do: asks again with one part of the request at a time."""
         data = f"data set {request.dataset}" if request.dataset else "these values"
+        if all(rules.ask(*_egress(request)).allowed for rules in (self._rules, self._pools[request.pool])):
+            return data, "derive it from what may leave"
         (argument,) = ARGUMENTS
         if not self._would_allow(request, argument, self.zone.classes[0]):
             # Even the lowest class is refused: the columns are not why.
@@ -237,6 +246,20 @@ def _because(decision: Decision) -> str:
 def _columns(names: list[str]) -> str:
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return f"column{'s' if len(names) > 1 else ''} {', '.join(names[:_MAX_NAMED])}{more}"
+
+
+def _all(answers: Sequence[tuple[EgressRequest, Answer]]) -> Answer:
+    """Return one file's answer about a data set, the first, and those that it comes from: allowed if all are."""
+    (request, own), *others = answers
+    refused = [(asked, answer) for asked, answer in others if not answer.allowed]
+    if not own.allowed:
+        return own
+    if not refused:
+        rules = {rule: reason for _, one in answers for rule, reason in zip(one.rules, one.reasons, strict=True)}
+        return Answer(allowed=True, rules=tuple(rules), reasons=tuple(rules.values()))
+    asked, answer = refused[0]
+    reasons = tuple(f"{reason}: {asked.dataset}, which {request.dataset} comes from" for reason in answer.reasons)
+    return Answer(allowed=False, rules=answer.rules, reasons=reasons)
 
 
 def _both(mine: Answer, theirs: Answer) -> Answer:

@@ -6,6 +6,8 @@ matter of the catalog and the data alone: the same on every host, in every run.
 * By a column: each value's rows go to one segment, by a hash of the value. Rows that are added later, with new values
   or old ones, move no others.
 * By none: rows are ranked by a hash of their number, and cut to the percents exactly.
+* By rounds, for active learning: a data set of the zone lists which values of a column were labelled in which round;
+  rows of the others are ``unlabelled``. What is listed in a later round moves rows there, and nowhere else.
 * Stratified: cut so within each value of another column, as near to the percents as there are rows or groups. Rows that
   are added may then move others.
 """
@@ -15,17 +17,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from zones.errors import UnknownNameError
+from zones.errors import ConfigError, UnknownNameError
 from zones.model import Segments
 from zones.plan import Index, draw
 
 #: Returns a column of the whole data set: an Arrow array.
 Columns = Callable[[str], Any]
+#: Returns two columns of a data set that lists rounds: values of the column of this name, and the round of each.
+Rounds = Callable[[str, str], tuple[Any, Any]]
+#: Column of such a data set that has the number of the round, from 1.
+ROUND_COLUMN = "round"
+#: Name of the part that has what is in no round.
+UNLABELLED = "unlabelled"
 #: Separates a segment's name from that of the one that it is a part of.
 SEPARATOR = "/"
 
@@ -67,13 +77,24 @@ def _is_in(name: str, other: str) -> bool:
     return f"{name}{SEPARATOR}".startswith(f"{other}{SEPARATOR}")
 
 
+def rounds(count: int) -> dict[str, int]:
+    """Return the parts of segments that are so many rounds."""
+    return {**{f"round-{number}": 1 for number in range(1, count + 1)}, UNLABELLED: 1}
+
+
+def listings(segments: Segments) -> set[str]:
+    """Return the data sets that say which row is in which round."""
+    own = set() if segments.listed_in is None else {segments.listed_in}
+    return own.union(*(listings(inner) for inner in segments.within.values()))
+
+
 def columns(segments: Segments) -> set[str]:
     """Return the columns that decide which row is where."""
     own = {name for name in (segments.by, segments.stratify) if name is not None}
     return own.union(*(columns(inner) for inner in segments.within.values()))
 
 
-def assign(segments: Segments, dataset: str, rows: int, column: Columns) -> list[str]:
+def assign(segments: Segments, dataset: str, rows: int, column: Columns, listed: Rounds | None = None) -> list[str]:
     """Return the leaf that each row of the whole data set is in.
 
     Args:
@@ -81,28 +102,37 @@ def assign(segments: Segments, dataset: str, rows: int, column: Columns) -> list
         dataset: Its name, which is part of every hash.
         rows: Of the whole.
         column: Returns one of its columns.
+        listed: Returns what a data set lists; needed where segments are rounds.
+
+    Raises:
+        ConfigError: What is listed cannot be rounds of these rows.
     """
-    found = np.empty(rows, object)
-    _assign(segments, dataset, np.arange(rows), column, found, "")
-    return list(found)
+    whole = _Whole(column, listed, np.empty(rows, object))
+    _assign(segments, dataset, np.arange(rows), whole, "")
+    return list(whole.found)
 
 
-def _assign(
-    segments: Segments,
-    path: str,
-    members: Index,
-    column: Columns,
-    found: npt.NDArray[np.object_],
-    above: str,
-) -> None:
+class _Whole(NamedTuple):
+    """A data set whose rows are assigned, and the leaf of each, as far as it is known."""
+
+    column: Columns
+    listed: Rounds | None
+    found: npt.NDArray[np.object_]
+
+
+def _assign(segments: Segments, path: str, members: Index, whole: _Whole, above: str) -> None:
     """Write down the leaf of each of *members*, numbers of rows."""
-    places = _places(segments, path, members, column)
+    if segments.listed_in is None:
+        places = _places(segments, path, members, whole.column)
+    else:
+        places = _rounds(segments, path, members, whole)
     for number, part in enumerate(segments.parts):
         name, inside = f"{above}{part}", members[places == number]
         if part in segments.within:
-            _assign(segments.within[part], f"{path}{SEPARATOR}{part}", inside, column, found, f"{name}{SEPARATOR}")
+            below = f"{path}{SEPARATOR}{part}"
+            _assign(segments.within[part], below, inside, whole, f"{name}{SEPARATOR}")
         else:
-            found[inside] = name
+            whole.found[inside] = name
 
 
 def _places(segments: Segments, path: str, members: Index, column: Columns) -> Index:
@@ -130,6 +160,35 @@ def _places(segments: Segments, path: str, members: Index, column: Columns) -> I
     # A group is of the stratum of its first row.
     of_unit[of_row[::-1]] = strata[::-1]
     return _ranked(drawn, of_unit, limits)[of_row]
+
+
+def _rounds(segments: Segments, path: str, members: Index, whole: _Whole) -> Index:
+    """Return the number of the round that each of *members* is in, from 0; that of no round is the last."""
+    source, count = segments.listed_in, len(segments.parts) - 1
+    assert source is not None
+    assert segments.by is not None
+    assert whole.listed is not None
+    values, numbers = whole.listed(source, segments.by)
+    own = whole.column(segments.by).take(members)
+    try:
+        values, numbers = values.cast(own.type), numbers.cast(pa.int64())
+    except pa.ArrowException:
+        raise _not_rounds(source, f"its columns {segments.by} and {ROUND_COLUMN} are not of the types wanted") from None
+    if values.null_count or numbers.null_count or len(pc.unique(values)) < len(values):
+        raise _not_rounds(source, "a value is null, or stands there twice")
+    bounds = pc.min_max(numbers)
+    if len(numbers) and not 1 <= bounds["min"].as_py() <= bounds["max"].as_py() <= count:
+        raise _not_rounds(source, f"there are rounds 1 to {count}, and it has others")
+    strange = len(set(values.to_pylist()) - set(own.to_pylist()))
+    if strange:
+        raise _not_rounds(source, f"{strange} of its values of {segments.by} are of no row of {path}")
+    round_of = numbers.take(pc.index_in(own, value_set=values))
+    found: Index = pc.subtract(round_of.fill_null(count + 1), 1).to_numpy(zero_copy_only=False)
+    return found
+
+
+def _not_rounds(source: str, why: str) -> ConfigError:
+    return ConfigError(f"data set {source} does not list rounds: {why}; correct the data set", file=source)
 
 
 def _ranked(drawn: npt.NDArray[np.uint64], strata: Index, limits: list[int]) -> Index:

@@ -184,6 +184,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/zones/test_spread.py::test_assign", r"assert ",
     ),
     mutation(
+        "lineage", "policy is not asked about what a data set was made of",
+        Edit(file="zones/policy.py", old="        asked = chain(self.zone, request)\n", new="        asked = [request]\n"),
+        "tests/zones/test_lineage.py::test_refused_with_its_parent", r"assert \(True",
+    ),
+    mutation(
         "obligations", "a call is not checked against what its decision demands",
         Edit(file="ray_gpu/session.py", old="        if missed := unmet(obligations, call):\n", new="        if missed := []:\n"),
         "tests/job/test_obligations.py::test_broken[max_rows]", "DID NOT RAISE",

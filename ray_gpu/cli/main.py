@@ -12,6 +12,7 @@ import rich_click as click
 from rich.console import Console
 
 from ray_gpu.cli.audit import audit
+from ray_gpu.cli.data import data
 from ray_gpu.cli.doctor import doctor
 from ray_gpu.cli.names import state_option, zone_option
 from ray_gpu.cli.node import gateway, node
@@ -204,6 +205,7 @@ def env(*, as_json: bool) -> None:
 
 
 cli.add_command(audit)
+cli.add_command(data)
 cli.add_command(doctor)
 cli.add_command(node)
 cli.add_command(gateway)

@@ -18,7 +18,7 @@ from zones.errors import ConfigError, UnknownNameError
 from zones.model import EgressRequest, Segments
 from zones.policy import Policy
 from zones.review import completed, explain
-from zones.segments import assign, columns, leaves, names, touched
+from zones.segments import assign, columns, leaves, names, rounds, touched
 
 NESTED = Segments(
     parts={"train": 70, "validation": 10, "test": 20},
@@ -118,6 +118,63 @@ def test_stratified_by_value() -> None:
 # -- catalog and policy -------------------------------------------------------------------------------
 
 
+ROUNDS = Segments(
+    parts={"train": 50, "test": 50},
+    by="k",
+    within={"train": Segments(parts=rounds(2), by="k", listed_in="labelled")},
+)
+#: Of the values 0 to 9, those that hash to train: written down, as above.
+TRAIN = [
+    k
+    for k, name in enumerate(where(Segments(parts={"train": 50, "test": 50}, by="k"), 10, k=range(10)))
+    if name == "train"
+]
+
+
+def in_rounds(listed: dict[Any, Any], values: Any = range(10), numbers: Any = None) -> list[str]:
+    """Return the segment of each of ten values, of which some are listed with their round."""
+    labelled = pa.array(list(listed)), pa.array(list(listed.values()) if numbers is None else numbers)
+    return assign(ROUNDS, "d", len(values), {"k": pa.array(values)}.__getitem__, lambda name, by: labelled)
+
+
+def test_rounds() -> None:
+    """What is listed is in its round, what is not is unlabelled; a later round moves its own rows and no others."""
+    first, second, third = TRAIN[:3]
+    before, after = in_rounds({first: 1}), in_rounds({first: 1, second: 2, third: 2})
+
+    assert {name for k, name in enumerate(before) if k not in TRAIN} == {"test"}
+    assert [before[k] for k in TRAIN[:4]] == ["train/round-1", *["train/unlabelled"] * 3]
+    assert [after[k] for k in TRAIN[:4]] == ["train/round-1", "train/round-2", "train/round-2", "train/unlabelled"]
+    assert [k for k in range(10) if before[k] != after[k]] == [second, third]
+    assert set(in_rounds({}, numbers=pa.array([], pa.int64()))) == {"train/unlabelled", "test"}
+    assert in_rounds({first: 1}, [first, first, None])[:2] == ["train/round-1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("listed", "numbers", "message"),
+    [
+        ({TRAIN[0]: 3}, None, "rounds 1 to 2, and it has others"),
+        ({TRAIN[0]: 0}, None, "rounds 1 to 2, and it has others"),
+        ({TRAIN[0]: None}, [None], "a value is null"),
+        ({"x": 1}, None, "not of the types wanted"),
+        ({TRAIN[0]: "one"}, None, "not of the types wanted"),
+        ({TRAIN[0]: 1, next(k for k in range(10) if k not in TRAIN): 2}, None, "1 of its values of k are of no row"),
+        ({99: 1}, None, "1 of its values of k are of no row of d/train"),
+    ],
+)
+def test_no_rounds(listed: dict[Any, Any], numbers: Any, message: str) -> None:
+    """What cannot be rounds of these rows is refused: above all, rows of the test segment are in no round."""
+    with pytest.raises(ConfigError, match=message):
+        in_rounds(listed, numbers=numbers)
+
+
+def test_listed_twice() -> None:
+    """A value is in one round."""
+    twice = pa.array([TRAIN[0]] * 2), pa.array([1, 2])
+    with pytest.raises(ConfigError, match="stands there twice"):
+        assign(ROUNDS, "d", 10, {"k": pa.array(range(10))}.__getitem__, lambda name, by: twice)
+
+
 @pytest.fixture
 def policies(tmp_path: Path) -> Path:
     """A copy of the shipped policies that a test may break."""
@@ -134,6 +191,15 @@ def policies(tmp_path: Path) -> Path:
         ("{train: 80, test: 20}", "{train: 80, te/st: 20}", "must be 1 to 40 characters"),
         ("{folds: 5, stratify: label}", "{folds: 1}", "greater than or equal to 2"),
         ("{folds: 5, stratify: label}", "{by: label}", "either parts with percents, or a number of folds"),
+        ("{folds: 5, stratify: label}", "{rounds: 2, by: label}", "rounds have listed_in"),
+        ("{folds: 5, stratify: label}", "{folds: 2, listed_in: fair}", "rounds have listed_in"),
+        ("{folds: 5, stratify: label}", "{rounds: 2, listed_in: fair}", "rounds are by a column"),
+        (
+            "{folds: 5, stratify: label}",
+            "{rounds: 2, listed_in: fiar, by: label}",
+            r"no data set 'fiar' \(did you mean",
+        ),
+        ("{folds: 5, stratify: label}", "{rounds: 2, listed_in: fair, by: label}", "no column 'label'"),
         ("{folds: 5, stratify: label}", "{folds: 5, stratify: lable}", r"no column 'lable' \(did you mean 'label'"),
         ("        train: {folds", "        trian: {folds", r"no part 'trian' \(did you mean 'train'"),
     ],
