@@ -629,6 +629,7 @@ def left_alone(host: Host) -> Iterator[None]:
         host.write(keys, known)
 
 
+@pytest.mark.chaos
 def test_rotated_token(zones: BedCluster) -> None:
     """A node with another token than the head's does not join; it says what to restart, and nothing of it is left."""
     with left_alone(zones.bed["gpu-2"]):

@@ -194,15 +194,8 @@ def test_ctrl_c_in_the_demo(state: Path, when: str, wait_until: Callable[..., No
         assert _lease_keys(state) == []
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param(signal.SIGTERM, marks=pytest.mark.chaos),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.chaos),
-        signal.SIGKILL,
-    ],
-    ids=lambda how: how.name,
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda how: how.name)
 def test_demo_that_is_ended(state: Path, how: signal.Signals, wait_until: Callable[..., None]) -> None:
     """A closed terminal or a kill ends what the demo started as well: the cluster's life is tied to its."""
     from ray_gpu.state import Layout

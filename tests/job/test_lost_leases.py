@@ -105,6 +105,7 @@ def test_both_sandboxes_killed(zone: Any, inside: Any, in_background: Any) -> No
     assert not set(before.values()) & set(_nodes(zone).values())
 
 
+@pytest.mark.chaos
 def test_killed_again_and_again(zone: Any, inside: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """A call whose leases are lost every time ends, with an error that says so and where to look."""
     call = in_background(lambda: slowly.map(_rows(zone), 30.0))

@@ -100,7 +100,11 @@ def test_vault_fails_at_attach(services: Any, how: str, error: type[VaultError],
         assert zone.person == "dana"
 
 
-@pytest.mark.parametrize(("how", "error", "says"), FAILURES, ids=["sealed", "unreachable"])
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [FAILURES[0], pytest.param(*FAILURES[1], marks=pytest.mark.chaos)],
+    ids=["sealed", "unreachable"],
+)
 def test_vault_fails_at_the_opening_of_a_lease(services: Any, how: str, error: type[VaultError], says: str) -> None:
     """No lease without a key; afterwards the same session gets one."""
     with services.cluster.attach() as zone:
@@ -110,6 +114,7 @@ def test_vault_fails_at_the_opening_of_a_lease(services: Any, how: str, error: t
         assert add.options(session=zone).remote(1, 2).result(timeout=90) == 3
 
 
+@pytest.mark.chaos
 def test_held_leases_outlive_a_sealed_vault(services: Any) -> None:
     """What has its key needs Vault no more: calls go on. A key that could not be shredded is shredded later."""
     with services.cluster.attach() as zone:
@@ -172,6 +177,7 @@ def test_start_without_vault(services: Any, tmp_path: Path, program: str, change
     assert "some-secret" not in ran.stderr
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("program", ["gateway", "custodian"])
 def test_start_with_a_sealed_vault(services: Any, tmp_path: Path, program: str) -> None:
     """The same for a Vault that is sealed."""
@@ -304,6 +310,7 @@ def test_custodian_killed_mid_map(services: Any, wait_until: Callable[..., None]
     services.restart()
 
 
+@pytest.mark.chaos
 def test_relay_killed(services: Any, wait_until: Callable[..., None]) -> None:
     """Without its relay a gateway reaches no node: calls say so at once, and no lease is left."""
     inside = services.inside
@@ -368,6 +375,7 @@ def _more_keys(services: Any) -> Iterator[str]:
         root.revoke()
 
 
+@pytest.mark.chaos
 def test_supervisor_killed(services: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """With a killed supervisor everything ends but Vault; the next start ends that too, and shreds what was left."""
     inside = services.inside
