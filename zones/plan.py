@@ -88,7 +88,13 @@ def draw(count: int, seed: bytes) -> Keys:
 
 def permutation(count: int, seed: bytes) -> Index:
     """Return ``int64[count]``, a permutation that nobody without *seed* can tell from a random one."""
-    return np.argsort(draw(count, seed), kind="quicksort").astype(np.int64, copy=False)
+    drawn = draw(count, seed)
+    # As np.argsort(drawn), in half the time: NumPy sorts 16 bits by radix, so first by the upper 32, and then by all 64
+    # what is nearly in order already.
+    quarters = drawn.view("<u2").reshape(count, 4)
+    found = np.argsort(quarters[:, 2], kind="stable")
+    found = found[np.argsort(quarters[found, 3], kind="stable")]
+    return found[np.argsort(drawn[found], kind="stable")].astype(np.int64, copy=False)
 
 
 def sorted_units(parts: Index, drawn: Keys) -> Index:

@@ -17,7 +17,7 @@ from zones.errors import RowCountError, UnknownNameError, ValueRefusedError
 from zones.filters import apply_filter, filter_columns, to_expression
 from zones.ipc import ipc_size, read_ipc, write_ipc_into
 from zones.model import Obligations, Shuffle
-from zones.plan import Plan, cut, make_plan, order, parse_shuffle, permutation, split_rows
+from zones.plan import Plan, cut, draw, make_plan, order, parse_shuffle, permutation, split_rows
 from zones.shards import reassemble, shard_size, shard_table, strip, write_shard_into
 
 SEED = bytes(range(32))
@@ -116,6 +116,16 @@ def test_order_depends_on_every_bit_of_the_seed() -> None:
 
     assert len(drawn) == 256
     assert permutation(50, SEED).tolist() == permutation(50, SEED).tolist()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 300_000])
+def test_order_is_that_of_what_was_drawn(count: int) -> None:
+    """Units stand in the order of what was drawn for them, all of it: of 300,000, some ten pairs begin alike."""
+    drawn = draw(count, SEED)
+    alike = count - len(np.unique(drawn >> np.uint64(32)))
+
+    assert permutation(count, SEED).tolist() == np.argsort(drawn, kind="stable").tolist()
+    assert count < 300_000 or alike > 0
 
 
 def test_order_is_uniform() -> None:
