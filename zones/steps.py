@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -70,7 +70,6 @@ def parse(text: str, file: str) -> dict[str, Step]:
         module = ast.parse(text)
     except (SyntaxError, ValueError) as problem:
         _refuse(file, getattr(problem, "lineno", None) or 1, "this is not Python")
-    defined = {name: statement for statement in module.body for name in _binds(statement)}
     found = {}
     for statement in module.body:
         if isinstance(statement, ast.FunctionDef) and (marks := [*filter(_is_mark, statement.decorator_list)]):
@@ -79,7 +78,7 @@ def parse(text: str, file: str) -> dict[str, Step]:
             found[statement.name] = Step(
                 version=_version(marks[0], file),
                 parameters=_parameters(statement, file),
-                digest=_digest(statement, defined),
+                digest=_digest(statement, module.body),
             )
     return found
 
@@ -108,31 +107,43 @@ def _parameters(function: ast.FunctionDef, file: str) -> tuple[str, ...]:
     return tuple(parameter.arg for parameter in taken.posonlyargs + taken.args)
 
 
-def _binds(statement: ast.stmt) -> Iterator[str]:
-    """Yield the names that a statement of the file gives a meaning to."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        yield statement.name
-        return
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
-        return
-    yield from (node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and _is_store(node))
+def _digest(function: ast.FunctionDef, statements: Sequence[ast.stmt]) -> str:
+    """Hash a function's text with that of all that it may use of its file.
 
-
-def _is_store(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store)
-
-
-def _digest(function: ast.FunctionDef, defined: dict[str, ast.stmt]) -> str:
-    """Hash a function's text with that of all that its names, and theirs in turn, may stand for in the file."""
-    texts, names = {function.name: ast.unparse(function)}, _names(function)
-    while names:
-        name = names.pop()
-        if name in defined and name not in texts:
-            texts[name] = ast.unparse(defined[name])
-            names |= _names(defined[name])
-    joined = "\n".join(f"{name}\n{texts[name]}" for name in sorted(texts))
+    That are statements which give a meaning to one of its names, or of theirs in turn, and those that give none to any,
+    whose effect is unknown: but for texts, which have none.
+    """
+    bound = {place: _bound(statement) for place, statement in enumerate(statements)}
+    used = {place for place, names in bound.items() if not names and not _is_text(statements[place])}
+    used.add(statements.index(function))
+    while more := {
+        place
+        for place, names in bound.items()
+        if place not in used and any(names & _names(statements[known]) for known in used)
+    }:
+        used |= more
+    joined = "\n".join(ast.unparse(statements[place]) for place in sorted(used))
     return hashlib.sha256(_DIGEST_LABEL + joined.encode()).hexdigest()
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _bound(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement of the file may give a meaning to; those of a function's own are too many."""
+    found = set()
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            # Of a star nobody knows what: then the statement counts as one that gives a meaning to none.
+            found |= set() if node.name == "*" else {(node.asname or node.name).partition(".")[0]}
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            found.add(node.name)
+    return found
 
 
 def _names(statement: ast.stmt) -> set[str]:
