@@ -45,8 +45,9 @@ def order(zone: Zone, names: Sequence[str] = ()) -> list[str]:
     def visit(name: str) -> None:
         derived = zone.datasets[name].derived
         if derived is not None and name not in found:
-            for parent in derived.reads:
-                visit(parent)
+            for parent, reading in derived.reads.items():
+                for other in (*sorted(lineage.rounds_read(zone.datasets[parent], reading)), parent):
+                    visit(other)
             found[name] = None
 
     for name in names or known:
@@ -102,7 +103,7 @@ def derive(zone: Zone, policies_dir: Path, data_dir: Path, name: str) -> dict[st
         tables.append(table)
         parents.append(
             lineage.parent(
-                parent,
+                zone.datasets[parent],
                 reading,
                 digest=found.digest,
                 rows=found.rows,
@@ -112,7 +113,7 @@ def derive(zone: Zone, policies_dir: Path, data_dir: Path, name: str) -> dict[st
         )
     table = _made(dataset, _function(zone, policies_dir, derived.step, derived.digest), tables, carried)
     path = data_dir / dataset.path
-    _write(path, lambda partial: _write_table(partial, path.suffix, table))
+    _write(data_dir, path, lambda partial: _write_table(partial, path.suffix, table))
     document = lineage.document(
         dataset,
         digest=data_files.digest(dataset, data_dir),
@@ -121,7 +122,8 @@ def derive(zone: Zone, policies_dir: Path, data_dir: Path, name: str) -> dict[st
         parents=parents,
     )
     text = json.dumps(document, indent=1)
-    _write(data_files.lineage_path(dataset, data_dir), lambda partial: partial.write_text(text, encoding="utf-8"))
+    beside = data_files.lineage_path(dataset, data_dir)
+    _write(data_dir, beside, lambda partial: partial.write_text(text, encoding="utf-8"))
     return document
 
 
@@ -193,19 +195,25 @@ def _write_table(path: Path, suffix: str, table: pa.Table) -> None:
         writer.write_table(table.combine_chunks())
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Put a file in its place once it is whole; it belongs to whom the directory belongs to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(data_dir: Path, path: Path, write: Callable[[Path], Any]) -> None:
+    """Put a file in its place once it is whole; it belongs to whom the data directory belongs to."""
+    owner = data_dir.stat()
+    for folder in reversed([one for one in path.parents if data_dir in one.parents and not one.exists()]):
+        folder.mkdir(mode=0o700)
+        _give(folder, owner)
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode=0o600)
     write(partial)
-    owner = path.parent.stat()
-    if os.geteuid() == 0:
-        os.chown(partial, owner.st_uid, owner.st_gid)
+    _give(partial, owner)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _give(path: Path, owner: os.stat_result) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def derive_outdated(

@@ -99,9 +99,12 @@ def checked_lineage(datasets: Mapping[str, Dataset], directory: Path, name: str)
         checked_lineage(datasets, directory, parent)
     if not (directory / dataset.path).exists():
         raise _underived(dataset, "it was not derived yet")
-    digests = {one: digest(datasets[one], directory) for one in (name, *dataset.derived.reads)}
+    lists = set().union(*(lineage.rounds_read(datasets[one], read) for one, read in dataset.derived.reads.items()))
+    for one in lists:
+        checked_lineage(datasets, directory, one)
+    digests = {one: digest(datasets[one], directory) for one in (name, *dataset.derived.reads, *lists)}
     written = written_lineage(dataset, directory)
-    if why := lineage.problem(dataset, written, digests):
+    if why := lineage.problem(datasets, dataset, written, digests):
         raise _underived(dataset, why)
     return dict(written)
 
@@ -125,7 +128,8 @@ def _broken(dataset: Dataset, what: str, do: str = "look at it") -> ConfigError:
 def _stamp(path: Path) -> tuple[int, ...]:
     """Return what changes with a file."""
     status = path.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    # A change in place may keep the time of the last one; that of the inode's nobody can set.
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 @functools.lru_cache(maxsize=64)
@@ -159,8 +163,29 @@ def _columns(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
     return table.select(list(columns))
 
 
+def _about_floats(condition: Any, schema: pa.Schema) -> bool:
+    """Say whether a filter may let rows through that statistics do not know of: NaN is in none, and -0.0 equals 0.0."""
+    try:
+        used = filters.filter_columns(condition, schema)
+    except ValueError:
+        return False
+    floating = any(pa.types.is_floating(schema.field(name).type) for name in used)
+    return floating and not _is_plain(condition)
+
+
+def _is_plain(condition: Any) -> bool:
+    """Say whether a filter is made of comparisons alone that NaN never passes."""
+    first, second, *rest = condition
+    if isinstance(second, (list, tuple)):
+        return first in ("and", "or") and all(map(_is_plain, [second, *rest]))
+    # NaN alone is not what it is.
+    return second in ("<", "<=", ">", ">=", "==") and rest[0] == rest[0]
+
+
 def _row_groups(path: Path, condition: Any, schema: pa.Schema) -> list[int] | None:
     """Return the row groups that may have rows which meet a filter, ascending; ``None`` where that cannot be said."""
+    if _about_floats(condition, schema):
+        return None
     fragment: Any = ds.ParquetFileFormat().make_fragment(str(path), filesystem=pa.fs.LocalFileSystem())
     try:
         found = fragment.subset(filter=filters.to_expression(condition, schema), schema=schema)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,16 @@ def from_catalog(
     lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
     opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known)
     table, numbers, segments = opened.table, opened.numbers, _chosen(dataset, handle.get("segments"))
-    listed = {name: _listed(zone, data_dir, name) for name in sorted(_listings(dataset, handle.get("segments")))}
+    division = None if dataset.segments is None else divisions.divided(dataset.segments, handle.get("segments") or ())
+    lists = divisions.listings(division) if division and handle.get("segments") else set()
+    listed = {name: _listed(zone, data_dir, name) for name in sorted(lists)}
     if any(handle.get(key) is not None for key in ("segments", "filter", "split", "then")):
         # The place of each row goes along, under a name that no column of a catalog has.
         numbers = np.arange(table.num_rows) if numbers is None else numbers
         table = table.append_column("", pa.array(numbers))
         if handle.get("segments") is not None:
-            members = _members(zone, dataset, data_dir, segments, listed)
+            assert division is not None
+            members = _members(zone, replace(dataset, segments=division), data_dir, segments, listed)
             table = table.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
         table = filters.apply_filter(table, conditions[0])
         if handle.get("split") is not None:
@@ -142,11 +145,6 @@ def _chosen(dataset: Dataset, wanted: Any) -> frozenset[str]:
         return frozenset()
     chosen = dataset.segments.parts if wanted is None else [str(name) for name in wanted]
     return divisions.touched(dataset.segments, chosen)
-
-
-def _listings(dataset: Dataset, wanted: Any) -> set[str]:
-    """Return the data sets that say which rows are in the rounds that are asked for; none if none are."""
-    return set() if dataset.segments is None or wanted is None else divisions.listings(dataset.segments)
 
 
 def _listed(zone: Zone, data_dir: Path, name: str) -> str:

@@ -196,6 +196,104 @@ def test_a_step_does_not_get_what_is_carried(policies: Path, directory: Path) ->
     assert "record_number" not in caught.value.message
 
 
+LABELLED = """
+  labelled:
+    path: further/labelled.arrow
+    derived:
+      step: choose
+      version: 1
+      reads: {randhie_features: {columns: [record_number], segments: [train]}}
+    columns: {record_number: direct-identifier, round: direct-identifier}
+"""
+CHOOSE = """
+
+@step(version=1)
+def choose(years: pa.Table) -> pa.Table:
+    numbers = pc.unique(years["record_number"]).slice(0, 3)
+    return pa.table({"record_number": numbers, "round": pa.array([1, 1, 2])})
+"""
+FIRST = """
+  first_round:
+    path: first_round.arrow
+    derived:
+      step: taken
+      version: 1
+      reads: {randhie_features: {columns: [lpi], segments: [train/round-1]}}
+    columns: {lpi: confidential}
+"""
+TAKEN = """
+
+@step(version=1)
+def taken(years: pa.Table) -> pa.Table:
+    return years
+"""
+PARTS = "parts: {train: 80, test: 20}"
+ROUNDS = f"{PARTS}\n      within:\n        train: {{rounds: 2, by: record_number, listed_in: labelled}}"
+
+
+def test_rounds_of_a_step(policies: Path, directory: Path) -> None:
+    """A step lists who is labelled next, of all that train; what reads a round is made after it, and ages with it.
+
+    It also ages with how the catalog divides what it reads.
+    """
+    steps, catalog = policies / "clinic" / "steps.py", policies / "clinic" / "catalog.yaml"
+    steps.write_text(steps.read_text() + CHOOSE + TAKEN)
+    edit(catalog, PARTS, ROUNDS)
+    # The reader of a round stands before what lists it.
+    catalog.write_text(catalog.read_text() + FIRST + LABELLED)
+    if os.geteuid() == 0:
+        os.chown(directory, 65534, 65534)
+
+    assert derive(policies, directory) == [*NAMES, "labelled", "first_round"]
+    made = json.loads((directory / "first_round.arrow.lineage.json").read_text())
+    assert made["rows"] == 2
+    assert list(made["parents"][0]["listed"]) == ["labelled"]
+    owners = {path.stat().st_uid for path in (directory, directory / "further", directory / "further/labelled.arrow")}
+    assert len(owners) == 1
+
+    edit(steps, "pa.array([1, 1, 2])", "pa.array([2, 1, 2])")
+    edit(steps, "@step(version=1)\ndef choose", "@step(version=2)\ndef choose")
+    edit(catalog, "step: choose\n      version: 1", "step: choose\n      version: 2")
+    with pytest.raises(ConfigError, match="labelled cannot be used"):
+        source.from_catalog(clinic(policies), directory, {"dataset": "first_round"}, None)
+    assert derive(policies, directory) == ["labelled", "first_round"]
+
+    edit(catalog, PARTS, "parts: {train: 50, test: 50}")
+    why = curation.outdated(clinic(policies), directory, "labelled")
+    assert "divides what it was derived from in another way" in why
+
+
+def test_a_list_that_changed(policies: Path, directory: Path) -> None:
+    """What was made of a round is outdated once another file lists the rounds."""
+    steps, catalog = policies / "clinic" / "steps.py", policies / "clinic" / "catalog.yaml"
+    steps.write_text(steps.read_text() + TAKEN)
+    edit(catalog, PARTS, ROUNDS)
+    plain = "    columns: {record_number: direct-identifier, round: internal}\n"
+    catalog.write_text(f"{catalog.read_text()}{FIRST}\n  labelled:\n    path: labelled.arrow\n{plain}")
+    derive_first = curation.derive_outdated(clinic(policies), policies, directory, ["randhie_features"])
+    assert len(list(derive_first)) == 3
+    train = source.from_catalog(
+        clinic(policies), directory, {"dataset": "randhie_features", "segments": ["train"]}, None
+    )
+    numbers = train.table["record_number"].to_pylist()
+    write(directory / "labelled.arrow", pa.table({"record_number": numbers[:3], "round": [1, 1, 2]}))
+    assert derive(policies, directory) == ["first_round"]
+    write(directory / "labelled.arrow", pa.table({"record_number": numbers[:1], "round": [1]}))
+
+    with pytest.raises(ConfigError, match="labelled, which it was derived from, was changed since"):
+        source.from_catalog(clinic(policies), directory, {"dataset": "first_round"}, None)
+
+
+def test_rounds_that_come_from_themselves(policies: Path) -> None:
+    """A list that is made of what it lists is refused."""
+    steps, catalog = policies / "clinic" / "steps.py", policies / "clinic" / "catalog.yaml"
+    steps.write_text(steps.read_text() + CHOOSE)
+    edit(catalog, PARTS, ROUNDS)
+    catalog.write_text(catalog.read_text() + LABELLED.replace("[train]", "[train/unlabelled]"))
+    with pytest.raises(ConfigError, match="comes from labelled itself"):
+        clinic(policies)
+
+
 def test_order(policies: Path) -> None:
     """What is asked for comes with what it comes from; other names are refused."""
     zone = clinic(policies)

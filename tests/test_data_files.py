@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,43 @@ def test_same_rows(wide: Path, handle: dict[str, Any]) -> None:
     assert found.numbers.tolist() == whole.numbers.tolist() == found.table["c0"].to_pylist()
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        ["v", "!=", 5.0],
+        ["not", ["v", "==", 5.0]],
+        ["not", ["v", "<", 10.0]],
+        ["not", ["v", "<", NAN]],
+        ["v", "in", [0.0]],
+        ["v", "not in", [5.0]],
+        ["v", "<", 2.0],
+        ["v", "==", 0.0],
+        ["or", ["v", ">", 4.0], ["v", "is null"]],
+    ],
+)
+def test_what_statistics_do_not_know(tmp_path: Path, condition: Any, kind: Any) -> None:
+    """NaN is in no statistics, and -0.0 equals 0.0: rows are those of a file that is read whole."""
+    table = pa.table({"v": pa.array([5, NAN, 5, 5, 1, 2, -0.0, -0.0, None, None], kind)})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    found, whole = (
+        source.from_catalog(
+            replace(zone(""), datasets={"x": Dataset(name="x", path=f"x{suffix}", columns={"v": "internal"})}),
+            tmp_path,
+            {"dataset": "x", "filter": condition},
+            None,
+        )
+        for suffix in (".parquet", ".arrow")
+    )
+
+    assert list(map(repr, found.table["v"].to_pylist())) == list(map(repr, whole.table["v"].to_pylist()))
+
+
 def test_kept_together(wide: Path) -> None:
     """Groups are those of the whole, which is read for them."""
     handle = {"dataset": "wide", "filter": ["c0", "<", 10]}
@@ -138,6 +176,21 @@ def test_filter_of_another_type(wide: Path) -> None:
     handle = {"dataset": "wide", "filter": ["c0", "<", "many"]}
     with pytest.raises(ValueError, match="constant"):
         source.from_catalog(zone(".parquet"), wide, handle, ("c1",))
+
+
+def test_a_change_that_keeps_the_time(tmp_path: Path) -> None:
+    """A file that was changed in place, and given its old time back, has its own digest."""
+    dataset = Dataset(name="x", path="x.parquet", columns={"a": "internal"})
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": [1, 2]}), path)
+    before, time = data_files.digest(dataset, tmp_path), path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"x")
+    os.utime(path, ns=(time, time))
+
+    assert path.stat().st_mtime_ns == time
+    assert data_files.digest(dataset, tmp_path) != before
 
 
 def test_a_new_version_of_a_file(wide: Path, tmp_path: Path) -> None:

@@ -317,7 +317,8 @@ def test_rounds_of_learning(learning: Zone, directory: Path) -> None:
 
     def ages(*segments: str) -> list[Any]:
         found = source.from_catalog(learning, directory, {"dataset": "people", "segments": list(segments)}, None)
-        assert found.listed == {"labelled": data_files.digest(learning.datasets["labelled"], directory)}
+        list_ = {"labelled": data_files.digest(learning.datasets["labelled"], directory)}
+        assert found.listed == (list_ if any("/" in segment for segment in segments) else {})
         return list(found.table["age"].to_pylist())
 
     label(directory, {})
@@ -332,14 +333,16 @@ def test_rounds_of_learning(learning: Zone, directory: Path) -> None:
     assert (ages("train"), ages("test")) == (train, test)
     label(directory, {test[0]: 1})
     with pytest.raises(ConfigError, match="of no row of people/train"):
-        ages("train")
+        ages("train/unlabelled")
 
 
 def test_rounds_that_nobody_asks_for(learning: Zone, directory: Path) -> None:
-    """All rows are all rows, whether or not there is a file that says who was labelled; a segment needs it."""
-    assert source.from_catalog(learning, directory, {"dataset": "people"}, None).listed == {}
+    """Train and test are what they are, whether or not there is a file that says who was labelled; a round needs it."""
+    for segments in (None, ["train"], ["test"], ["train", "test"]):
+        found = source.from_catalog(learning, directory, {"dataset": "people", "segments": segments}, None)
+        assert (found.listed, bool(found.rows)) == ({}, True)
     with pytest.raises(ConfigError, match=r"labelled\.parquet"):
-        source.from_catalog(learning, directory, {"dataset": "people", "segments": ["test"]}, None)
+        source.from_catalog(learning, directory, {"dataset": "people", "segments": ["test", "train/round-1"]}, None)
 
 
 @pytest.mark.parametrize("segments", [[], "train", ["trian"], [3]])

@@ -40,7 +40,7 @@ from zones.model import (
     digest,
 )
 from zones.note import VerifierKey
-from zones.segments import ROUND_COLUMN, names, rounds
+from zones.segments import ROUND_COLUMN, divided, listings, names, rounds
 from zones.steps import ROW_COLUMN, STEPS_FILE, Step, parse
 
 SCHEMA_FILE = "schema.cedarschema"
@@ -252,6 +252,8 @@ class _SegmentsPart(FileModel):
             raise ValueError("rounds have listed_in, the data set that says what is in which, and nothing else has")
         if self.rounds is not None and (self.by is None or self.stratify is not None):
             raise ValueError("rounds are by a column, whose values listed_in lists, and not stratified")
+        if self.rounds is not None and self.within:
+            raise ValueError("rounds are divided no further: rows that are labelled later would change sides")
         if self.parts is not None and sum(self.parts.values()) != 100:
             raise ValueError(f"the percents of parts make {sum(self.parts.values())}, not 100")
         return self
@@ -351,6 +353,7 @@ def _datasets(document: Document, classes: Sequence[str], steps: Mapping[str, St
             segments=None if part.segments is None else part.segments.segments(),
             derived=None if part.derived is None else part.derived.derivation(steps[part.derived.step].digest),
         )
+    _check_paths(document, parts)
     for name, part in parts.items():
         if part.segments is not None:
             _check_rounds(document, ("datasets", name, "segments"), part.segments, found)
@@ -367,6 +370,15 @@ def _check_segments(document: Document, loc: Loc, part: _SegmentsPart, columns: 
     for name, inner in part.within.items():
         _check_known(document, (*loc, "within", name), "part", name, list(part.segments().parts))
         _check_segments(document, (*loc, "within", name), inner, columns)
+
+
+def _check_paths(document: Document, parts: Mapping[str, _DatasetPart]) -> None:
+    """Check that what is derived has a file of its own: it would be written over another's, or read as another."""
+    of_path: dict[PurePosixPath, str] = {}
+    for name, part in parts.items():
+        other = of_path.setdefault(PurePosixPath(part.path), name)
+        if other != name and (part.derived or parts[other].derived):
+            document.refuse(("datasets", name, "path"), f"{part.path} is the file of {other} already")
 
 
 def _check_rounds(document: Document, loc: Loc, part: _SegmentsPart, datasets: Mapping[str, Dataset]) -> None:
@@ -404,7 +416,8 @@ def _check_reads(
     for other, reading in part.reads.items():
         _check_known(document, (*loc, other), "data set", other, list(datasets))
         parent = datasets[other]
-        if name in _ancestors(datasets, other):
+        read = Reading(columns=(), segments=tuple(reading.segments or ()))
+        if any(name in _ancestors(datasets, one) for one in _needed(datasets, other, read)):
             document.refuse((*loc, other), f"{other} comes from {name} itself")
         for place, column in enumerate(reading.columns):
             _check_known(document, (*loc, other, "columns", place), "column", column, list(parent.columns))
@@ -441,8 +454,15 @@ def _ancestors(datasets: Mapping[str, Dataset], name: str) -> set[str]:
         if one not in found:
             found.add(one)
             derived = datasets[one].derived if one in datasets else None
-            left += derived.reads if derived else ()
+            for other, reading in derived.reads.items() if derived else ():
+                left += _needed(datasets, other, reading)
     return found
+
+
+def _needed(datasets: Mapping[str, Dataset], name: str, reading: Reading) -> list[str]:
+    """Return what a step needs for what it reads of a data set: that one, and what lists the rounds that it reads."""
+    parted = datasets[name].segments if name in datasets else None
+    return [name, *(listings(divided(parted, reading.segments)) if parted else ())]
 
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:

@@ -11,13 +11,14 @@ What was really read stands in a document beside the file, which must say what t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from zones.labels import labels
 from zones.model import Dataset, EgressRequest, Reading, Zone
-from zones.segments import touched
+from zones.segments import divided, listings, touched
 
 FORMAT = "ray-gpu lineage v1"
 
@@ -28,7 +29,7 @@ def chain(zone: Zone, request: EgressRequest) -> list[EgressRequest]:
     Raises:
         UnknownNameError: The catalog has no such column or segment.
     """
-    found = [request]
+    found, whole = [request], {request.dataset: request}
     for asked in found:
         dataset = zone.datasets.get(asked.dataset)
         for name, reading in dataset.derived.reads.items() if dataset and dataset.derived else ():
@@ -40,9 +41,19 @@ def chain(zone: Zone, request: EgressRequest) -> list[EgressRequest]:
                 classes=asked.classes | set(labels(zone, name, columns).values()),
                 segments=segments_read(zone.datasets[name], reading),
             )
-            if further not in found:
-                found.append(further)
+            # What comes of one data set by several ways is together at the end: it is asked about together, too.
+            together = whole[name] = _union(whole.get(name, further), further)
+            found += [one for one in dict.fromkeys((further, together)) if one not in found]
     return found
+
+
+def _union(one: EgressRequest, other: EgressRequest) -> EgressRequest:
+    return replace(
+        one,
+        columns=one.columns | other.columns,
+        classes=one.classes | other.classes,
+        segments=one.segments | other.segments,
+    )
 
 
 def segments_read(dataset: Dataset, reading: Reading) -> frozenset[str]:
@@ -79,12 +90,18 @@ def document(
 
 
 def parent(
-    name: str, reading: Reading, *, digest: str, rows: int, lineage: Mapping[str, Any] | None, listed: Mapping[str, str]
+    dataset: Dataset,
+    reading: Reading,
+    *,
+    digest: str,
+    rows: int,
+    lineage: Mapping[str, Any] | None,
+    listed: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return what is written of one data set that was read.
 
     Args:
-        name: Its name.
+        dataset: As the catalog has it.
         reading: What the catalog says is read of it.
         digest: SHA-256 of its file, hexadecimal.
         rows: That were read.
@@ -92,10 +109,11 @@ def parent(
         listed: Digests of the data sets that say which rows are in which round.
     """
     return {
-        "dataset": name,
+        "dataset": dataset.name,
         "columns": list(reading.columns),
         "segments": list(reading.segments),
         "carries": list(reading.carries),
+        "divided": _division(dataset, reading),
         "digest": digest,
         "rows": rows,
         "lineage": lineage,
@@ -103,13 +121,27 @@ def parent(
     }
 
 
-def problem(dataset: Dataset, written: Any, digests: Mapping[str, str]) -> str | None:
+def rounds_read(dataset: Dataset, reading: Reading) -> set[str]:
+    """Return the data sets that say which rows are in the rounds that a step reads."""
+    return set() if dataset.segments is None else listings(divided(dataset.segments, reading.segments))
+
+
+def _division(dataset: Dataset, reading: Reading) -> str:
+    """Return the digest of how a data set is divided, as far as a step's rows depend on it; ``""``: not at all."""
+    if dataset.segments is None or not reading.segments:
+        return ""
+    return hashlib.sha256(repr(divided(dataset.segments, reading.segments)).encode()).hexdigest()
+
+
+def problem(datasets: Mapping[str, Dataset], dataset: Dataset, written: Any, digests: Mapping[str, str]) -> str | None:
     """Return why what stands beside a derived data set's file is not about it as it is now, or ``None``.
 
     Args:
-        dataset: As the catalog has it.
+        datasets: All of the catalog's.
+        dataset: This one.
         written: What was read there.
-        digests: SHA-256 of the files of this data set, and of each that it is derived from, as they are now.
+        digests: SHA-256 of the files as they are now: of this data set, of each that it is derived from, and of those
+            that list the rounds which are read.
     """
     derived = dataset.derived
     assert derived is not None
@@ -128,9 +160,14 @@ def problem(dataset: Dataset, written: Any, digests: Mapping[str, str]) -> str |
             )
             for one in written["parents"]
         }
-        changed = [one["dataset"] for one in written["parents"] if one["digest"] != digests.get(one["dataset"])]
-    except (KeyError, TypeError):
+        files = [(str(one["dataset"]), one["digest"]) for one in written["parents"]]
+        files += [listed for one in written["parents"] for listed in one["listed"].items()]
+        divisions = [one["divided"] for one in written["parents"]]
+    except (AttributeError, KeyError, TypeError):
         return "what it was derived from is not written beside it"
     if list(read.items()) != list(derived.reads.items()):
         return "the catalog names other columns or segments than were read"
+    if divisions != [_division(datasets[name], reading) for name, reading in read.items()]:
+        return "the catalog divides what it was derived from in another way"
+    changed = [name for name, digest in files if digest != digests.get(name)]
     return f"{changed[0]}, which it was derived from, was changed since" if changed else None

@@ -144,7 +144,9 @@ def _in_both(first: tuple[str, ...] | None, second: tuple[str, ...] | None) -> t
 def _smaller_share(first: NodeShare | None, second: NodeShare | None) -> NodeShare | None:
     if first is None or second is None:
         return first or second
-    return NodeShare(percent=min(first.percent, second.percent), window_s=max(first.window_s, second.window_s))
+    # Windows begin at multiples of their length: none of either may lie in two of the one that counts.
+    window_s = math.lcm(first.window_s, second.window_s)
+    return NodeShare(percent=min(first.percent, second.percent), window_s=window_s)
 
 
 def duties(obligations: Obligations) -> dict[str, str]:

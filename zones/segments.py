@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,16 @@ def _is_in(name: str, other: str) -> bool:
 def rounds(count: int) -> dict[str, int]:
     """Return the parts of segments that are so many rounds."""
     return {**{f"round-{number}": 1 for number in range(1, count + 1)}, UNLABELLED: 1}
+
+
+def divided(segments: Segments, chosen: Collection[str], above: str = "") -> Segments:
+    """Return segments without the parts of parts that none of *chosen* is in: how these are divided does not matter."""
+    within = {
+        part: divided(inner, chosen, f"{above}{part}{SEPARATOR}")
+        for part, inner in segments.within.items()
+        if any(one.startswith(f"{above}{part}{SEPARATOR}") for one in chosen)
+    }
+    return replace(segments, within=within)
 
 
 def listings(segments: Segments) -> set[str]:

@@ -27,6 +27,8 @@ STEPS_FILE = "steps.py"
 ROW_COLUMN = "row"
 #: Labels the digest, so that no other one is equal.
 _DIGEST_LABEL = b"ray-gpu step v1\n"
+#: Who names one of these may use names that it does not write.
+_ANY_NAME = frozenset({"globals", "vars", "locals", "eval", "exec", "__import__", "__builtins__"})
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -75,6 +77,8 @@ def parse(text: str, file: str) -> dict[str, Step]:
         if isinstance(statement, ast.FunctionDef) and (marks := [*filter(_is_mark, statement.decorator_list)]):
             if len(statement.decorator_list) > 1:
                 _refuse(file, statement.lineno, f"step {statement.name} has further decorators; take them away")
+            if sum(statement.name in _stored(other) for other in module.body) > 1:
+                _refuse(file, statement.lineno, f"{statement.name} has another meaning in this file as well")
             found[statement.name] = Step(
                 version=_version(marks[0], file),
                 parameters=_parameters(statement, file),
@@ -110,41 +114,48 @@ def _parameters(function: ast.FunctionDef, file: str) -> tuple[str, ...]:
 def _digest(function: ast.FunctionDef, statements: Sequence[ast.stmt]) -> str:
     """Hash a function's text with that of all that it may use of its file.
 
-    That are statements which give a meaning to one of its names, or of theirs in turn, and those that give none to any,
-    whose effect is unknown: but for texts, which have none.
+    That is every statement but texts, and functions, imports and constants that neither it names nor what it uses.
     """
-    bound = {place: _bound(statement) for place, statement in enumerate(statements)}
-    used = {place for place, names in bound.items() if not names and not _is_text(statements[place])}
-    used.add(statements.index(function))
-    while more := {
-        place
-        for place, names in bound.items()
-        if place not in used and any(names & _names(statements[known]) for known in used)
-    }:
-        used |= more
-    joined = "\n".join(ast.unparse(statements[place]) for place in sorted(used))
-    return hashlib.sha256(_DIGEST_LABEL + joined.encode()).hexdigest()
+    left = [statement for statement in statements if statement is not function and not _is_text(statement)]
+    used = [function, *(statement for statement in left if not _defines(statement))]
+    for statement in used:
+        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        for other in left:
+            # By such a name it may use any other.
+            if other not in used and (names & _defines(other) or names & _ANY_NAME):
+                used.append(other)
+    texts = [ast.unparse(statement) for statement in statements if statement in used]
+    return hashlib.sha256(_DIGEST_LABEL + "\n".join(texts).encode()).hexdigest()
+
+
+def _stored(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement may give a meaning to, and those within it."""
+    named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = {node.name for node in ast.walk(statement) if isinstance(node, named)}
+    found |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and not _is_load(node)}
+    return found | {
+        (node.asname or node.name).partition(".")[0] for node in ast.walk(statement) if isinstance(node, ast.alias)
+    }
+
+
+def _is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
 
 
 def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
-def _bound(statement: ast.stmt) -> set[str]:
-    """Return the names that a statement of the file may give a meaning to; those of a function's own are too many."""
-    found = set()
-    for node in ast.walk(statement):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        elif isinstance(node, ast.alias):
-            # Of a star nobody knows what: then the statement counts as one that gives a meaning to none.
-            found |= set() if node.name == "*" else {(node.asname or node.name).partition(".")[0]}
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            found.add(node.id)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            found.add(node.name)
-    return found
-
-
-def _names(statement: ast.stmt) -> set[str]:
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+def _defines(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement gives a meaning to, if that is all it does; else none."""
+    match statement:
+        case ast.FunctionDef(decorator_list=[]):
+            return {statement.name}
+        case ast.FunctionDef(decorator_list=[mark]) if _is_mark(mark):
+            return {statement.name}
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            found = {(alias.asname or alias.name).partition(".")[0] for alias in names}
+            return set() if "*" in found else found
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant()):
+            return {name}
+    return set()

@@ -196,6 +196,11 @@ def policies(tmp_path: Path) -> Path:
         ("{folds: 5, stratify: label}", "{rounds: 2, listed_in: fair}", "rounds are by a column"),
         (
             "{folds: 5, stratify: label}",
+            "{rounds: 2, listed_in: fair, by: label, within: {unlabelled: {folds: 2}}}",
+            "rounds are divided no further",
+        ),
+        (
+            "{folds: 5, stratify: label}",
             "{rounds: 2, listed_in: fiar, by: label}",
             r"no data set 'fiar' \(did you mean",
         ),
