@@ -164,7 +164,8 @@ class RemoteFunction(Generic[P, R]):
         """
         found = as_table(data, self._options.columns)
         table = found.to_arrow() if isinstance(found, Handle) else found
-        result = to_host(self._function(Batch.of_shard(strip(table)), *args, **kwargs))  # type: ignore[arg-type]  # batch comes first
+        shown = strip(table, keep_categories=self._options.categories or ())
+        result = to_host(self._function(Batch.of_shard(shown), *args, **kwargs))  # type: ignore[arg-type]  # batch comes first
         values.prepare(result)
         return result  # type: ignore[no-any-return]  # the same with NumPy's arrays in place of CuPy's
 

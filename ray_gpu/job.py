@@ -262,7 +262,7 @@ class ShardRun:
         self._session, self._request, self._allowed = session, request, allowed
         self._terms = session.terms(allowed, request)
         self._events, self._cancelled = events, cancelled
-        self._table = shards.strip(source.table)
+        self._table = shards.strip(source.table, keep_categories=request.work.options.categories or ())
         obligations = allowed.decision.obligations
         options = request.work.options
         self._size = Size(

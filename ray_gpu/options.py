@@ -34,6 +34,9 @@ class FunctionOptions:
     #: Column whose equal values mark rows that stay in one shard, such as a patient's number. It does not leave unless
     #: it is one of *columns*; policy is asked about its class all the same.
     keep_together: str | None = None
+    #: Columns of categories whose values the function needs: ``batch.to_arrow()`` then has them. By default categories
+    #: leave as codes alone.
+    categories: tuple[str, ...] | None = None
     #: Size of a shard before padding, bytes.
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Seconds until the call is stopped; ``None`` means never.
@@ -65,6 +68,7 @@ class FunctionOptions:
             "concurrency": self.concurrency,
             "columns": None if self.columns is None else list(self.columns),
             "keep_together": self.keep_together,
+            "categories": None if self.categories is None else list(self.categories),
             "shard_bytes": self.shard_bytes,
             "timeout_s": self.timeout_s,
             "placement_timeout_s": self.placement_timeout_s,
@@ -84,9 +88,8 @@ def with_options(base: FunctionOptions, changes: dict[str, Any]) -> FunctionOpti
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
             raise TypeError(f"gpu_remote has no option {name!r}; {hint}")
-    if changes.get("columns") is not None:
-        changes = {**changes, "columns": column_names(changes["columns"])}
-    return replace(base, **changes)
+    listed = {name: column_names(changes[name]) for name in ("columns", "categories") if changes.get(name) is not None}
+    return replace(base, **changes | listed)
 
 
 def _is_number(value: Any) -> bool:

@@ -58,6 +58,8 @@ class Options:
     columns: tuple[str, ...] | None = None
     #: Column whose equal values mark rows that stay in one shard; it does not leave unless *columns* names it.
     keep_together: str | None = None
+    #: Columns whose category values leave too.
+    categories: tuple[str, ...] | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Seconds until the call is given up; ``None`` means never.
     timeout_s: float | None = None
@@ -157,7 +159,8 @@ def _options(given: dict[str, Any]) -> Options:
         raise ValueError(
             f"the gateway knows no option {sorted(map(str, unknown))[0][:40]!r}; use one version of ray_gpu"
         )
-    options = Options(**{**given, "columns": _columns(given.get("columns"))})
+    columns = {name: _columns(name, given.get(name)) for name in ("columns", "categories")}
+    options = Options(**{**given, **columns})
     if not isinstance(options.keep_together, (str, type(None))):
         raise ValueError("keep_together must be the name of a column")
     if not isinstance(options.pool, str) or type(options.whole) is not bool:
@@ -173,13 +176,13 @@ def _options(given: dict[str, Any]) -> Options:
     return options
 
 
-def _columns(given: Any) -> tuple[str, ...] | None:
+def _columns(option: str, given: Any) -> tuple[str, ...] | None:
     if given is None:
         return None
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise ValueError("columns must be a list of names")
+        raise ValueError(f"{option} must be a list of names")
     if not given or len(set(given)) < len(given):
-        raise ValueError("columns must name at least one column, and each of them once")
+        raise ValueError(f"{option} must name at least one column, and each of them once")
     return tuple(given)
 
 

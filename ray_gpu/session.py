@@ -122,7 +122,8 @@ class Session:
             come = canonical({"derived": source.lineage, "listed": dict(source.listed)})
             what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments, come
         # The share is here since nodes are told it, and what they are told is written down before.
-        key = (zone.policy_digest, request.work.digest, pool, small, what, request.work.options.gpu_milli)
+        options = request.work.options
+        key = (zone.policy_digest, request.work.digest, pool, small, what, options.gpu_milli, options.categories)
         found = self._allowed.get(key)
         try:
             if found is None:
@@ -210,6 +211,7 @@ class Session:
             gpu_milli=request.work.options.gpu_milli,
             dataset_digest=source.digest if source else "",
             lineage={"derived": source.lineage, "listed": dict(source.listed)} if source else {},
+            categories=request.work.options.categories or (),
         )
         entry = self.services.ledger.decided(egress, decision)
         if not decision.allowed:

@@ -117,6 +117,9 @@ def test_malformed_request(changes: dict[str, Any]) -> None:
         {"columns": ["age", "age"]},
         {"columns": [1]},
         {"columns": {"age": 1}},
+        {"categories": "kind"},
+        {"categories": []},
+        {"categories": ["kind", "kind"]},
     ],
     ids=str,
 )

@@ -50,6 +50,8 @@ class Egress:
     dataset_digest: str = ""
     #: What the data set comes from, and the digests of what lists its rounds: written with the decision.
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    #: Columns whose category values leave as well as their codes: written with the decision.
+    categories: Sequence[str] = ()
     environment_digest: str = ""
     #: Rows asked for; 0 where no table is sent.
     rows: int = 0

@@ -171,6 +171,7 @@ class Ledger:
             "reasons": list(decision.reasons),
             "obligations": duties(decision.obligations) if decision.allowed else {},
             "lineage": dict(egress.lineage),
+            "categories": sorted(egress.categories),
         }
         return self.append(egress.fields() | answer | {"policy_digest": decision.policy_digest})
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from zones.errors import RowCountError, ValueRefusedError
+from zones.errors import RowCountError, UnknownNameError, ValueRefusedError
 from zones.filters import apply_filter as apply_filter
 from zones.filters import to_expression as to_expression
 from zones.ipc import ipc_size as ipc_size
@@ -45,16 +46,23 @@ def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table
     """Return *table* without metadata, without category values and with its numbers in one chunk per column.
 
     Column names stay: functions ask for them. A dictionary column becomes its integer codes, unless it is in
-    *keep_categories*; then all its category values leave, used or not. Numbers in several chunks are
-    joined into one, which for a moment takes their memory twice; nothing else is copied.
+    *keep_categories*; then the category values of these rows leave, all of them with each shard, and no others. Numbers
+    in several chunks are joined into one, which for a moment takes their memory twice; nothing else is copied.
 
     A field says whether its column has nulls (``nullable``). Every shard carries this one bit of the whole, so that
     what a function gets, and returns, is not of one type here and another there, as the shuffle has it.
 
     Raises:
-        ValueRefusedError: A column's type could carry more than its rows; see :func:`zones.ipc.check_type`.
+        ValueRefusedError: A column's type could carry more than its rows; see :func:`zones.ipc.check_type`. Or a column
+            of *keep_categories* has no categories.
+        UnknownNameError: There is no such column.
     """
     names = table.column_names
+    for name in keep_categories:
+        if name not in names:
+            raise UnknownNameError.of("column", name, names)
+        if not pa.types.is_dictionary(table.schema.field(name).type):
+            raise ValueRefusedError(f"column {name!r} has no categories; take it out of categories=[...]")
     columns = [_strip_column(table.column(i), name, name in keep_categories) for i, name in enumerate(names)]
     fields = [
         pa.field(name, column.type, nullable=bool(column.null_count) or pa.types.is_null(column.type))
@@ -64,7 +72,9 @@ def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table
 
 
 def _strip_column(column: Any, name: str, keep_categories: bool) -> Any:
-    if pa.types.is_dictionary(column.type) and not keep_categories:
+    if keep_categories:
+        column = _used_categories(column)
+    elif pa.types.is_dictionary(column.type):
         kind = column.type.index_type
         # Codes of different chunks mean the same category only after this.
         column = _chunked([chunk.indices for chunk in column.unify_dictionaries().chunks], kind)
@@ -73,6 +83,19 @@ def _strip_column(column: Any, name: str, keep_categories: bool) -> Any:
         column = _chunked([_hide_nulls(chunk) for chunk in column.chunks], column.type)
     one_chunk = column.num_chunks == 1 or _cell_type(column.type) is None
     return column if one_chunk else _chunked([column.combine_chunks()], column.type)
+
+
+def _used_categories(column: Any) -> Any:
+    """Return a dictionary column with the categories that its rows have: in their order if they have one, else sorted.
+
+    The order of a dictionary without one may be that in which rows came.
+    """
+    whole = column.unify_dictionaries().combine_chunks()
+    categories = pc.unique(whole.dictionary.take(whole.indices)).drop_null()
+    places = pc.index_in(categories, value_set=whole.dictionary) if whole.type.ordered else categories
+    categories = categories.take(pc.sort_indices(places))
+    codes = pc.index_in(whole.dictionary.take(whole.indices), value_set=categories).cast(whole.type.index_type)
+    return _chunked([pa.DictionaryArray.from_arrays(codes, categories, ordered=whole.type.ordered)], whole.type)
 
 
 def _chunked(chunks: Any, kind: Any) -> Any:

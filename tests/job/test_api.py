@@ -518,6 +518,20 @@ def test_local_sees_what_a_node_would_see(zone: Any) -> None:
     assert kind.startswith("int")
 
 
+def test_local_with_categories() -> None:
+    """A function that asks for category values gets those of its rows."""
+    table = pa.table({"kind": pa.array(["b", "a", "b"]).dictionary_encode()})
+
+    @gpu_remote(categories=["kind"])
+    def look(batch: Batch) -> list[Any]:
+        return [batch["kind"].tolist(), batch.to_arrow()["kind"].to_pylist()]
+
+    assert look.local(table) == [[1, 0, 1], ["b", "a", "b"]]
+    assert look.options(categories=None).local(table)[1] == [0, 1, 0]
+    with pytest.raises(TypeError, match="list of names"):
+        look.options(categories="kind")
+
+
 def test_local_refuses_what_could_not_come_back() -> None:
     """A result that a node could not send is found here already."""
 

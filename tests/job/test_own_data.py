@@ -147,6 +147,27 @@ def test_one_null_among_many_rows(open_zone: Any, column: Any) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_categories_that_a_function_asks_for(open_zone: Any, open_cluster: Any) -> None:
+    """Codes alone leave, unless the function asks for the values: then the ledger names the column; all come back."""
+    words = [None if i == 5 else f"word-{i % 7}" for i in range(4_000)]
+    known = {word: code for code, word in enumerate(dict.fromkeys(word for word in words if word))}
+    table = pa.table({"x": pa.array(words).dictionary_encode()})
+
+    @gpu_remote(session=open_zone, shard_bytes=64 << 10)
+    def same(batch: Batch) -> pa.Table:
+        column: Any = batch.to_arrow()["x"]
+        return pa.table({"x": column if pa.types.is_integer(column.type) else column.cast(pa.string())})
+
+    codes = same.map(table)["x"].to_pylist()
+    values = same.options(categories=["x"]).map(table)["x"].to_pylist()
+
+    assert codes == [word and known[word] for word in words]
+    assert values == words
+    assert [one["categories"] for one in open_cluster.entries("decision")[-2:]] == [[], ["x"]]
+    with pytest.raises(ValueRefusedError, match="column 'y' has no categories"):
+        same.options(categories=["y"]).map(pa.table({"y": [1, 2]}))
+
+
 def test_reader_gives_its_rows_once(open_zone: Any) -> None:
     """A reader that was read before is refused, where it would pass for a table without rows."""
     reader = TABLE.to_reader()

@@ -210,6 +210,30 @@ def test_strip_keeps_codes() -> None:
     assert strip(table, keep_categories={"c"})["c"].to_pylist() == ["a", "b", "b", None]
 
 
+@pytest.mark.parametrize(("ordered", "left"), [(False, ["a", "d"]), (True, ["d", "a"])])
+def test_strip_keeps_used_categories(ordered: bool, left: list[str]) -> None:
+    """Categories that a function asks for are those that its rows have, sorted unless their order means something."""
+    kind: Any = pa.dictionary(pa.int8(), pa.string(), ordered=ordered)
+    categories: Any = pa.DictionaryArray.from_arrays(
+        pa.array([3, 0, 3, None], pa.int8()), ["d", "c", "b", "a"], ordered=ordered
+    )
+    kept: Any = strip(pa.table({"c": categories.cast(kind)}), keep_categories=["c"])["c"]
+
+    assert kept.type == kind
+    assert kept.to_pylist() == ["a", "d", "a", None]
+    assert kept.chunk(0).dictionary.to_pylist() == left
+
+
+def test_strip_without_categories() -> None:
+    """Asking for categories of a column that has none, or is not there, is refused."""
+    table = pa.table({"n": [1, 2]})
+
+    with pytest.raises(ValueRefusedError, match="column 'n' has no categories"):
+        strip(table, keep_categories=["n"])
+    with pytest.raises(UnknownNameError):
+        strip(table, keep_categories=["m"])
+
+
 def test_strip_copies_nothing_large() -> None:
     """Columns in one piece keep their memory."""
     numbers: Any = np.arange(1000.0)
