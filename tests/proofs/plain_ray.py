@@ -10,6 +10,7 @@ import base64
 import contextlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,15 +146,17 @@ def run_plain_ray(attacked: Attacked, node: str) -> Iterator[PlainRay]:
     uid = Path(f"/proc/{raylet}").stat().st_uid
     inside = ["nsenter", f"--target={raylet}", "--mount", "--pid", "--ipc", "--"]
     inside += ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", sys.executable, "-c", DRIVER]
-    with subprocess.Popen(
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(
         [*inside, options["gcs-address"], options["node_ip_address"], node],
         env=dict(line.split("=", 1) for line in environment), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
     ) as driver:  # fmt: skip
         assert driver.stdin
         assert driver.stdout
         driver.stdin.write(f"{mark}\n")
         driver.stdin.flush()
-        assert "planted\n" in iter(driver.stdout.readline, "")
+        if "planted\n" not in iter(driver.stdout.readline, ""):
+            said.seek(0)
+            raise AssertionError(f"plain Ray's driver ended: {said.read()[-1000:]}")
         yield PlainRay(mark, driver)
         driver.stdin.close()

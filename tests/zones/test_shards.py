@@ -215,7 +215,7 @@ def test_strip_keeps_used_categories(ordered: bool, left: list[str]) -> None:
     """Categories that a function asks for are those that its rows have, sorted unless their order means something."""
     kind: Any = pa.dictionary(pa.int8(), pa.string(), ordered=ordered)
     categories: Any = pa.DictionaryArray.from_arrays(
-        pa.array([3, 0, 3, None], pa.int8()), ["d", "c", "b", "a"], ordered=ordered
+        pa.array([3, 0, 3, None], pa.int8()), pa.array(["d", "c", "b", "a"]), ordered=ordered
     )
     kept: Any = strip(pa.table({"c": categories.cast(kind)}), keep_categories=["c"])["c"]
 
