@@ -296,6 +296,7 @@ class Custodian:
                 "key": key.bytes,
                 "lease": grant.lease,
                 "grant_digest": grant.digest(),
+                "memory_bytes": grant.memory_bytes,
                 "node": grant.node,
                 "pool": grant.pool,
                 "degradations": list(self._degradations),

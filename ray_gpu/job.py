@@ -7,12 +7,13 @@ leases prove what they are, the intent is on disk, and only then does the first 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.pending import Item, Pending
 from ray_gpu.request import Mode, Options, Request
+from ray_gpu.resident import Resident
 from ray_gpu.sandbox.memory import SLOT_BYTES
 from ray_gpu.session import Allowed, Session
 from ray_gpu.sharing import OverShareError, Sharing, Size
@@ -249,7 +251,9 @@ def _payload_bytes(shard_bytes: int) -> int:
 class Tally:
     """What one lease did for one call."""
 
+    #: Rows that were sent to it, and shards that it was asked for.
     rows: int = 0
+    shards: int = 0
     outcome: str = "lost"
 
 
@@ -272,14 +276,13 @@ class ShardRun:
         )
         #: Where policy bounds a node's share: the plan then depends on which nodes there are.
         self._sharing = session.sharing(allowed, source)
-        if self._sharing is None:
-            seed, groups = secrets.token_bytes(plan.SEED_BYTES), source.row_groups()
-            size = dataclasses.asdict(self._size)
-            if groups is None:
-                made = plan.make_plan(source.rows, obligations=obligations, seed=seed, **size)
-            else:
-                made = plan.plan_of_groups(groups, obligations=obligations, seed=seed, **size)
-            self._set_plan(made)
+        #: Where shards stay open: the order is that of the first call, and a shard is for the lease that has it.
+        self._resident: Resident | None = None
+        if options.resident:
+            self._resident = self._find_resident(source)
+            self._set_plan(self._resident.plan, self._resident.owners())
+        elif self._sharing is None:
+            self._set_plan(self._draw(source))
         self._lock = threading.Lock()
         self._parts: dict[int, Any] = {}
         self._encoded: dict[int, memoryview] = {}
@@ -299,7 +302,27 @@ class ShardRun:
         #: Set once the first worker has its lease, or has failed.
         self._first = threading.Event()
 
-    def _set_plan(self, made: plan.Plan, owners: list[str] | None = None) -> None:
+    def _draw(self, source: Source) -> plan.Plan:
+        """Return a new order of the rows, cut into shards."""
+        seed, groups = secrets.token_bytes(plan.SEED_BYTES), source.row_groups()
+        obligations, size = self._allowed.decision.obligations, dataclasses.asdict(self._size)
+        if groups is None:
+            return plan.make_plan(source.rows, obligations=obligations, seed=seed, **size)
+        return plan.plan_of_groups(groups, obligations=obligations, seed=seed, **size)
+
+    def _find_resident(self, source: Source) -> Resident:
+        """Return where the shards of these rows are open, cut as this call would cut them."""
+        if self._sharing is not None:
+            reason = "policy bounds a node's share of these rows, which are then given out anew in each call"
+            raise self._session.refuse(self._allowed, [Unmet("max_node_share", reason, "call without resident=True")])
+        options = self._request.work.options
+        rows = json.dumps(
+            [self._request.data, source.columns, source.identity(), source.lineage, dict(source.listed)], default=repr
+        )
+        how = (options.keep_together, options.categories, self._size, self._allowed.decision.obligations)
+        return self._session.residents.of((rows, how, self._terms), lambda: self._draw(source))
+
+    def _set_plan(self, made: plan.Plan, owners: Sequence[str | None] | None = None) -> None:
         options, demanded = self._request.work.options, self._allowed.decision.obligations.min_shards
         self._plan, self._count = made, len(made)
         self._pending = Pending(self._count, owners)
@@ -393,7 +416,6 @@ class ShardRun:
         try:
             if lease is None:
                 lease = self._lease(worker)
-                self._begin_serving(lease)
             while lease is not None:
                 served = False
                 try:
@@ -404,9 +426,12 @@ class ShardRun:
                     self._events({"event": "lost", "node": lease.node, "reason": error.reason})
                 finally:
                     with self._lock:
-                        self._serving[lease.node] -= 1
+                        self._serving[self._owner(lease)] -= 1
+                        if self._resident is not None:
+                            # What it had open, and did not get to, is for any other.
+                            self._pending.disown(self._owners())
                         # In one hold: of two leases of a node the last one sees what the other left behind.
-                        left = bool(self._pending.without(self._nodes_served()))
+                        left = bool(self._pending.without(self._owners()))
                     leaves = self._session.leases.leaves(lease)
                     self._session.leases.give(lease)
                 if served and not leaves and not left:
@@ -419,11 +444,15 @@ class ShardRun:
     def _begin_serving(self, lease: Lease | None) -> None:
         if lease is not None:
             with self._lock:
-                self._serving[lease.node] += 1
+                self._serving[self._owner(lease)] += 1
 
-    def _nodes_served(self) -> list[str]:
-        """Return the nodes of the leases that work on this call; with the lock held."""
-        return [node for node, leases in self._serving.items() if leases]
+    def _owner(self, lease: Lease) -> str:
+        """Return whom the shards of a lease are for: a node, or the lease itself where it has some open."""
+        return lease.node if self._resident is None else lease.id
+
+    def _owners(self) -> list[str]:
+        """Return that of each lease that works on this call; with the lock held."""
+        return [owner for owner, leases in self._serving.items() if leases]
 
     def _lease(self, worker: int) -> Lease | None:
         """Take this worker's lease. One worker must get one; all begin together, with what there is."""
@@ -442,8 +471,12 @@ class ShardRun:
                     self._first.wait()
                 lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
             self._holding |= lease is not None
+            self._begin_serving(lease)
         finally:
             self._opened.wait()
+        if self._resident is not None:
+            with self._lock:
+                self._pending.disown(self._owners())
         if failed is not None and not self._holding:
             raise failed
         return lease
@@ -471,7 +504,7 @@ class ShardRun:
         deadline = time.monotonic() + self._request.work.options.placement_timeout_s
         while True:
             with self._lock:
-                serving = self._nodes_served()
+                serving = self._owners()
                 if not self._pending.without(serving) or self._failure:
                     return None
             lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S) if serving else self._take_lease()
@@ -493,7 +526,7 @@ class ShardRun:
         if self._sharing is None:
             return True
         with self._lock:
-            orphans = self._pending.without(self._nodes_served())
+            orphans = self._pending.without(self._owners())
             others = [shard for shard in orphans if self._pending.owner(shard) != lease.node]
             moved = self._sharing.move(others, lease.node)
             self._pending.move(moved, lease.node)
@@ -514,9 +547,10 @@ class ShardRun:
         tally = Tally()
         try:
             current = self._begin(lease, spending)
-            while item := self._next(lease, flying, leaves=tally.rows > 0 and self._session.leases.leaves(lease)):
+            while item := self._next(lease, flying, leaves=tally.shards > 0 and self._session.leases.leaves(lease)):
                 if item[0] >= 0:
                     flying.append(item)
+                    tally.shards += 1
                     tally.rows += self._send(lease, spending, current, *item)
                 else:
                     self._take(lease, current, flying)
@@ -550,7 +584,8 @@ class ShardRun:
         spending.draw(1, lease.wire_bytes(len(self._request.arguments)))
         function = prepare(self._session, self._request, lease, spending)
         current = lease.next_call()
-        lease.link.send(lease.link.slot(Kind.ARGUMENTS, call=current, shard=function), self._request.arguments)
+        slot = lease.link.slot(Kind.ARGUMENTS, call=current, shard=function, attempt=int(self._resident is not None))
+        lease.link.send(slot, self._request.arguments)
         return current
 
     def _next(self, lease: Lease, flying: deque[Item], *, leaves: bool) -> Item | None:
@@ -562,7 +597,7 @@ class ShardRun:
         """
         with self._lock:
             if len(flying) < IN_FLIGHT and not (self._failure or leaves):
-                item = self._pending.take(lease.node)
+                item = self._pending.take(self._owner(lease))
                 if item is not None:
                     return item
         return (-1, -1) if flying else None
@@ -595,7 +630,16 @@ class ShardRun:
                 self._pending.put_first((index, attempt + 1))
 
     def _send(self, lease: Lease, spending: Spending, current: int, index: int, attempt: int) -> int:
-        """Send one shard and return its rows."""
+        """Send one shard and return its rows; of one that is open there, its number, and no rows."""
+        open_since = self._open_since(lease, index)
+        if open_since is not None:
+            number = open_since.to_bytes(8, "big")
+            wire = lease.wire_bytes(len(number))
+            spending.draw(0, wire)
+            lease.link.send(lease.link.slot(Kind.RECALL, call=current, shard=index, attempt=attempt), number)
+            with self._lock:
+                self._sent_bytes += wire
+            return 0
         size = shards.write_shard(self._table, self._plan, index, lease.plain.payload)
         if size > SLOT_BYTES:
             raise ValueRefusedError(
@@ -616,10 +660,14 @@ class ShardRun:
         index, attempt = flying[0]
         if (header.call, header.shard, header.attempt) != (current, index, attempt):
             raise EnvelopeError
-        rows = self._plan.shard_rows(index)
+        rows, was_open = self._plan.shard_rows(index), self._open_since(lease, index) is not None
         expected = RowsExpected(rows) if self._request.mode is Mode.MAP else None
         try:
             outcome = open_outcome(payload, expected=expected)
+            if outcome.absent:
+                self._absent(lease, flying[0], was_open=was_open)
+                flying.popleft()
+                return
             self._hold(len(payload))
         except (AnswerRefusedError, RowCountError) as error:
             self._doubt(lease, index, error)
@@ -631,6 +679,23 @@ class ShardRun:
             return
         flying.popleft()
         self._accept(lease, (index, attempt), rows, outcome)
+        if self._resident is not None and outcome.kept and not was_open:
+            self._resident.keep(index, lease.id, current)
+
+    def _open_since(self, lease: Lease, index: int) -> int | None:
+        """Return the number of the call that brought a shard to a lease which has it open, or ``None``."""
+        return None if self._resident is None else self._resident.brought_by(lease.id, index)
+
+    def _absent(self, lease: Lease, item: Item, *, was_open: bool) -> None:
+        """Let a shard be sent that a sandbox has open no more.
+
+        Raises:
+            EnvelopeError: It was never said to be open there.
+        """
+        if self._resident is None or not was_open:
+            raise EnvelopeError
+        self._resident.forget(lease.id, item[0])
+        self._put_back(deque([item]))
 
     def _doubt(self, lease: Lease, index: int, error: ZoneError) -> None:
         """Take an answer that no honest node gives, unless the function is the cause: let another node say so.

@@ -44,6 +44,8 @@ KNOCK_TIMEOUT_S = 5.0
 #: Connections that may try to prove themselves at once. One more takes the place of the oldest: whoever has the key
 #: proves it at once, and whoever has not shall not keep it out by holding a place.
 MAX_CANDIDATES = 32
+#: Of a lease's memory, shards that stay open take one part of so many at most.
+RESIDENT_PART = 2
 #: How often the clock is looked at, seconds.
 CLOCK_INTERVAL_S = 0.5
 
@@ -162,20 +164,24 @@ class Keeper:
         """Return the sandbox's message for an opened frame, and the slot of the answer.
 
         A function's id and an argument list's id are the number of the call that brought them; which
-        function or arguments a later message means is authenticated with it, in its attempt and shard.
+        function or arguments a later message means is authenticated with it, in its attempt and shard. The attempt
+        of arguments is 1 where their call's shards shall stay open.
         """
         base = {"slot": slot, "bytes": size}
         where = (header.call, header.shard, header.attempt)
         if header.kind is Kind.FUNCTION:
             return base | {"op": "function", "id": header.call}, None
         if header.kind is Kind.ARGUMENTS:
-            return base | {"op": "arguments", "id": header.call, "function": header.shard}, None
+            room = self._start["memory_bytes"] // RESIDENT_PART if header.attempt else 0
+            return base | {"op": "arguments", "id": header.call, "function": header.shard, "room": room}, None
         if header.kind is Kind.CALL:
             self.calls += 1
             return base | {"op": "call", "function": header.shard}, where
         if header.kind is Kind.SHARD:
             self.shards += 1
-            return base | {"op": "run", "arguments": header.call}, where
+            return base | {"op": "run", "arguments": header.call, "shard": header.shard}, where
+        if header.kind is Kind.RECALL:
+            return base | {"op": "rerun", "arguments": header.call, "shard": header.shard}, where
         raise EnvelopeError
 
     def _control(self, link: SealedSocket, header: Header, message: dict[str, Any]) -> bool:

@@ -37,6 +37,9 @@ class FunctionOptions:
     #: Columns of categories whose values the function needs: ``batch.to_arrow()`` then has them. By default categories
     #: leave as codes alone.
     categories: tuple[str, ...] | None = None
+    #: Keep shards open in the sandboxes of this session's leases after the call: a further call on the same rows, of
+    #: this function or another with this option, then sends none of those that are open still. Policy has to allow it.
+    resident: bool = False
     #: Size of a shard before padding, bytes.
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Seconds until the call is stopped; ``None`` means never.
@@ -51,6 +54,8 @@ class FunctionOptions:
             raise TypeError(f'pool is a name, as in pool="shared", not {self.pool!r}')
         if not isinstance(self.keep_together, (str, type(None))):
             raise TypeError(f'keep_together is a column, as in keep_together="patient", not {self.keep_together!r}')
+        if not isinstance(self.resident, bool):
+            raise TypeError(f"resident is True or False, not {self.resident!r}")
         _check_gpus(self.num_gpus)
         _check_whole("concurrency", self.concurrency, 1, MAX_CONCURRENCY)
         _check_whole("shard_bytes", self.shard_bytes, MIN_SHARD_BYTES, MAX_SHARD_BYTES)
@@ -69,6 +74,7 @@ class FunctionOptions:
             "columns": None if self.columns is None else list(self.columns),
             "keep_together": self.keep_together,
             "categories": None if self.categories is None else list(self.categories),
+            "resident": self.resident,
             "shard_bytes": self.shard_bytes,
             "timeout_s": self.timeout_s,
             "placement_timeout_s": self.placement_timeout_s,

@@ -32,6 +32,10 @@ class Outcome:
     #: The value as it came, for handing on without encoding it again.
     encoded: memoryview
     printed: str
+    #: Whether the sandbox has the shard open still.
+    kept: bool = False
+    #: Whether it was asked for a shard that it has not: there is no value.
+    absent: bool = False
 
 
 def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -> Outcome:
@@ -55,6 +59,8 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
         text = _cut(meta.get("message"), 2000)
         error = from_wire({"error": meta.get("error"), "message": text, "fields": meta.get("fields")})
         raise error if isinstance(error, ValueRefusedError) else ValueRefusedError(text)
+    if status == "absent":
+        return Outcome(value=None, encoded=encoded[:0], printed=printed, absent=True)
     if status != "ok":
         raise AnswerRefusedError("the sandbox answered with something that is no result; run the call again")
     try:
@@ -63,7 +69,7 @@ def open_outcome(payload: memoryview, *, expected: RowsExpected | None = None) -
         raise AnswerRefusedError(malformed.message) from None
     if expected is not None:
         _check_rows(value, expected.rows)
-    return Outcome(value=value, encoded=encoded, printed=printed)
+    return Outcome(value=value, encoded=encoded, printed=printed, kept=meta.get("kept") is True)
 
 
 def _cut(text: Any, most: int = MAX_TEXT_BYTES + 100) -> str:

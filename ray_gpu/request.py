@@ -67,6 +67,8 @@ class Options:
     placement_timeout_s: float = 30.0
     #: Send all rows as one shard, whatever their size.
     whole: bool = False
+    #: Keep shards open in the sandboxes after the call.
+    resident: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +165,8 @@ def _options(given: dict[str, Any]) -> Options:
     options = Options(**{**given, **columns})
     if not isinstance(options.keep_together, (str, type(None))):
         raise ValueError("keep_together must be the name of a column")
-    if not isinstance(options.pool, str) or type(options.whole) is not bool:
-        raise ValueError("pool must be a name, and whole a boolean")
+    if not isinstance(options.pool, str) or not type(options.whole) is type(options.resident) is bool:
+        raise ValueError("pool must be a name, and whole and resident booleans")
     if not _whole(options.gpu_milli, 1, 64_000):
         raise ValueError("num_gpus must be from 0.001 to 64")
     if not _whole(options.concurrency, 1, MAX_CONCURRENCY):

@@ -19,6 +19,7 @@ from ray_gpu.in_force import InForce
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
 from ray_gpu.leases import Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
+from ray_gpu.resident import Residents
 from ray_gpu.shares import Shares
 from ray_gpu.sharing import Sharing
 from ray_gpu.source import Source
@@ -96,6 +97,8 @@ class Session:
         self._closing = False
         self._over = threading.Event()
         self.leases = LeasePool(services.opener, reclaim=lambda: services.reclaim(self), ended=self._lease_ended)
+        #: What its leases have open after a call.
+        self.residents = Residents()
         #: Connections that joined; the gateway counts them.
         self.connections = 0
         self.receipts: list[dict[str, Any]] = []
@@ -145,6 +148,7 @@ class Session:
             began=self.began,
             function_reviewed=allowed.request.function_reviewed,
             gpu_milli=options.gpu_milli,
+            resident=options.resident and source is not None,
             rows=source.rows if source else None,
             most_shards=1 if options.whole or source is None else max(1, -(-source.rows // obligations.block_rows)),
         )
@@ -279,6 +283,7 @@ class Session:
 
     def _lease_ended(self, lease: Lease, receipt: dict[str, Any] | None) -> None:
         """Write down what a lease's budgets were used for and what its custodian attests."""
+        self.residents.lost(lease.id)
         if receipt:
             self.receipts.append(receipt)
         outcome = "done" if receipt else "lost"

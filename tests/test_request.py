@@ -91,6 +91,8 @@ def test_malformed_request(changes: dict[str, Any]) -> None:
         {"pool": None},
         {"whole": 1},
         {"whole": "yes"},
+        {"resident": 1},
+        {"resident": None},
         {"gpu_milli": 0},
         {"gpu_milli": -1},
         {"gpu_milli": True},

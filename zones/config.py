@@ -212,6 +212,7 @@ class _ObligationsPart(FileModel):
     exclusive_gpu: bool | None = None
     gpu_kinds: _SomeNames | None = None
     environments: Annotated[_SomeNames, AfterValidator(_digests)] | None = None
+    resident_shards: bool | None = None
     max_lease_s: _Seconds | None = None
     max_session_s: _Seconds | None = None
     hours: Annotated[str, AfterValidator(_hours)] | None = None

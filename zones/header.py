@@ -49,6 +49,7 @@ KIND_CODES: Final = {
     Kind.SHARD: 5,
     Kind.RESULT: 6,
     Kind.CONTROL: 7,
+    Kind.RECALL: 8,
 }
 _DIRECTIONS: Final = {code: direction for direction, code in DIRECTION_CODES.items()}
 _KINDS: Final = {code: kind for kind, code in KIND_CODES.items()}

@@ -132,6 +132,8 @@ class Obligations:
     gpu_kinds: tuple[str, ...] | None = None
     #: Digests of the environments that a sandbox may have.
     environments: frozenset[str] | None = None
+    #: Whether shards may stay open in a sandbox after a call, for further calls of the session.
+    resident_shards: bool = False
     #: Longest life of a lease, seconds.
     max_lease_s: int = 3600
     #: Longest life of a session, seconds.
@@ -307,6 +309,7 @@ class Kind(StrEnum):
     SHARD = "shard"
     RESULT = "result"
     CONTROL = "control"
+    RECALL = "recall"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ class Facts:
     began: datetime
     function_reviewed: bool
     gpu_milli: int
+    #: Whether its shards shall stay open after it.
+    resident: bool = False
     #: Rows that it sends, and at most how many shards they make; ``None`` where no table is sent.
     rows: int | None
     most_shards: int = 0
@@ -60,6 +62,9 @@ def unmet(obligations: Obligations, call: Facts) -> list[Unmet]:
     if obligations.exclusive_gpu and call.gpu_milli % 1000:
         reason = f"leases take whole GPUs, and this call asks for {call.gpu_milli / 1000:g}"
         found.append(Unmet("exclusive_gpu", reason, "call with num_gpus=1"))
+    if call.resident and not obligations.resident_shards:
+        reason = "no shard stays open in a sandbox after its call"
+        found.append(Unmet("resident_shards", reason, "call without resident=True"))
     if call.rows is not None:
         found += _about_rows(obligations, call.rows, call.most_shards)
     return found
@@ -112,6 +117,7 @@ def strictest(first: Obligations, second: Obligations) -> Obligations:
         exclusive_gpu=first.exclusive_gpu or second.exclusive_gpu,
         gpu_kinds=_in_both(first.gpu_kinds, second.gpu_kinds),
         environments=_common(first.environments, second.environments),
+        resident_shards=first.resident_shards and second.resident_shards,
         max_lease_s=min(first.max_lease_s, second.max_lease_s),
         max_session_s=_lower(first.max_session_s, second.max_session_s),
         hours=first.hours.within(second.hours) if first.hours and second.hours else first.hours or second.hours,
@@ -166,6 +172,7 @@ def duties(obligations: Obligations) -> dict[str, str]:
         "min_shards": obligations.min_shards if obligations.min_shards > 1 else None,
         "max_node_share": share and f"{share.percent} % in {share.window_s} s",
         "exclusive_gpu": "yes" if obligations.exclusive_gpu else None,
+        "resident_shards": "allowed" if obligations.resident_shards else None,
         "max_lease_s": obligations.max_lease_s,
         "max_session_s": obligations.max_session_s,
         "hours": obligations.hours,

@@ -10,13 +10,16 @@ Protocol, in order, one message at a time (msgpack, see ``ray_gpu.wire``):
 keeper to sandbox                                  sandbox to keeper
 =================================================  =============================================
 ``function``: slot, bytes, id                      ``done``
-``arguments``: slot, bytes, id, function           ``done``
-``run``: slot, bytes, arguments                    ``result``: out slot, bytes
+``arguments``: slot, bytes, id, function, room     ``done``
+``run``: slot, bytes, arguments, shard             ``result``: out slot, bytes
+``rerun``: slot, bytes, arguments, shard           ``result``: out slot, bytes
 ``call``: slot, bytes, function                    ``result``: out slot, bytes
 ``free``                                           (nothing)
 =================================================  =============================================
 
-Any message to the sandbox may also carry ``free``: out slots whose results the keeper has taken.
+With ``room``, bytes, the shards of a call stay open as far as all that do fit; ``rerun`` names one by its number, and
+the call that brought it by the eight bytes in its slot. Any message to the sandbox may also carry ``free``: out slots
+whose results the keeper has taken.
 """
 
 from __future__ import annotations
@@ -66,6 +69,10 @@ class Sandbox:
         self._output_fd = output_fd
         self._functions: dict[int, Callable[..., Any]] = {}
         self._arguments: dict[int, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {}
+        #: Bytes that shards which stay open may take, for each arguments.
+        self._room: dict[int, int] = {}
+        #: Shards that stay open, by the call that brought them and their number.
+        self._open: dict[tuple[int, int], memoryview] = {}
         self._load_errors: dict[int, BaseException] = {}
         self._free_out = deque(range(OUT_SLOTS))
         self._libraries = libraries
@@ -102,6 +109,8 @@ class Sandbox:
 
     def _on_arguments(self, message: dict[str, Any]) -> None:
         identifier = message["id"]
+        self._room = {key: room for key, room in self._room.items() if key >= identifier - 8}
+        self._room[identifier] = message.get("room", 0)
         try:
             args, kwargs = self._decode_arguments(message, copy=True)
             self._arguments[identifier] = (self._function(message["function"]), args, kwargs)
@@ -122,16 +131,38 @@ class Sandbox:
         return list(args), dict(kwargs)
 
     def _on_run(self, message: dict[str, Any]) -> None:
+        payload = self._payload(message)
+        self._run(message["arguments"], payload, kept=self._keep(message, payload))
+
+    def _on_rerun(self, message: dict[str, Any]) -> None:
+        brought_by = int.from_bytes(self._payload(message), "big")
+        payload = self._open.get((brought_by, message["shard"]))
+        if payload is None:
+            slot = self._out_slot()
+            size = self._write(slot, {"status": "absent", "printed": ""}, None)
+            send_message(self._sock, {"op": "result", "slot": slot, "bytes": size})
+        else:
+            self._run(message["arguments"], payload, kept=True)
+
+    def _keep(self, message: dict[str, Any], payload: memoryview) -> bool:
+        """Copy a shard to this process's own memory if it shall stay open and there is room; tell whether it is."""
+        taken = sum(map(len, self._open.values()))
+        if taken + len(payload) > self._room.get(message["arguments"], 0):
+            return False
+        self._open[message["arguments"], message["shard"]] = memoryview(bytes(payload))
+        return True
+
+    def _run(self, arguments: int, payload: memoryview, *, kept: bool) -> None:
         libraries = self._libraries
 
         def work() -> Any:
-            if -message["arguments"] in self._load_errors:
-                raise self._load_errors[-message["arguments"]]
-            function, args, kwargs = self._arguments[message["arguments"]]
-            table = libraries.read_ipc(self._payload(message), trusted=True)
+            if -arguments in self._load_errors:
+                raise self._load_errors[-arguments]
+            function, args, kwargs = self._arguments[arguments]
+            table = libraries.read_ipc(payload, trusted=True)
             return function(libraries.batch(table), *args, **kwargs)
 
-        self._answer(work)
+        self._answer(work, kept=kept)
 
     def _on_call(self, message: dict[str, Any]) -> None:
         def work() -> Any:
@@ -140,11 +171,11 @@ class Sandbox:
 
         self._answer(work)
 
-    def _answer(self, work: Callable[[], Any]) -> None:
+    def _answer(self, work: Callable[[], Any], *, kept: bool = False) -> None:
         """Run *work*; write its value or its error, and what it printed, into an out slot."""
         try:
             value = self._libraries.to_host(work())
-            outcome: dict[str, Any] = {"status": "ok"}
+            outcome: dict[str, Any] = {"status": "ok", "kept": True} if kept else {"status": "ok"}
         except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
             value, outcome = None, describe(error)
         if os.getpid() != self._pid:

@@ -109,6 +109,7 @@ BROKEN = [
     ("zone.yaml", "shuffle: rows", "exclusive_gpu: 1", "valid boolean"),
     ("zone.yaml", "shuffle: rows", "gpu_kinds: []", "at least 1"),
     ("zone.yaml", "shuffle: rows", "environments: [latest]", "named by its digest"),
+    ("zone.yaml", "shuffle: rows", "resident_shards: 1", "valid boolean"),
     ("zone.yaml", "shuffle: rows", "max_session_s: 0", "greater than 0"),
     ("zone.yaml", "shuffle: rows", "hours: mon-fri", "are written as in"),
     ("zone.yaml", "shuffle: rows", "purposes: [care, care]", "care stands here twice"),
@@ -270,6 +271,7 @@ environments: [DIGEST]
 max_session_s: 28800
 hours: mon-fri 07:00-19:00 Europe/Berlin
 purposes: [care]
+resident_shards: true
 reviewed_functions_only: true"""
     edit(path, "shuffle: rows", written.replace("DIGEST", "0a" * 32))
     edit(path, "    shuffle: blocks(16)", "    max_rows: 10\n    max_node_share: {percent: 10, window_s: 60}")
@@ -287,6 +289,7 @@ reviewed_functions_only: true"""
         exclusive_gpu=True,
         gpu_kinds=("NVIDIA H100*", "NVIDIA H200*"),
         environments=frozenset({"0a" * 32}),
+        resident_shards=True,
         max_lease_s=3600,
         max_session_s=28800,
         hours=Hours.parse("mon-fri 07:00-19:00 Europe/Berlin"),

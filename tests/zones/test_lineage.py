@@ -196,6 +196,7 @@ OBLIGATIONS = st.builds(
     exclusive_gpu=st.booleans(),
     gpu_kinds=st.none() | st.sampled_from([("H100*",), ("H200*", "H100*")]),
     environments=st.none() | st.frozensets(st.sampled_from("ab"), min_size=1),
+    resident_shards=st.booleans(),
     max_lease_s=st.integers(1, 9),
     max_session_s=st.none() | st.integers(1, 9),
     hours=st.none() | st.sampled_from([Hours.parse(f"mon-fri 0{hour}:00-12:00 UTC") for hour in (7, 8, 9)]),
@@ -209,6 +210,7 @@ FACTS = st.builds(
     began=st.just(datetime(2026, 11, 28, tzinfo=UTC)),
     function_reviewed=st.booleans(),
     gpu_milli=st.sampled_from([500, 1000]),
+    resident=st.booleans(),
     rows=st.none() | st.integers(0, 12),
     most_shards=st.integers(0, 5),
 )
