@@ -14,16 +14,15 @@ from ray_gpu import gpu_remote
 from zones.errors import EgressDeniedError
 
 COLUMNS = ["mdvis", "lncoins", "lpi"]
-OPTIONS: dict[str, Any] = {"columns": COLUMNS, "shard_bytes": 64 << 10, "resident": True}
 
 
-@gpu_remote(**OPTIONS)
+@gpu_remote(columns=COLUMNS, shard_bytes=64 << 10, resident=True)
 def weighted(batch: Any, weights: Any) -> Any:
     """Return one number for each row."""
     return sum(np.asarray(batch[name]) * weight for name, weight in zip(COLUMNS, weights, strict=True))
 
 
-@gpu_remote(**OPTIONS)
+@gpu_remote(columns=COLUMNS, shard_bytes=64 << 10, resident=True)
 def total(batch: Any) -> float:
     """Return a sum."""
     return float(np.asarray(batch["mdvis"]).sum())
@@ -128,7 +127,7 @@ def test_fewer_leases(own: Any, zone: Any) -> None:
 def test_a_function_that_fails(own: Any, zone: Any) -> None:
     """An error of the function's own is raised, and the next call is right."""
 
-    @gpu_remote(session=zone, **OPTIONS)
+    @gpu_remote(session=zone, columns=COLUMNS, shard_bytes=64 << 10, resident=True)
     def fails(batch: Any) -> float:
         raise ValueError("no")
 
