@@ -64,11 +64,11 @@ def test_test(policies: Path) -> None:
     change(policies / "trading/egress.cedar", 'when { context.purpose != "" };', ";")
     bad = run("test", "--policies", policies)
 
-    assert (good.exit_code, good.output.splitlines()[-1]) == (0, "trading: 4 of 4 golden decisions hold")
+    assert (good.exit_code, good.output.splitlines()[-1]) == (0, "trading: 5 of 5 golden decisions hold")
     assert bad.exit_code == 1
     assert "decisions.yaml:11: without a purpose nothing leaves" in bad.output
     assert "expected refused by default; decided allowed by quants-may-send, shared-admits-zones" in bad.output
-    assert "trading: 3 of 4 golden decisions hold" in bad.output
+    assert "trading: 4 of 5 golden decisions hold" in bad.output
 
 
 def test_explain() -> None:
