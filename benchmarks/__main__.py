@@ -90,6 +90,7 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             jobs=jobs,
             memory=memory,
             call_stages=bench.call_stages(root),
+            ledger=bench.ledger(root),
             job_stages=bench.job_stages(root),
             call_costs=call_costs,
             job_costs=job_costs,
@@ -205,6 +206,12 @@ class Bench:
         say("stages of a call")
         with contextlib.closing(self._gate(root / "c")) as gate:
             return stages.of_call(gate, os.urandom(CALL_BYTES))
+
+    def ledger(self, root: Path) -> list[tuple[str, float]]:
+        """What writing down costs."""
+        say("the ledger")
+        with contextlib.closing(self._gate(root / "l")) as gate:
+            return stages.of_ledger(gate)
 
     def job_stages(self, root: Path) -> dict[str, list[stages.Stage]]:
         """What the volume job consists of, for each shuffle, in shards of 4 MiB."""

@@ -88,6 +88,8 @@ class Measured:
     jobs: list[Job]
     memory: list[GatewayMemory]
     call_stages: list[Stage]
+    #: What writing down costs: name and seconds.
+    ledger: list[tuple[str, float]]
     job_stages: dict[str, list[Stage]]
     #: Of one call: side to cost. Of one job in shards of 4 MiB: shuffle, or plain Ray's form, to cost.
     call_costs: dict[str, Cost]

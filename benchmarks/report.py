@@ -34,6 +34,12 @@ _CALL_STAGES = """\
 
 Each stage alone, with the product's own functions, warm, in one process.
 """
+_LEDGER = """\
+### What the ledger costs
+
+Entries are durable when the writer goes on. A decision is remembered and an intent reserves 1,000 calls, so a small
+call pays for neither.
+"""
 _CALL_COSTS = """\
 ### Processor time of a call, by process
 """
@@ -85,6 +91,8 @@ def markdown(found: Measured) -> str:
         _ratios(call),
         _CALL_STAGES,
         _table(("stage", "where", "µs"), _call_stages(found)),
+        _LEDGER,
+        _table(("", "µs"), [(name, f"{seconds * 1e6:,.1f}") for name, seconds in found.ledger]),
         _CALL_COSTS,
         _table(("", "processor µs", "of which"), _call_costs(found)),
         _JOB.format(size=job.bytes / 1e6, rounds=found.scale.job_rounds),
@@ -116,14 +124,11 @@ def _targets(found: Measured) -> list[tuple[str, str, str, str]]:
     rows = [
         (f"call of {found.call.size:,} bytes, p50 / plain Ray's", "at most 0.80", f"{ratio:.2f}", _met(ratio <= 0.8))
     ]
-    for shuffle, least in (("none", 1.5), ("blocks(16)", 1.0), ("rows", None)):
+    for shuffle, least in (("none", 1.5), ("blocks(16)", 1.2), ("rows", 1.0)):
         for job in found.jobs:
             what = f"`{shuffle}`, shards of {job.shard_mib} MiB: bytes/s / plain Ray's"
             ratio = job.ratio(shuffle)
-            if least is None:
-                rows.append((what, "reported", f"{ratio:.2f}", ""))
-            else:
-                rows.append((what, f"at least {least:.1f}", f"{ratio:.2f}", _met(ratio >= least)))
+            rows.append((what, f"at least {least:.1f}", f"{ratio:.2f}", _met(ratio >= least)))
     rows.append(("attach to first result", "at most 5 s", f"{attach:.2f} s", _met(attach <= 5)))
     rows.append(("memory of the gateway above the data", "at most 200 MB", f"{grown:.0f} MB", _met(grown <= 200)))
     return rows

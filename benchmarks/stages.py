@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,29 @@ class Gate:
     def close(self) -> None:
         """Close the ledger."""
         self._ledger.close()
+
+
+#: Threads that write entries at once, as the calls of so many sessions do.
+WRITERS = 64
+
+
+def of_ledger(gate: Gate, *, repeats: int = 300) -> list[tuple[str, float]]:
+    """Return what writing down costs, seconds: an entry alone, one of many at once, and what a small call pays."""
+    question = gate.question("", list(ARGUMENTS))
+    decision = gate.decide(question)
+    entry = gate.decided(question, decision)
+    budget = gate.intend(question, entry)
+    alone = _median(lambda: gate.decided(question, decision), repeats)
+    entries = 10 * repeats
+    with ThreadPoolExecutor(WRITERS) as writers:
+        start = time.perf_counter()
+        list(writers.map(lambda _: gate.decided(question, decision), range(entries)))
+        together = (time.perf_counter() - start) / entries
+    return [
+        ("an entry on disk, one writer", alone),
+        (f"an entry on disk, {WRITERS} writers at once, who share commits: for each", together),
+        ("a small call's draw on an intent that is on disk", _median(lambda: budget.draw(0, 1), repeats)),
+    ]
 
 
 # --- one small call -----------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_duties_say_everything() -> None:
         exclusive_gpu=True,
         gpu_kinds=("NVIDIA *",),
         environments=frozenset({"0" * 64}),
+        resident_shards=True,
         max_lease_s=60,
         max_session_s=600,
         hours=Hours.parse("mon 07:00-19:00 UTC"),
