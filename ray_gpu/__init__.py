@@ -13,12 +13,26 @@ if TYPE_CHECKING:
     from ray_gpu.arrays import Batch
     from ray_gpu.call import Call
     from ray_gpu.client import Session
+    from ray_gpu.executor import Executor
     from ray_gpu.handle import Handle
     from ray_gpu.options import FunctionOptions
 
-__all__ = ["Batch", "Call", "FunctionOptions", "Handle", "RemoteFunction", "Session", "attach", "gpu_remote"]
+__all__ = [
+    "Batch",
+    "Call",
+    "Executor",
+    "FunctionOptions",
+    "Handle",
+    "RemoteFunction",
+    "Session",
+    "attach",
+    "gpu_remote",
+]
 
-_HOMES = {"Batch": "arrays", "Call": "call", "FunctionOptions": "options", "Handle": "handle", "Session": "client"}
+_HOMES = {
+    "Batch": "arrays", "Call": "call", "Executor": "executor", "FunctionOptions": "options", "Handle": "handle",
+    "Session": "client",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import operator
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
@@ -154,6 +155,40 @@ class RemoteFunction(Generic[P, R]):
         if args and is_data(args[0]):
             return self._call("shards", args[0], args[1:], kwargs, whole=True)
         return self._call("call", None, args, kwargs)
+
+    def starmap(self, arguments: Iterable[Iterable[Any]], *, return_exceptions: bool = False) -> list[R]:
+        """Return ``[f(*args) for args in arguments]``, as many calls at once as the option ``concurrency`` says.
+
+        Args:
+            arguments: Those of each call.
+            return_exceptions: Whether what a call raises stands in its place in the list. If not, the first error in
+                the list's order is raised, and calls that run are stopped.
+
+        Raises:
+            Exception: What a call raised.
+        """
+        running: deque[Call[R]] = deque()
+        found: list[Any] = []
+
+        def take() -> None:
+            try:
+                found.append(running.popleft().result())
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                found.append(error)
+
+        try:
+            for each in arguments:
+                if len(running) >= self._options.concurrency:
+                    take()
+                running.append(self.remote(*each))  # type: ignore[call-arg]  # what they are, nobody knows
+            while running:
+                take()
+        finally:
+            for call in running:
+                call.cancel()
+        return found
 
     def local(self, data: Any, *args: Any, **kwargs: Any) -> R:
         """Run the function here, on all rows of *data* as one batch; gives what the nodes would give for one shard.

@@ -5,12 +5,14 @@ Nothing that comes back is unpickled: values are rebuilt from plain data, and er
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import select
 import socket
 import sys
 import threading
 import time
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -36,7 +38,7 @@ R = TypeVar("R")
 
 
 class Call(Generic[R]):
-    """One call on its way, as :meth:`RemoteFunction.remote` returns it; :meth:`result` waits for the answer.
+    """One call on its way, as :meth:`RemoteFunction.remote` returns it; :meth:`result` or ``await`` waits for it.
 
     A call that nobody holds any more is stopped: it could leave nothing behind that somebody might find.
 
@@ -118,6 +120,17 @@ class Call(Generic[R]):
             self._cancelled = True
             with contextlib.suppress(OSError):
                 self._connection.sock.shutdown(socket.SHUT_WR)
+
+    def __await__(self) -> Generator[Any, None, R]:
+        """Wait for the call in a coroutine. A task that is cancelled meanwhile stops the call."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> R:
+        try:
+            return await asyncio.to_thread(self.result)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def _advance(self, deadline: float | None) -> bool:
         """Take what the gateway said, up to *deadline* (``None``: however long it takes); tell whether that is all."""

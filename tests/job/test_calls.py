@@ -1,0 +1,126 @@
+"""Many calls at once: lists of arguments, coroutines, and an executor as Python has them."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ray_gpu
+from ray_gpu import gpu_remote
+from zones.errors import CallCancelledError
+
+
+@gpu_remote
+def divide(a: float, b: float = 1.0) -> float:
+    """Divide on arguments alone."""
+    return a / b
+
+
+@gpu_remote
+def nap(seconds: float) -> float:
+    """Take long."""
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.fixture(scope="module")
+def zone(cluster: Any) -> Iterator[Any]:
+    """One session for all."""
+    with cluster.attach("calls") as session:
+        yield session
+
+
+def test_starmap(zone: Any) -> None:
+    """Results are in the order of the arguments, and equal to calls here."""
+    arguments = [(float(i), 3.0) for i in range(20)]
+
+    assert divide.options(session=zone).starmap(arguments) == [divide(*each) for each in arguments]
+    assert divide.options(session=zone).starmap(iter([(1,), [2, 4]])) == [1.0, 0.5]
+    assert divide.options(session=zone).starmap([]) == []
+
+
+def test_starmap_with_errors(zone: Any) -> None:
+    """The first error is raised and ends the rest; or each stands where its value would."""
+    function = divide.options(session=zone)
+    arguments = [(1.0, 2.0), (1.0, 0.0), (3.0, 4.0)]
+    with pytest.raises(ZeroDivisionError):
+        function.starmap(arguments)
+    found = function.starmap(arguments, return_exceptions=True)
+
+    assert (found[0], found[2]) == (0.5, 0.75)
+    assert isinstance(found[1], ZeroDivisionError)
+    assert function.remote(1.0, 4.0).result() == 0.25
+
+
+def test_await(zone: Any) -> None:
+    """Calls are awaited, several at once; what a function raises comes out of the coroutine."""
+    function = divide.options(session=zone)
+
+    async def several() -> Any:
+        with pytest.raises(ZeroDivisionError):
+            await function.remote(1.0, 0.0)
+        return await asyncio.gather(*(function.remote(float(i), 2.0) for i in range(5)))  # type: ignore[arg-type]  # awaitable
+
+    assert asyncio.run(several()) == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_cancelled_task(zone: Any) -> None:
+    """A task that is cancelled stops its call, soon; the session goes on."""
+    call = nap.options(session=zone).remote(60.0)
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(call)  # type: ignore[arg-type]  # awaitable
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    started = time.monotonic()
+    asyncio.run(cancelled())
+    with pytest.raises(CallCancelledError):
+        call.result(timeout=30)
+
+    assert time.monotonic() - started < 30
+    assert divide.options(session=zone).remote(1.0, 4.0).result(timeout=60) == 0.25
+
+
+def test_executor(zone: Any) -> None:
+    """What takes an executor takes this one: futures, map in order, errors, remote functions and plain ones."""
+    with ray_gpu.Executor(session=zone) as executor:
+        future = executor.submit(lambda a, b: a - b, 5, 3)
+        assert isinstance(future, concurrent.futures.Future)
+        assert future.result(timeout=60) == 2
+        assert list(executor.map(lambda a, b: a * b, [1, 2, 3], [4, 5, 6])) == [4, 10, 18]
+        assert executor.submit(divide.options(session=zone), 1.0, 8.0).result(timeout=60) == 0.125
+        failed = executor.submit(lambda: [][1])
+        assert isinstance(failed.exception(timeout=60), IndexError)
+        waiting = [executor.submit(divide.options(session=zone), float(i)) for i in range(10)]
+        assert [one.result() for one in concurrent.futures.as_completed(waiting)] != []
+        assert concurrent.futures.wait(waiting).not_done == set()
+    with pytest.raises(RuntimeError):
+        executor.submit(lambda: 1)
+
+
+def test_executor_of_scikit_learns_kind(zone: Any) -> None:
+    """A library that is given an executor needs to know nothing else of it."""
+
+    def norm(executor: concurrent.futures.Executor, function: Callable[[Any], float], rows: Any) -> list[float]:
+        return list(executor.map(function, rows))
+
+    rows = np.arange(12.0).reshape(4, 3)
+    with ray_gpu.Executor(session=zone, concurrency=2) as executor:
+        found = norm(executor, lambda row: float((row**2).sum()), rows)
+
+    assert found == [float((row**2).sum()) for row in rows]
+
+
+def test_executor_with_no_such_option() -> None:
+    """Options are checked when the executor is made."""
+    with pytest.raises(TypeError, match="did you mean 'concurrency'"):
+        ray_gpu.Executor(concurency=2)
