@@ -182,7 +182,7 @@ class RemoteFunction(Generic[P, R]):
             for each in arguments:
                 if len(running) >= self._options.concurrency:
                     take()
-                running.append(self.remote(*each))  # type: ignore[call-arg]  # what they are, nobody knows
+                running.append(self.remote(*each))
             while running:
                 take()
         finally:

@@ -65,7 +65,7 @@ def test_await(zone: Any) -> None:
     async def several() -> Any:
         with pytest.raises(ZeroDivisionError):
             await function.remote(1.0, 0.0)
-        return await asyncio.gather(*(function.remote(float(i), 2.0) for i in range(5)))  # type: ignore[arg-type]  # awaitable
+        return await asyncio.gather(*(function.remote(float(i), 2.0) for i in range(5)))
 
     assert asyncio.run(several()) == [0.0, 0.5, 1.0, 1.5, 2.0]
 
@@ -75,7 +75,7 @@ def test_cancelled_task(zone: Any) -> None:
     call = nap.options(session=zone).remote(60.0)
 
     async def cancelled() -> None:
-        task = asyncio.ensure_future(call)  # type: ignore[arg-type]  # awaitable
+        task = asyncio.ensure_future(call)
         await asyncio.sleep(0.5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -98,7 +98,7 @@ def test_executor(zone: Any) -> None:
         assert future.result(timeout=60) == 2
         assert list(executor.map(lambda a, b: a * b, [1, 2, 3], [4, 5, 6])) == [4, 10, 18]
         assert executor.submit(divide.options(session=zone), 1.0, 8.0).result(timeout=60) == 0.125
-        failed = executor.submit(lambda: [][1])
+        failed: Any = executor.submit(lambda: [][1])
         assert isinstance(failed.exception(timeout=60), IndexError)
         waiting = [executor.submit(divide.options(session=zone), float(i)) for i in range(10)]
         assert [one.result() for one in concurrent.futures.as_completed(waiting)] != []
