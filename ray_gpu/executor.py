@@ -16,8 +16,8 @@ R = TypeVar("R")
 class Executor(concurrent.futures.Executor):
     """Runs functions on shared GPUs, in place of a ``ThreadPoolExecutor`` or ``ProcessPoolExecutor``.
 
-    ``Executor(session=zone).submit(f, 1, 2).result()`` is ``gpu_remote(f, session=zone).remote(1, 2).result()``. So many
-    calls run at once as the option ``concurrency`` says, and others wait. Of remote functions their own options hold.
+    ``Executor(session=zone).submit(f, 1, 2).result()`` is ``gpu_remote(f, session=zone).remote(1, 2).result()``. As
+    many calls run at once as the option ``concurrency`` says; others wait. Of remote functions their own options hold.
 
     Args:
         options: Those of :class:`ray_gpu.FunctionOptions`.
