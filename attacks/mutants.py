@@ -149,8 +149,12 @@ def attempt(mutation: Mutation, tree: Path, unchanged: Sequence[Case], stop: thr
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(_directory())
         shutil.copytree(tree, root, dirs_exist_ok=True)
-        for edit in mutation.edits:
-            apply(edit, root)
+        try:
+            for edit in mutation.edits:
+                apply(edit, root)
+        except ValueError as problem:
+            # Said, and the others go on.
+            return Verdict(mutation=mutation, caught=False, by=mutation.tests[0], why=str(problem))
         cases = run(root, mutation.tests, timeout_s=_TIMEOUT_S, stop=stop)
         if any(case.outcome == "error" for case in cases):
             # On a busy machine a cluster may not start in time, which says nothing about the mutant.

@@ -319,7 +319,9 @@ class ShardRun:
         rows = json.dumps(
             [self._request.data, source.columns, source.identity(), source.lineage, dict(source.listed)], default=repr
         )
-        how = (options.keep_together, options.categories, self._size, self._allowed.decision.obligations)
+        # However many leases the first call was cut for.
+        size = dataclasses.replace(self._size, min_shards=0)
+        how = (options.whole, options.keep_together, options.categories, size, self._allowed.decision.obligations)
         return self._session.residents.of((rows, how, self._terms), lambda: self._draw(source))
 
     def _set_plan(self, made: plan.Plan, owners: Sequence[str | None] | None = None) -> None:

@@ -40,7 +40,7 @@ class Adopted(list[str]):
     ("file", "old", "new"),
     [
         ("clinic/egress.cedar", 'Group::"research"', 'Group::"nursing"'),
-        ("clinic/catalog.yaml", "mdvis: confidential", "mdvis: internal"),
+        ("clinic/catalog.yaml", "hlthp: confidential", "hlthp: internal"),
         ("clinic/zone.yaml", "max_lease_s: 3600", "max_lease_s: 60"),
         ("pools/shared.cedar", '["clinic", ', "["),
         ("schema.cedarschema", "// What zone", "// Which zone"),
