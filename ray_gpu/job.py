@@ -316,9 +316,7 @@ class ShardRun:
             reason = "policy bounds a node's share of these rows, which are then given out anew in each call"
             raise self._session.refuse(self._allowed, [Unmet("max_node_share", reason, "call without resident=True")])
         options = self._request.work.options
-        rows = json.dumps(
-            [self._request.data, source.columns, source.identity(), source.lineage, dict(source.listed)], default=repr
-        )
+        rows = json.dumps([self._request.data, source.columns, source.identity(), source.origin()], default=repr)
         # However many leases the first call was cut for.
         size = dataclasses.replace(self._size, min_shards=0)
         how = (options.whole, options.keep_together, options.categories, size, self._allowed.decision.obligations)

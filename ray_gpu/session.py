@@ -122,8 +122,8 @@ class Session:
         small = self._count_small_bytes(zone, request)
         what = None
         if source:
-            come = canonical({"derived": source.lineage, "listed": dict(source.listed)})
-            what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments, come
+            origin = canonical(source.origin())
+            what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments, origin
         # The share is here since nodes are told it, and what they are told is written down before.
         options = request.work.options
         key = (zone.policy_digest, request.work.digest, pool, small, what, options.gpu_milli, options.categories)
@@ -214,7 +214,7 @@ class Session:
             rows=rows,
             gpu_milli=request.work.options.gpu_milli,
             dataset_digest=source.digest if source else "",
-            lineage={"derived": source.lineage, "listed": dict(source.listed)} if source else {},
+            lineage=source.origin() if source else {},
             categories=request.work.options.categories or (),
         )
         entry = self.services.ledger.decided(egress, decision)

@@ -57,6 +57,10 @@ class Source:
         """Return ``int64[rows]``: rows with one number stay together; ``None``: each is for itself."""
         return self.groups if self.groups is None or self.numbers is None else self.groups[self.numbers]
 
+    def origin(self) -> dict[str, Any]:
+        """Return what the rows' data set comes from, and what says which round they are in: JSON types."""
+        return {"derived": self.lineage, "listed": dict(self.listed)}
+
     def identity(self) -> str:
         """Return the SHA-256 of the whole that these rows are of, hexadecimal."""
         return self.digest or hashlib.sha256(self.content or b"").hexdigest()

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from ray_gpu import curation, data_files, demo_data, source
 from ray_gpu.cli.main import cli
 from ray_gpu.embedded import shipped_policies
+from tests.zones.test_config import edit
 from zones.config import load_zone
 from zones.errors import ConfigError, UnknownNameError
 from zones.model import Zone
@@ -48,13 +49,6 @@ def write(path: Path, table: pa.Table) -> None:
     with pa.OSFile(f"{path}.new", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     os.replace(f"{path}.new", path)
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    """Replace a text, which must be there."""
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
 
 
 def clinic(policies: Path) -> Zone:

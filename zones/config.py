@@ -358,8 +358,8 @@ def _datasets(document: Document, classes: Sequence[str], steps: Mapping[str, St
     for name, part in parts.items():
         if part.segments is not None:
             _check_rounds(document, ("datasets", name, "segments"), part.segments, found)
-        if part.derived is not None:
-            _check_reads(document, name, part.derived, found, classes)
+        if (derived := found[name].derived) is not None:
+            _check_reads(document, name, derived, found, classes)
     return found
 
 
@@ -404,31 +404,30 @@ def _check_step(document: Document, loc: Loc, part: _DerivedPart, steps: Mapping
 
 
 def _check_reads(
-    document: Document, name: str, part: _DerivedPart, datasets: Mapping[str, Dataset], classes: Sequence[str]
+    document: Document, name: str, derived: Derivation, datasets: Mapping[str, Dataset], classes: Sequence[str]
 ) -> None:
-    """Check that what a derived data set is made of is there, does not come from itself, and has no higher class."""
+    """Check that what a derived data set is made of is there, does not come from it, and has no higher class."""
     loc: Loc = ("datasets", name, "derived", "reads")
     highest, where, own = -1, "", datasets[name].columns
-    carriers = [other for other, reading in part.reads.items() if reading.carries]
+    carriers = [other for other, reading in derived.reads.items() if reading.carries]
     if len(carriers) > 1:
         document.refuse((*loc, carriers[1], "carries"), "rows are those of one data set, which alone can carry columns")
     if ROW_COLUMN in own and carriers:
         document.refuse((*loc, carriers[0], "carries"), f"a step has the column {ROW_COLUMN} for itself then")
-    for other, reading in part.reads.items():
+    for other, reading in derived.reads.items():
         _check_known(document, (*loc, other), "data set", other, list(datasets))
         parent = datasets[other]
-        read = Reading(columns=(), segments=tuple(reading.segments or ()))
-        if any(name in _ancestors(datasets, one) for one in _needed(datasets, other, read)):
+        if any(name in _ancestors(datasets, one) for one in _needed(datasets, other, reading)):
             document.refuse((*loc, other), f"{other} comes from {name} itself")
         for place, column in enumerate(reading.columns):
             _check_known(document, (*loc, other, "columns", place), "column", column, list(parent.columns))
             rank = classes.index(parent.columns[column])
             if rank > highest:
                 highest, where = rank, f"{other}.{column}"
-        for place, segment in enumerate(reading.segments or ()):
+        for place, segment in enumerate(reading.segments):
             known = [] if parent.segments is None else list(names(parent.segments))
             _check_known(document, (*loc, other, "segments", place), "segment", segment, known)
-        for place, column in enumerate(reading.carries or ()):
+        for place, column in enumerate(reading.carries):
             for columns in (parent.columns, own):
                 _check_known(document, (*loc, other, "carries", place), "column", column, list(columns))
             if column in reading.columns:

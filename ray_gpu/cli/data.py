@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from rich.console import Console
 
-from ray_gpu.cli.names import checked_zone, state_option
+from ray_gpu.cli.names import Command, checked_zone, policies_option, state_option
 from ray_gpu.state import Layout
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 
 _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
-_Command = Callable[..., Any]
 
 
 @click.group()
@@ -26,10 +25,10 @@ def data() -> None:
     """Derive data sets from others by the zone's reviewed steps, and show what they come from."""
 
 
-def _where(command: _Command) -> _Command:
+def _where(command: Command) -> Command:
     for option in (
         click.option("--data", "data_dir", type=_DIRECTORY, help="Data directory; by default the embedded cluster's."),
-        click.option("--policies", type=_DIRECTORY, help="Policies directory; by default the one that is shipped."),
+        policies_option,
         state_option,
     ):
         command = option(command)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from ray_gpu.cli.audit import audit
 from ray_gpu.cli.data import data
 from ray_gpu.cli.doctor import doctor
-from ray_gpu.cli.names import state_option, zone_option
+from ray_gpu.cli.names import Command, policies_option, state_option, zone_option
 from ray_gpu.cli.node import gateway, node
 from ray_gpu.cli.policy import policy
 from ray_gpu.cli.vault import vault
@@ -24,8 +23,6 @@ from zones.model import Carrier
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
-
-_Command = Callable[..., Any]
 
 
 class _Commands(click.RichGroup):
@@ -45,11 +42,8 @@ class _Commands(click.RichGroup):
             ctx.exit(130)
 
 
-def _start(command: _Command) -> _Command:
-    policies = click.Path(path_type=Path, exists=True, file_okay=False)
-    command = click.option("--policies", type=policies, help="Policies directory; by default the one that is shipped.")(
-        command
-    )
+def _start(command: Command) -> Command:
+    command = policies_option(command)
     command = click.option(
         "--carrier",
         type=click.Choice([carrier.value for carrier in Carrier]),

@@ -30,6 +30,14 @@ def state_option(command: Command) -> Command:
     return click.option("--state", type=kind, default=default_state_dir, show_default=shown, help=text)(command)
 
 
+def policies_option(command: Command) -> Command:
+    """Give a command the option ``--policies``."""
+    kind = click.Path(path_type=Path, exists=True, file_okay=False)
+    return click.option("--policies", type=kind, help="Policies directory; by default the one that is shipped.")(
+        command
+    )
+
+
 def zone_option(command: Command) -> Command:
     """Give a command the option ``--zone``."""
     text = "Name of the zone."

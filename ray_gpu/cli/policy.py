@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rich_click as click
 from rich.console import Console
 
-from ray_gpu.cli.names import checked_zone
+from ray_gpu.cli.names import Command, checked_zone, policies_option
 from zones.errors import UnknownNameError
 from zones.model import EgressRequest
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 
 _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
-_Command = Callable[..., Any]
 
 
 @click.group()
@@ -30,12 +29,7 @@ def policy() -> None:
     """Check, explain, test and compare policies, before a gateway reads them."""
 
 
-def _policies(command: _Command) -> _Command:
-    text = "Policies directory; by default the one that is shipped."
-    return click.option("--policies", type=_DIRECTORY, help=text)(command)
-
-
-def _zones(command: _Command) -> _Command:
+def _zones(command: Command) -> Command:
     return click.argument("zones", nargs=-1, metavar="[ZONE]...", callback=_checked_zones)(command)
 
 
@@ -66,7 +60,7 @@ def _names(directory: Path, given: Sequence[str]) -> Sequence[str]:
 
 
 @policy.command()
-@_policies
+@policies_option
 @_zones
 def check(policies: Path | None, zones: Sequence[str]) -> None:
     """Check the files of each ZONE, by default of all, against the schema; what is wrong has file and line."""
@@ -81,7 +75,7 @@ def check(policies: Path | None, zones: Sequence[str]) -> None:
 
 
 @policy.command()
-@_policies
+@policies_option
 @_zones
 def test(policies: Path | None, zones: Sequence[str]) -> None:
     """Put every golden decision of each ZONE (ZONE/decisions.yaml) to its policy; exit status 1 when one differs."""
@@ -110,7 +104,7 @@ def _answer(*, allowed: bool, rules: Iterable[str]) -> str:
 
 
 @policy.command()
-@_policies
+@policies_option
 @click.argument("zone", callback=checked_zone)
 @click.option("--person", default="", help="Name in Vault's identity store.")
 @click.option("--team", "teams", multiple=True, help="Group in Vault's identity store; may be given several times.")
@@ -208,7 +202,7 @@ def _print_groups(word: str, colour: str, asked: Sequence[Asked], purposes: Sequ
 
 @policy.command()
 @click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False))
-@_policies
+@policies_option
 def simulate(ledger: Path, policies: Path | None) -> None:
     """Ask a policy what the LEDGER's decisions were asked, and show each that would be another one now.
 
@@ -257,7 +251,7 @@ def officer(name: str, out: Path) -> None:
 @click.argument("proposal", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--key", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True, help="Officer's.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@_policies
+@policies_option
 def approve(zone: str, proposal: Path, key: Path, policies: Path | None, *, yes: bool) -> None:
     """Show a function that somebody proposes (`f.proposal()`), and sign it for ZONE. Nothing of it is run."""
     from ray_gpu import proposal as proposals  # noqa: PLC0415 - imports what only this command needs

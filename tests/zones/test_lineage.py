@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.zones.test_config import SHIPPED, edit
 from zones import lineage
 from zones.config import load_zone
 from zones.errors import ConfigError
@@ -22,7 +23,6 @@ from zones.obligations import Facts, strictest, unmet
 from zones.policy import Policy
 from zones.review import completed
 
-SHIPPED = Path(__file__).parents[2] / "policies"
 CLINIC = load_zone(SHIPPED, "clinic")
 POLICY = Policy.load(SHIPPED, CLINIC)
 REQUEST = completed(
@@ -49,14 +49,6 @@ when { context.dataset == "randhie" && context.columns.contains("mdvis") };
 def policies(tmp_path: Path) -> Path:
     """A copy of the shipped policies that a test may change."""
     return Path(shutil.copytree(SHIPPED, tmp_path / "policies"))
-
-
-def edit(path: Path, old: str, new: str) -> int:
-    """Replace *old*, which must be there once, and return the line where it was."""
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    return text[: text.index(old)].count("\n") + 1
 
 
 def test_chain() -> None:
