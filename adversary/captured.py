@@ -1,18 +1,21 @@
 """The same on a real cluster of two GPU nodes, through the public API with all controls on. This module does I/O.
 
 A function tells what its sandbox was given. It is the attacker's stand-in: what it returns is what root on the node
-could have read.
+could have read. Sizes are those that a capture of the network has, which needs root.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,15 @@ import ray_gpu
 from adversary.guessing import Seen, Shard
 from ray_gpu import embedded
 from ray_gpu.state import Layout
+from testbed.capture import Capture
 from zones.config import load_zone
-from zones.envelope import padded_size
+from zones.errors import EnvelopeError
+from zones.header import HEADER_BYTES, Header, sealed_size
+from zones.model import Direction, Kind
 
 ZONE, DATASET, COLUMN = "clinic", "randhie", "mdvis"
+#: A column that is the same in all rows, and what is in it.
+ALIKE = "lncoins"
 #: Least shards of each call.
 SHARDS = 16
 
@@ -57,8 +65,8 @@ class Captured:
     def _write_data(self) -> None:
         """Write numbers in every column that the catalog names."""
         names = list(load_zone(self._policies, ZONE).datasets[DATASET].columns)
-        numbers = pa.array(np.arange(self._rows, dtype=np.float64))
-        table = pa.Table.from_arrays([numbers] * len(names), names=names)
+        numbers, alike = pa.array(np.arange(self._rows, dtype=np.float64)), pa.array(np.zeros(self._rows))
+        table = pa.Table.from_arrays([alike if name == ALIKE else numbers for name in names], names=names)
         path = self._layout.data(ZONE) / f"{DATASET}.arrow"
         path.parent.mkdir(mode=0o700, parents=True)
         with pa.ipc.new_file(str(path), table.schema) as file:
@@ -73,9 +81,10 @@ class Captured:
         """Stop it."""
         embedded.down(self._layout)
 
-    def demand(self, lines: str) -> None:
+    def demand(self, lines: str, *, min_shards: int = SHARDS) -> None:
         """Put obligations in force in place of the zone's shuffle."""
-        self._file.write_text(self._text.replace("shuffle: rows", f"min_shards: {SHARDS}\n{lines}"), encoding="utf-8")
+        demanded = f"min_shards: {min_shards}\n{lines}"
+        self._file.write_text(self._text.replace("shuffle: rows", demanded), encoding="utf-8")
         wanted = load_zone(self._policies, ZONE).policy_digest
         deadline = time.monotonic() + 60
         while True:
@@ -86,17 +95,64 @@ class Captured:
                 raise TimeoutError("the gateway did not take the policy in time")
             time.sleep(0.2)
 
-    def seen(self, calls: int) -> Seen:
+    def seen(self, calls: int, *, keep_together: str | None = None) -> Seen:
         """Make calls over the whole data set, in one session, and return what the nodes saw."""
-        with ray_gpu.attach(ZONE, purpose="adversary", state_dir=self._layout.root) as session:
-            data = session.read(DATASET, columns=[COLUMN])
-            found = [given.options(session=session).map_reduce(data, list) for _ in range(calls)]
-        return Seen(rows=self._rows, calls=[[_shard(number, one) for number, one in enumerate(c)] for c in found])
+        path = self._layout.root / "packets"
+        with Capture(os.getpid(), path) as capture:
+            with ray_gpu.attach(ZONE, purpose="adversary", state_dir=self._layout.root) as session:
+                data = session.read(DATASET, columns=[COLUMN])
+                function = given.options(session=session, keep_together=keep_together)
+                found = [function.map_reduce(data, list) for _ in range(calls)]
+            capture.end()
+            if capture.dropped:
+                raise RuntimeError(f"the capture lost {capture.dropped} packets; run it on an idle machine")
+            sent = list(_shards_sent(capture.streams().values()))
+        path.unlink()
+        return Seen(
+            rows=self._rows,
+            calls=_with_sizes([[_shard(number, one) for number, one in enumerate(c)] for c in found], sent),
+        )
 
 
 def _shard(number: int, told: dict[str, Any]) -> Shard:
     rows = told["rows"].astype(np.int64)
-    return Shard(node=told["node"], number=number, rows=rows, at=told["at"], size=padded_size(8 * len(rows) + 500))
+    return Shard(node=told["node"], number=number, rows=rows, at=told["at"], size=0)
+
+
+def _shards_sent(streams: Iterable[bytes]) -> Iterator[list[tuple[int, int]]]:
+    """Yield, for each connection that carried any, the number of each shard and its bytes, as they lie on the wire."""
+    for stream in streams:
+        found, at = [], 0
+        while at + HEADER_BYTES <= len(stream):
+            try:
+                header = Header.decode(stream[at : at + HEADER_BYTES])
+            except EnvelopeError:
+                # Of another program.
+                break
+            size = HEADER_BYTES + sealed_size(header.padded_bytes)
+            if header.kind is Kind.SHARD and header.direction is Direction.OUT:
+                found.append((header.shard, size))
+            at += size
+        if found:
+            yield found
+
+
+def _with_sizes(calls: list[list[Shard]], sent: list[list[tuple[int, int]]]) -> list[list[Shard]]:
+    """Give each shard its size on the wire: a node's connection carried the node's shards, in their order."""
+    by_node: dict[str, list[Shard]] = defaultdict(list)
+    for call in calls:
+        for shard in sorted(call, key=lambda one: one.at):
+            by_node[shard.node].append(shard)
+    sizes: dict[tuple[str, float], int] = {}
+    for node, shards in by_node.items():
+        numbers = [shard.number for shard in shards]
+        carried = [stream for stream in sent if [number for number, _ in stream] == numbers]
+        if len(carried) != 1:
+            raise RuntimeError(
+                f"{len(carried)} connections carried the shards of {node}, not one; is the capture whole?"
+            )
+        sizes |= {(node, shard.at): size for shard, (_, size) in zip(shards, carried[0], strict=True)}
+    return [[replace(shard, size=sizes[shard.node, shard.at]) for shard in call] for call in calls]
 
 
 @contextlib.contextmanager

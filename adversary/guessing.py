@@ -10,13 +10,15 @@ question    a guess is right when
 adjacent    of two pairs of rows, it ranks the pair that stood side by side in the source first
 position    of two rows, it ranks the one first that stood nearer to the source's beginning
 same call   of two pairs of shards on different nodes, it ranks the pair of one call first
+larger      of two payloads, it ranks the larger one first, by what is seen of their sizes
 ==========  ========================================================================================
 
-All three are areas under the ROC curve: 0.5 is a coin, 1 is certainty.
+All are areas under the ROC curve: 0.5 is a coin, 1 is certainty.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
+
+from zones.header import padded_size
+from zones.model import Padding
 
 Floats = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
@@ -59,6 +64,14 @@ class Seen:
     def by(self, captured: set[str]) -> Seen:
         """Return what some of the nodes saw."""
         return Seen(rows=self.rows, calls=[[one for one in call if one.node in captured] for call in self.calls])
+
+    def held_by(self, count: int) -> Seen:
+        """Return what so many nodes saw: those that were sent the most."""
+        sent: Counter[str] = Counter()
+        for call in self.calls:
+            for shard in call:
+                sent[shard.node] += len(shard.rows)
+        return self.by({node for node, _ in sent.most_common(count)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +153,18 @@ def same_call(known: Seen, asked: Seen, trials: int, seed: int) -> Guess:
         return np.array(features), np.array(answers)
 
     return _guess(pairs, known, asked, seed)
+
+
+def larger(padding: Padding | None, percent: float, trials: int, seed: int) -> Guess:
+    """Guess which of two payloads is larger, that differ by at most *percent*, from their sizes on the wire."""
+    rng = np.random.default_rng(seed)
+    one = np.exp(rng.uniform(np.log(1e5), np.log(1e7), 2 * trials)).astype(np.int64)
+    other = (one * (1 + rng.uniform(-percent, percent, 2 * trials) / 100)).astype(np.int64)
+    differ = np.flatnonzero(one != other)
+    seen = [
+        [int(n) if padding is None else padded_size(int(n), padding) for n in some[differ]] for some in (one, other)
+    ]
+    return Guess(auc=float(roc_auc_score((one > other)[differ], np.sign(np.subtract(*seen)))), trials=len(differ))
 
 
 def _shard_features(one: Shard, other: Shard) -> list[float]:

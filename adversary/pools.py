@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,34 +16,53 @@ from adversary.guessing import Seen, Shard
 from zones import plan, spread
 from zones.envelope import padded_size
 from zones.model import Obligations, Shuffle
+from zones.plan import Index
 
 #: Bytes of a row, and of a shard without padding.
 ROW_BYTES = 240
 
 
-def seen(rows: int, obligations: Obligations, *, nodes: int, calls: int, shards: int, seed: int) -> Seen:
-    """Return what *nodes* nodes see of so many calls over one data set.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """A pool, and what is done with it."""
+
+    #: GPU nodes; every call uses all.
+    nodes: int
+    calls: int
+    #: Of each call.
+    shards: int
+    #: Whether sizes are.
+    padded: bool = True
+
+
+def seen(rows: int, obligations: Obligations, pool: Pool, seed: int, *, groups: Index | None = None) -> Seen:
+    """Return what the nodes of a pool see of calls over one data set.
 
     Args:
         rows: Rows of the data set.
         obligations: Shuffle, and the bound of a node's share if there is one.
-        nodes: GPU nodes of the pool; every call uses all.
-        calls: Calls.
-        shards: Shards of each call.
+        pool: Nodes and calls.
         seed: Of everything that is drawn.
+        groups: ``int64[rows]``: rows with one number are kept together; no share is bounded then.
     """
-    names = [f"gpu-{number}" for number in range(nodes)]
+    names = [f"gpu-{number}" for number in range(pool.nodes)]
     rng = np.random.default_rng(seed)
     key = hashlib.sha256(f"{seed}".encode()).digest()
     held: dict[str, set[int]] = {name: set() for name in names}
     found = []
-    for call in range(calls):
+    for call in range(pool.calls):
         drawn = rng.bytes(plan.SEED_BYTES)
-        if obligations.max_node_share is None:
-            made = plan.make_plan(
-                rows, ROW_BYTES, obligations=obligations, seed=drawn, shard_bytes=1 << 40, min_shards=shards
-            )
-            owners: list[str] | None = None
+        owners: list[str] | None = None
+        size: dict[str, Any] = {
+            "obligations": obligations,
+            "seed": drawn,
+            "shard_bytes": 1 << 40,
+            "min_shards": pool.shards,
+        }
+        if groups is not None:
+            made = plan.plan_of_groups(groups, ROW_BYTES, **size)
+        elif obligations.max_node_share is None:
+            made = plan.make_plan(rows, ROW_BYTES, **size)
         else:
             n = plan.block_rows(obligations)
             unit_cells = spread.cells(-(-rows // n), key, ordered=obligations.shuffle is Shuffle.NONE)
@@ -52,15 +73,21 @@ def seen(rows: int, obligations: Obligations, *, nodes: int, calls: int, shards:
                 held[name] |= set(cells)
             placed = spread.Placed(rows=rows, unit_cells=unit_cells, units=None)
             made, parts = spread.plan_of(
-                given, placed, obligations=obligations, seed=drawn, shard_units=rows, min_shards=shards
+                given, placed, obligations=obligations, seed=drawn, shard_units=rows, min_shards=pool.shards
             )
             owners = [part.node for part in parts]
-        found.append(_sent(made, names, owners, rng, began=10.0 * call))
+        found.append(_sent(made, names, owners, rng, began=10.0 * call, padded=pool.padded))
     return Seen(rows=rows, calls=found)
 
 
 def _sent(
-    made: plan.Plan, names: Sequence[str], owners: Sequence[str] | None, rng: np.random.Generator, *, began: float
+    made: plan.Plan,
+    names: Sequence[str],
+    owners: Sequence[str] | None,
+    rng: np.random.Generator,
+    *,
+    began: float,
+    padded: bool,
 ) -> list[Shard]:
     """Return a call's shards as they arrive."""
     free = {name: began + rng.exponential(0.01) for name in names}
@@ -70,5 +97,6 @@ def _sent(
         rows = made.row_index(number)
         at = free[node]
         free[node] += 0.01 * (1 + rng.exponential(0.2))
-        found.append(Shard(node=node, number=number, rows=rows, at=at, size=padded_size(len(rows) * ROW_BYTES)))
+        size = len(rows) * ROW_BYTES
+        found.append(Shard(node=node, number=number, rows=rows, at=at, size=padded_size(size) if padded else size))
     return found

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from zones.model import Obligations, Shuffle
 
@@ -35,10 +36,9 @@ Keys = npt.NDArray[np.uint64]
 
 #: Bytes of a shuffle seed: one draw from the operating system per call, ``secrets.token_bytes(32)``.
 SEED_BYTES = 32
-_PIECE_BYTES = 1 << 20
-#: Bits that order units within a part, of the 64 of a key: two units of a million draw the same once in hundreds of
-#: calls, and then keep their order.
-_DRAWN_BITS = 48
+#: Most bits of a key's 64 that a part may take; the rest orders units within it. Two units of a million in one part
+#: draw the same 48 bits once in hundreds of calls, and then keep their order.
+_PART_BITS = 16
 _BLOCKS = re.compile(r"blocks\(([1-9][0-9]{0,8})\)")
 
 
@@ -77,32 +77,37 @@ def order(rows: int, obligations: Obligations, seed: bytes) -> Index | None:
 def draw(count: int, seed: bytes) -> Keys:
     """Return ``uint64[count]`` that nobody without *seed* can tell from random numbers.
 
-    SHAKE-256 (FIPS 202). NumPy's generators are not used: whoever sees enough of their output can compute the rest,
-    and a node may know the order of the rows it holds.
+    AES-256 in counter mode (FIPS 197, NIST SP 800-38A) under the SHA-256 of *seed*. NumPy's generators are not used:
+    whoever sees enough of their output can compute the rest, and a node may know the order of the rows it holds.
     """
-    pieces = -(-8 * count // _PIECE_BYTES)
-    # In pieces, so that a long draw does not hold up the other threads.
-    stream = b"".join(hashlib.shake_256(seed + i.to_bytes(8, "big")).digest(_PIECE_BYTES) for i in range(pieces))
-    return np.frombuffer(stream, "<u8", count)
+    stream = np.zeros(count, "<u8")
+    cipher = Cipher(algorithms.AES(hashlib.sha256(seed).digest()), modes.CTR(bytes(16)))
+    # A block of room: what the cipher asks for, whether it needs it or not.
+    drawn = np.empty(8 * count + 16, np.uint8)
+    cipher.encryptor().update_into(stream.view(np.uint8).data, drawn.data)
+    return drawn[: 8 * count].view("<u8")
 
 
 def permutation(count: int, seed: bytes) -> Index:
     """Return ``int64[count]``, a permutation that nobody without *seed* can tell from a random one."""
-    drawn = draw(count, seed)
-    # As np.argsort(drawn), in half the time: NumPy sorts 16 bits by radix, so first by the upper 32, and then by all 64
-    # what is nearly in order already.
-    quarters = drawn.view("<u2").reshape(count, 4)
-    found = np.argsort(quarters[:, 2], kind="stable")
-    found = found[np.argsort(quarters[found, 3], kind="stable")]
-    return found[np.argsort(drawn[found], kind="stable")].astype(np.int64, copy=False)
+    return _sorted(draw(count, seed))
 
 
 def sorted_units(parts: Index, drawn: Keys) -> Index:
     """Return the order of units by the part that each belongs to, from 0, and within it by what was drawn."""
-    if len(parts) and int(parts.max()) >> (64 - _DRAWN_BITS):
+    bits = int(parts.max()).bit_length() if len(parts) else 0
+    if bits > _PART_BITS:
         return np.lexsort((drawn, parts)).astype(np.int64, copy=False)
-    keys = (parts.astype(np.uint64) << np.uint64(_DRAWN_BITS)) | (drawn >> np.uint64(64 - _DRAWN_BITS))
-    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+    return _sorted((parts.astype(np.uint64) << np.uint64(64 - bits)) | (drawn >> np.uint64(bits)) if bits else drawn)
+
+
+def _sorted(keys: Keys) -> Index:
+    """Return ``np.argsort(keys, kind="stable")``, in half the time where few keys have the same upper 32 bits."""
+    quarters = keys.view("<u2").reshape(len(keys), 4)
+    # NumPy sorts 16 bits by radix: so by the upper 32 first, and then by all 64 what is nearly in order already.
+    found = np.argsort(quarters[:, 2], kind="stable")
+    found = found[np.argsort(quarters[found, 3], kind="stable")]
+    return found[np.argsort(keys[found], kind="stable")].astype(np.int64, copy=False)
 
 
 def cut(rows: int, row_bytes: int, shard_bytes: int, min_shards: int) -> list[tuple[int, int]]:
@@ -188,12 +193,13 @@ def make_plan(
 def plan_of_groups(
     groups: Index, row_bytes: int, *, obligations: Obligations, seed: bytes, shard_bytes: int, min_shards: int = 1
 ) -> Plan:
-    """Draw an order of whole groups, and cut between them alone. Within a group rows keep the source's order.
+    """Draw an order of whole groups and of the rows within each, and cut between groups alone.
 
     Args:
         groups: ``int64[rows]``: rows with one number are a group.
         row_bytes: And all others: as for :func:`make_plan`. With ``none`` groups come as they begin in the source, and
-            blocks and windows do not matter.
+            their rows as they stand there. Blocks and windows do not matter: a group moves anywhere, and its rows
+            within it.
     """
     rows = len(groups)
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
@@ -206,8 +212,16 @@ def plan_of_groups(
     wanted = [stop for _, stop in cut(rows, row_bytes, shard_bytes, min_shards)]
     # Each cut moves to the end of the group that it falls into.
     edges = np.unique(ends[np.searchsorted(ends, wanted)]).tolist() if rows else [0]
-    moved = np.argsort(of_row, kind="stable").astype(np.int64, copy=False)
+    moved = rows_of_groups(of_row, obligations, seed)
     return Plan(rows=rows, block_rows=1, order=moved, cuts=tuple(itertools.pairwise([0, *edges])))
+
+
+def rows_of_groups(ranks: Index, obligations: Obligations, seed: bytes) -> Index:
+    """Return the order of rows whose groups have these ranks; within a group it is drawn, but with ``none``."""
+    if obligations.shuffle is Shuffle.NONE:
+        return np.argsort(ranks, kind="stable").astype(np.int64, copy=False)
+    # A draw of its own: the groups' order came from the seed itself.
+    return sorted_units(ranks, draw(len(ranks), hashlib.sha256(b"within groups" + seed).digest()))
 
 
 def row_bytes(table: pa.Table) -> int:

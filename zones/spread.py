@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zones.model import Obligations, Shuffle
-from zones.plan import Index, Plan, block_rows, cut, draw, permutation, sorted_units
+from zones.plan import Index, Plan, block_rows, cut, draw, permutation, rows_of_groups, sorted_units
 
 #: Cells of a data set. More would follow shares more closely; fewer make larger steps.
 CELLS = 240
@@ -136,13 +136,15 @@ def plan_of(
         raise ValueError("a cell of the call was given to no node; assign all of them first")
     keeps = obligations.shuffle is Shuffle.NONE
     drawn = np.arange(len(shards), dtype=np.uint64) << np.uint64(16) if keeps else draw(len(shards), seed)
+    order = sorted_units(shards, drawn)
     if units is None:
         n = block_rows(obligations)
-        order = sorted_units(shards, drawn)
         ends = np.cumsum(np.bincount(shards, minlength=len(parts)))
     else:
         n = 1
-        order = sorted_units(shards[units], drawn[units])
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(len(order))
+        order = rows_of_groups(ranks[units], obligations, seed)
         ends = np.cumsum(np.bincount(shards[units], minlength=len(parts)))
     edges = [0, *ends.tolist()]
     cuts = tuple((edges[i], edges[i + 1]) for i in range(len(parts)))

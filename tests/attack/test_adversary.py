@@ -12,24 +12,25 @@ import pytest
 
 from adversary import captured, guessing, pools
 from adversary.guessing import Seen
-from zones.model import NodeShare, Obligations, Shuffle
+from zones.model import NodeShare, Obligations, Padding, Shuffle
+from zones.plan import Index
 
-#: Each guess is right about half the time: three standard deviations of so many trials.
-ROWS, TRIALS, NEAR = 24_000, 2500, 0.025
+#: Each guess is right about half the time: 3.7 standard deviations of so many trials.
+ROWS, TRIALS, NEAR = 96_000, 6000, 0.02
 SHARE = NodeShare(percent=60, window_s=86400)
-REAL_ROWS, REAL_CALLS = 20_000, 5
+REAL_ROWS, REAL_CALLS = 30_000, 5
 
 
 def guesses(known: Seen, asked: Seen, count: int) -> list[float]:
     """Return how well the holder of so many nodes guesses neighbours and positions."""
-    nodes = [sorted({shard.node for call in seen.calls for shard in call})[:count] for seen in (known, asked)]
-    one, other = known.by(set(nodes[0])), asked.by(set(nodes[1]))
+    one, other = known.held_by(count), asked.held_by(count)
     return [question(one, other, TRIALS, 7).auc for question in (guessing.adjacent, guessing.position)]
 
 
-def on_paper(obligations: Obligations, *, rows: int = ROWS) -> tuple[Seen, Seen]:
+def on_paper(obligations: Obligations, *, groups: Index | None = None, padded: bool = True) -> tuple[Seen, Seen]:
     """Return what a pool of four sees of two data sets."""
-    one, other = (pools.seen(rows, obligations, nodes=4, calls=4, shards=16, seed=seed) for seed in (1, 2))
+    pool = pools.Pool(nodes=4, calls=4, shards=16, padded=padded)
+    one, other = (pools.seen(ROWS, obligations, pool, seed, groups=groups) for seed in (1, 2))
     return one, other
 
 
@@ -43,9 +44,27 @@ def test_nothing_is_found_out(obligations: Obligations, count: int) -> None:
         assert abs(auc - 0.5) < NEAR
 
 
-def test_control_order_is_found_out() -> None:
-    """Control: where rows are not moved, the same attacker knows both."""
-    assert min(guesses(*on_paper(Obligations(shuffle=Shuffle.NONE)), 1)) > 0.9
+def test_nothing_is_found_out_of_a_group() -> None:
+    """With `rows`, those that `keep_together` keeps in one shard do not stand in the source's order there."""
+    for auc in guesses(*on_paper(Obligations(), groups=np.zeros(ROWS, np.int64)), 1):
+        assert abs(auc - 0.5) < NEAR
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("groups", [None, np.zeros(ROWS, np.int64)], ids=["rows", "one group"])
+def test_control_order_is_found_out(groups: Index | None, *, padded: bool) -> None:
+    """Control: where rows are not moved, the same attacker knows both, with padded sizes and without."""
+    seen = on_paper(Obligations(shuffle=Shuffle.NONE), groups=groups, padded=padded)
+
+    assert min(guesses(*seen, 1)) > 0.9
+
+
+def test_sizes() -> None:
+    """Which of two payloads is larger is not certain any more where sizes are padded, and less so in coarse steps."""
+    fine, coarse = (guessing.larger(padding, 5, TRIALS, 7).auc for padding in Padding)
+
+    assert guessing.larger(None, 5, TRIALS, 7).auc == 1
+    assert coarse < fine < 0.9
 
 
 def test_blocks_tell_neighbours_and_not_places() -> None:
@@ -64,11 +83,19 @@ def cluster() -> Iterator[captured.Captured]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("lines", ["shuffle: rows", "shuffle: rows\nmax_node_share: {percent: 60}"])
-def test_nothing_is_found_out_for_real(cluster: captured.Captured, lines: str) -> None:
-    """The same on real nodes, with their real times: all rows arrive, and nothing is found out of them."""
-    cluster.demand(lines)
-    known, asked = cluster.seen(REAL_CALLS), cluster.seen(REAL_CALLS)
+@pytest.mark.parametrize(
+    ("lines", "together"),
+    [
+        ("shuffle: rows", None),
+        ("shuffle: rows\nmax_node_share: {percent: 60}", None),
+        ("shuffle: rows", captured.ALIKE),
+    ],
+    ids=["rows", "rows, with a bound share", "rows, all kept together"],
+)
+def test_nothing_is_found_out_for_real(cluster: captured.Captured, lines: str, together: str | None) -> None:
+    """The same on real nodes, with their real times and sizes: all rows arrive, and nothing is found out of them."""
+    cluster.demand(lines, min_shards=1 if together else captured.SHARDS)
+    known, asked = (cluster.seen(REAL_CALLS, keep_together=together) for _ in range(2))
 
     for call in asked.calls:
         assert np.sort(np.concatenate([shard.rows for shard in call])).tolist() == list(range(REAL_ROWS))

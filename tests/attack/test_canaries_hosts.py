@@ -21,10 +21,10 @@ import pytest
 from ray_gpu.ports import GATEWAY_UID, PORTS
 from testbed import Host, Testbed, disk, lacking
 from testbed.bed import HOSTS
+from testbed.capture import Capture
 from testbed.cluster import STATE, BedCluster
 from testbed.host import HOME, HostProcess
 from tests.attack.canary_call import ENDINGS, LEAVING
-from tests.attack.capture import Capture
 from tests.proofs import visits
 from tests.proofs.attacked import all_powerful, below, command
 from tests.proofs.canary import canaries, new_mark
@@ -117,7 +117,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, head_packages: Path | None) 
         bed = stack.enter_context(Testbed(HOSTS, disks=disks))
         cluster = stack.enter_context(BedCluster(bed, head_packages=head_packages))
         for name in (ZONE_HOST, *GPU_HOSTS):
-            capture = Capture(cluster.bed[name], directory / f"{name}.packets")
+            capture = Capture(cluster.bed[name].pid, directory / f"{name}.packets")
             world.captures[name] = stack.enter_context(capture)
         cluster.up()
         write_data(cluster.bed[ZONE_HOST], world.mark)

@@ -67,7 +67,7 @@ def test_the_same_everywhere() -> None:
 
 
 BY_VALUE = ["train", "train", "test", "test", "train", "train", "train"]
-BY_NUMBER = ["train", "train", "test", "test", "test", "train", "train", "test"]
+BY_NUMBER = ["train", "test", "train", "train", "test", "test", "train", "test"]
 
 
 @given(values=st.lists(st.integers(0, 30), max_size=80), more=st.lists(st.integers(0, 60), max_size=30))

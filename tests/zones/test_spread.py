@@ -165,7 +165,7 @@ def test_order_kept() -> None:
 
 @given(groups=st.lists(st.integers(0, 12), max_size=60), least=st.integers(1, 9), shuffle=st.sampled_from([ROWS, NONE]))
 def test_groups_stay_together(groups: list[int], least: int, shuffle: Obligations) -> None:
-    """No group is in two shards, its rows keep their order, and every row comes back to its place."""
+    """No group is in two shards, its rows keep their order with `none` alone, and every row comes back to its place."""
     numbers = np.array(groups, np.int64)
     made = plan.plan_of_groups(numbers, 8, obligations=shuffle, seed=SEED, shard_bytes=40, min_shards=least)
     data = table(len(groups))
@@ -175,7 +175,7 @@ def test_groups_stay_together(groups: list[int], least: int, shuffle: Obligation
         index = made.row_index(shard)
         for number in set(numbers[index]):
             where.setdefault(int(number), set()).add(shard)
-            assert (np.diff(index[numbers[index] == number]) > 0).all()
+            assert shuffle is ROWS or (np.diff(index[numbers[index] == number]) > 0).all()
     assert all(len(found) == 1 for found in where.values())
     assert len(made) <= max(1, len(where))
     if groups:
@@ -196,6 +196,25 @@ def test_groups_are_moved() -> None:
 
     assert sorted(first) == list(range(8))
     assert all(60 <= times <= 140 for times in first.values())
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["no share", "a bound share"])
+@pytest.mark.parametrize("obligations", [ROWS, BLOCKS, Obligations(shuffle_window=20), NONE])
+def test_rows_of_a_group_are_moved(obligations: Obligations, *, bound: bool) -> None:
+    """A column that is the same everywhere keeps all rows together: that gives nobody their order, but with `none`."""
+    groups = np.repeat(np.arange(3), 1000)
+    if bound:
+        made, _, _ = planned(3000, obligations, groups)
+    else:
+        made = plan.plan_of_groups(groups, 8, obligations=obligations, seed=SEED, shard_bytes=1 << 20, min_shards=3)
+
+    orders = [made.row_index(shard) for shard in range(len(made))]
+    assert sorted(len(index) for index in orders) == [1000, 1000, 1000]
+    for index in orders:
+        assert len(set(groups[index])) == 1
+        rising = (np.diff(index) > 0).mean()
+        assert rising == 1 if obligations is NONE else abs(rising - 0.5) < 0.05
+        assert obligations is NONE or np.abs(np.diff(index)).mean() > 250
 
 
 def test_groups_with_order_kept() -> None:

@@ -1,4 +1,4 @@
-"""Every byte that a host sends and receives, captured by a process in its network, and put together again. Needs root.
+"""Every byte that a network sends and receives, captured by a process in it, and put together again. Needs root.
 
 As a program: records whole packets of every interface, its own loopback too, from when it says ``capturing`` until its
 standard input ends; then it says how many the kernel dropped. A record is a length, four bytes little-endian, and the
@@ -16,10 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    from testbed import Host  # as a program, it runs without the project
+from typing import Self
 
 _ALL = 3  # ETH_P_ALL
 _BUFFER_BYTES = 256 << 20
@@ -30,15 +27,19 @@ _TCP = 6
 
 
 class Capture:
-    """A capture in one host, from ``with`` to :meth:`end`."""
+    """A capture in the network of one process, from ``with`` to :meth:`end`.
 
-    def __init__(self, host: Host, path: Path) -> None:
-        self.host = host.name
+    Args:
+        pid: Of the process: a host's of the test bed, or one's own.
+        path: File to write.
+    """
+
+    def __init__(self, pid: int, path: Path) -> None:
         self._path = path
         #: Packets that the kernel dropped, known at the end; a capture that lost some proves nothing.
         self.dropped = -1
-        # In the host's network alone: the file is the machine's.
-        command = ["nsenter", f"--target={host.pid}", "--net", "--", sys.executable, __file__, str(path)]
+        # In its network alone: the file is the machine's.
+        command = ["nsenter", f"--target={pid}", "--net", "--", sys.executable, __file__, str(path)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
