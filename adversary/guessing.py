@@ -160,11 +160,11 @@ def larger(padding: Padding | None, percent: float, trials: int, seed: int) -> G
     rng = np.random.default_rng(seed)
     one = np.exp(rng.uniform(np.log(1e5), np.log(1e7), 2 * trials)).astype(np.int64)
     other = (one * (1 + rng.uniform(-percent, percent, 2 * trials) / 100)).astype(np.int64)
-    differ = np.flatnonzero(one != other)
-    seen = [
-        [int(n) if padding is None else padded_size(int(n), padding) for n in some[differ]] for some in (one, other)
-    ]
-    return Guess(auc=float(roc_auc_score((one > other)[differ], np.sign(np.subtract(*seen)))), trials=len(differ))
+    one, other = one[one != other], other[one != other]
+    seen, against = (
+        np.array([n if padding is None else padded_size(int(n), padding) for n in some]) for some in (one, other)
+    )
+    return Guess(auc=float(roc_auc_score(one > other, np.sign(seen - against))), trials=len(one))
 
 
 def _shard_features(one: Shard, other: Shard) -> list[float]:

@@ -28,11 +28,10 @@ from typing import Any
 
 from zones import checkpoint
 from zones.checkpoint import Checkpoint, VerifierKey
-from zones.commitments import entry_digest
+from zones.commitments import digest_of_body
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.merkle import Frontier, leaf_hash
-from zones.model import encode_canonical
-from zones.wal import lacks_wal, wal_is_whole, wal_path
+from zones.wal import lacks_wal, lost_bytes, wal_path
 
 SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, salt TEXT NOT NULL, hash TEXT NOT NULL)"
 
@@ -98,6 +97,8 @@ class Report:
     signed: int = 0
     #: The file was copied from a running gateway without its -wal: later entries may be missing.
     without_wal: bool = False
+    #: The ``repaired`` entries: what was lost before each, at the gateway's start.
+    repairs: tuple[int, ...] = ()
 
     @property
     def head(self) -> Head:
@@ -139,9 +140,14 @@ class Verified:
 def _decoded(body: bytes, salt: bytes) -> tuple[dict[str, Any], bytes] | None:
     """Return an entry and its digest, 32 bytes, or ``None`` if *body* is none in canonical form, or *salt* no salt."""
     entry = parse(body)
-    if entry is None or not _SALT.fullmatch(salt) or _encoded_or_none(entry) != body:
+    if entry is None or not _SALT.fullmatch(salt):
         return None
-    return entry, entry_digest(bytes.fromhex(salt.decode("ascii")), entry)
+    try:
+        digest = digest_of_body(bytes.fromhex(salt.decode("ascii")), entry, body)
+    except (ValueError, TypeError, RecursionError):
+        # A number without an end, or nested too deep.
+        return None
+    return None if digest is None else (entry, digest)
 
 
 def parse(body: bytes) -> dict[str, Any] | None:
@@ -180,7 +186,7 @@ def verify(
     first = last = zone = ""
     without_wal = lacks_wal(path)
     head = Head(seq=0, hash="")
-    tree = _Tree(key=key, noted=noted)
+    tree, repairs = _Tree(key=key, noted=noted), list[int]()
     for row in _walk(path, tree.want):
         entry = row.entry
         head = Head(seq=entry["seq"], hash=row.head.hex())
@@ -188,6 +194,8 @@ def verify(
         if expected_head is not None and head.seq == expected_head.seq and head != expected_head:
             raise _corrupt(head.seq, "it is not the entry whose head was noted; the ledger was rewritten")
         tree.grow(zone, row)
+        if entry["kind"] == "repaired":
+            repairs.append(head.seq)
     for noted_size in ([] if expected_head is None else [expected_head.seq]) + ([] if noted is None else [noted.size]):
         if head.seq < noted_size:
             raise _corrupt(head.seq + 1, f"missing: the ledger ends at entry {head.seq}, one of {noted_size} was noted")
@@ -200,6 +208,7 @@ def verify(
         checkpoint=Checkpoint(origin=checkpoint.origin(zone), size=head.seq, root=tree.frontier.root()),
         signed=tree.signed,
         without_wal=without_wal,
+        repairs=tuple(repairs),
     )
 
 
@@ -421,14 +430,6 @@ def _check(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | 
     return checked
 
 
-def _encoded_or_none(entry: dict[str, Any]) -> bytes | None:
-    """Return the canonical bytes of a parsed entry, or ``None`` if it has none (an endless number)."""
-    try:
-        return encode_canonical(entry)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _explain(database: sqlite3.Connection, row: _Row, seq: int, previous: bytes | None) -> str:
     """Say what is wrong with a row that does not verify. The best guess from its neighbours, never a proof."""
     entry = row.entry()
@@ -516,8 +517,12 @@ def _check_surroundings(database: sqlite3.Connection, path: Path, seq: int) -> N
     """Look for damage outside the entries that could hide further ones."""
     wal = wal_path(path)
     # The writer may be in the middle of a frame; what it committed is in this snapshot.
-    if wal.exists() and not _is_being_written(path) and not wal_is_whole(wal.read_bytes()):
-        raise _corrupt(seq + 1, "not readable: the -wal file is damaged there, or was cut off")
+    if wal.exists() and not _is_being_written(path) and (lost := lost_bytes(wal.read_bytes())):
+        raise _corrupt(
+            seq + 1,
+            f"not readable: {lost:,} bytes of the -wal file are of no whole commit, after a crash in the middle of a "
+            "write or by damage; the gateway's next start leaves them out, keeps the -wal and writes both down",
+        )
     verdict = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if verdict != b"ok":
         raise LedgerCorruptError(

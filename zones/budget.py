@@ -174,6 +174,14 @@ def recovered(intent: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def repaired(dropped_bytes: int, kept: str, digest: str) -> dict[str, Any]:
+    """Return the entry that names what a start could not read: so many bytes of the ``-wal``, kept in a file.
+
+    Of a ``-wal`` that was not there nothing is known, and nothing kept.
+    """
+    return {"kind": "repaired", "dropped_bytes": dropped_bytes, "kept": kept, "kept_digest": digest}
+
+
 def check_kind(entry: Mapping[str, Any]) -> None:
     """Refuse an entry that :meth:`zones.ledger.Ledger.append` does not take.
 

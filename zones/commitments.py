@@ -38,14 +38,28 @@ def commit(salt: bytes, name: str, value: Any) -> bytes:
 
 def commitments(salt: bytes, entry: Mapping[str, Any]) -> list[bytes]:
     """Return the commitments to all fields of an entry in ascending order, which tells no name."""
-    found, sha256 = [], hashlib.sha256
+    return _of_fragments(salt, {name: _fragment(value) for name, value in entry.items()})
+
+
+def _of_fragments(salt: bytes, fragments: Mapping[str, bytes]) -> list[bytes]:
     # The same as `commit(field_salt(salt, name), name, value)`, of which verifying a ledger makes millions.
-    for name, value in entry.items():
-        before_salt, before_value = _around(name)
+    sha256, around, label = hashlib.sha256, _around, _FIELD_LABEL
+    found = []
+    for name, value in fragments.items():
+        before_salt, before_value = around(name)
         own = sha256(before_salt + salt).digest()
-        found.append(sha256(b"%b%b%b%b]" % (_FIELD_LABEL, own, before_value, _fragment(value))).digest())
+        found.append(sha256(label + own + before_value + value + b"]").digest())
     found.sort()
     return found
+
+
+def digest_of_body(salt: bytes, entry: Mapping[str, Any], body: bytes) -> bytes | None:
+    """Return :func:`entry_digest`, or ``None`` where *body* is not the entry's canonical bytes."""
+    fragments = {name: _fragment(value) for name, value in entry.items()}
+    whole = b"{" + b",".join([_text(name) + b":" + value for name, value in fragments.items()]) + b"}"
+    if whole != body or list(fragments) != sorted(fragments):
+        return None
+    return digest_of(_of_fragments(salt, fragments))
 
 
 def digest_of(commitments: Iterable[bytes]) -> bytes:
@@ -76,6 +90,10 @@ def _fragment(value: Any) -> bytes:
         return encode_basestring_ascii(value).encode("ascii")
     if kind is int:
         return b"%d" % value
-    if kind is list and all(type(item) is str for item in value):
-        return f"[{','.join(map(encode_basestring_ascii, value))}]".encode("ascii")
-    return canonical(value)
+    if kind is list:
+        try:
+            return f"[{','.join(map(encode_basestring_ascii, value))}]".encode("ascii")
+        except TypeError:
+            # Not all are texts.
+            return canonical(value)
+    return b"{}" if value == {} else canonical(value)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import sqlite3
@@ -26,14 +27,14 @@ from typing import Any, Self
 
 from zones import audit, checkpoint
 from zones.audit import Head, Report, copy_ledger, read, verify
-from zones.budget import MAX_ENTRY_BYTES, Budget, Egress, check_entry, check_kind, recovered
+from zones.budget import MAX_ENTRY_BYTES, Budget, Egress, check_entry, check_kind, recovered, repaired
 from zones.checkpoint import Checkpoint
 from zones.commitments import SALT_BYTES, entry_digest
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.merkle import Frontier, leaf_hash
 from zones.model import Decision, canonical, check_id
 from zones.obligations import duties
-from zones.wal import wal_path
+from zones.wal import lacks_wal, lost_bytes, wal_path
 
 __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "copy_ledger", "read", "verify"]
 
@@ -94,6 +95,8 @@ class Ledger:
         self._lock = lock
         self._chain = _Chain()
         self._zone = ""
+        #: What the start left out, as its ``repaired`` entry says it.
+        self.repair: Mapping[str, Any] | None = None
         #: Whether the file has no table yet.
         self._is_new = False
         self._files: dict[Path, tuple[int, int] | None] = {}
@@ -107,7 +110,10 @@ class Ledger:
     def open(
         cls, path: Path, *, zone: str, clock: Callable[[], datetime] = _utc_now, most_entries: int = MOST_ENTRIES
     ) -> Self:
-        """Open the ledger of *zone*, creating it with mode 0600, and write ``opened`` and ``recovered`` entries.
+        """Open the ledger of *zone*, creating it with mode 0600, and write what the start found.
+
+        That is an ``opened`` entry, ``recovered`` ones for what was under way, and ``repaired`` where the end of the
+        ``-wal`` was unreadable, which is then kept beside it.
 
         A file with more than *most_entries* is archived first, and a new one continues it.
 
@@ -128,6 +134,8 @@ class Ledger:
             try:
                 lock = _lock(path)
                 undo.callback(os.close, lock)
+                # Before SQLite looks at it, which would drop what it cannot read without a word.
+                repair = _repair(path)
                 _finish_archiving(path)
                 if _entries(path) > most_entries:
                     # Somebody who reads it keeps it from being folded: then at a later start.
@@ -137,7 +145,7 @@ class Ledger:
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
                 ledger = cls(path, clock, database, lock)
-                ledger._start(zone)
+                ledger._start(zone, repair)
             except OSError as error:
                 raise _unavailable(path, f"{error.strerror}; check disk and directory, then retry") from error
             except audit.UNREADABLE as error:
@@ -265,7 +273,7 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, zone: str) -> None:
+    def _start(self, zone: str, repair: Mapping[str, Any] | None) -> None:
         self._zone = zone
         self._database.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         self._database.execute("PRAGMA page_size = 4096")
@@ -282,7 +290,10 @@ class Ledger:
         else:
             self._chain = _Chain(hash=audit.genesis(zone))
         opened = {"kind": "opened", "zone": zone, "format": _FORMAT, "frontier": audit.hashes(self._chain.tree)}
-        self._write([opened, *(recovered(intent) for intent in self._chain.unfinished)])
+        # A new file has no -wal yet.
+        self.repair = None if self._is_new and repair and not repair["dropped_bytes"] else repair
+        found = [*([self.repair] if self.repair else ()), *(recovered(intent) for intent in self._chain.unfinished)]
+        self._write([opened, *found])
         self._files = {path: _identity(path) for path in (self._path, wal_path(self._path))}
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> int:
@@ -423,6 +434,25 @@ def _iso(time: datetime) -> str:
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+def _repair(path: Path) -> dict[str, Any] | None:
+    """Keep a ``-wal`` that SQLite would not read to its end, and return the entry that says so; none of a whole one."""
+    wal = wal_path(path)
+    if not wal.exists():
+        return repaired(0, "", "") if lacks_wal(path) else None
+    content = wal.read_bytes()
+    if not (lost := lost_bytes(content)):
+        return None
+    digest = hashlib.sha256(content).hexdigest()
+    kept = path.with_name(f"{path.name}-torn-{digest[:16]}")
+    kept.unlink(missing_ok=True)
+    with os.fdopen(audit.create_private(kept), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(path.parent)
+    return repaired(lost, kept.name, digest)
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
@@ -439,7 +469,9 @@ def _entries(path: Path) -> int:
     """Return how many entries a ledger file has; 0 for one that is not there, or that says so when it is opened."""
     if not path.exists():
         return 0
-    with contextlib.closing(sqlite3.connect(path)) as database, contextlib.suppress(*audit.UNREADABLE):
+    # Read-only: a connection that may write would take the -wal away as it closes.
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    with contextlib.suppress(*audit.UNREADABLE), contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
         return int(database.execute("SELECT count(*) FROM entries").fetchone()[0])
     return 0
 

@@ -44,11 +44,6 @@ def canonical(document: Any) -> bytes:
         TypeError: A value is a float or not a JSON type, or a key is not a string.
     """
     _check_canonical(document)
-    return encode_canonical(document)
-
-
-def encode_canonical(document: Any) -> bytes:
-    """Return the same for what is known to be JSON types without floats, as :func:`json.loads` gives them."""
     return _ENCODER.encode(document).encode("ascii")
 
 

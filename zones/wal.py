@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
+
 
 def wal_path(path: Path) -> Path:
     """Return SQLite's write-ahead log beside *path*."""
@@ -26,27 +28,36 @@ def lacks_wal(path: Path) -> bool:
         return False
 
 
-def wal_is_whole(wal: bytes) -> bool:
-    """Tell whether every frame of the log's current generation is intact (SQLite file format, section 4).
+def lost_bytes(wal: bytes) -> int:
+    """Return the bytes of a log behind its last whole commit, which SQLite leaves out; 0 of a log that is whole.
 
-    Frames left over from an earlier generation have other salts in both halves and do not count.
+    A crash in the middle of a write leaves such bytes, and so does damage: a frame whose checksum is wrong, and all
+    behind it. Frames left over from an earlier generation have other salts in both halves and do not count (SQLite
+    file format, section 4).
     """
-    if len(wal) < 32:
-        return len(wal) == 0
-    magic, _, page_size, _, salt_1, salt_2, sum_1, sum_2 = struct.unpack(">8I", wal[:32])
+    if len(wal) < _HEADER_BYTES:
+        return len(wal)
+    magic, _, page_size, _, salt_1, salt_2, sum_1, sum_2 = struct.unpack(">8I", wal[:_HEADER_BYTES])
     order = {0x377F0682: "<", 0x377F0683: ">"}.get(magic)
-    if order is None or _wal_sum(wal[:24], (0, 0), order) != (sum_1, sum_2) or (len(wal) - 32) % (page_size + 24):
-        return False
-    running, intact = (sum_1, sum_2), True
-    for at in range(32, len(wal), page_size + 24):
-        salts = struct.unpack_from(">2I", wal, at + 8)
+    if order is None or _wal_sum(wal[:24], (0, 0), order) != (sum_1, sum_2):
+        return len(wal)
+    frame = _FRAME_HEADER_BYTES + page_size
+    running, intact, lost = (sum_1, sum_2), True, 0
+    for at in range(_HEADER_BYTES, len(wal), frame):
+        found = wal[at : at + frame]
+        whole = len(found) == frame
+        salts = struct.unpack_from(">2I", found, 8) if whole else (salt_1, salt_2)
         if salts[0] != salt_1 and salts[1] != salt_2:
             intact = False
             continue
-        running = _wal_sum(wal[at + 24 : at + 24 + page_size], _wal_sum(wal[at : at + 8], running, order), order)
-        if not intact or salts != (salt_1, salt_2) or running != struct.unpack_from(">2I", wal, at + 16):
-            return False
-    return True
+        lost += len(found)
+        if intact and whole:
+            running = _wal_sum(found[_FRAME_HEADER_BYTES:], _wal_sum(found[:8], running, order), order)
+        intact = intact and whole and salts == (salt_1, salt_2) and running == struct.unpack_from(">2I", found, 16)
+        # The frame that ends a commit names the size of the database.
+        if intact and found[4:8] != bytes(4):
+            lost = 0
+    return lost
 
 
 def _wal_sum(data: bytes, start: tuple[int, int], order: str) -> tuple[int, int]:

@@ -98,6 +98,9 @@ def verify(
         console.print(f"signed up to entry {report.signed}; {report.entries - report.signed} came later")
     if noted is not None:
         console.print(f"begins with the {noted.size} entries of the checkpoint that was kept")
+    if report.repairs:
+        numbers = ", ".join(map(str, report.repairs))
+        errors.print(f"[yellow]repaired[/]: entries {numbers} say what a start could not read", soft_wrap=True)
     if report.without_wal:
         errors.print(
             "[yellow]perhaps not all of it[/]: the file was copied from a running gateway without its -wal file, where "

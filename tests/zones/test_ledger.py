@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from zones.errors import BudgetSpentError, LedgerCorruptError, LedgerUnavailableError
 from zones.ledger import MAX_ENTRY_BYTES, Budget, Egress, Head, Ledger, copy_ledger, read, verify
 from zones.model import Decision, EgressRequest, canonical
-from zones.wal import wal_is_whole
+from zones.wal import lost_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 ZONE = "clinic"
@@ -322,6 +322,9 @@ def test_threads_share_a_budget(ledger: Ledger) -> None:
 
 # --- crashes ------------------------------------------------------------------------------------------------------
 
+#: A page and its frame's header in a -wal.
+FRAME = 4096 + 24
+
 CRASH = """
 import os, sys
 from pathlib import Path
@@ -382,6 +385,106 @@ def test_crash_leaves_a_ledger_that_verifies(path: Path, tmp_path: Path) -> None
 
     assert {name: (copy / name).read_bytes() for name in before} == before
     assert before["ledger.sqlite-wal"]
+
+
+def commits(wal: bytes) -> list[int]:
+    """Return where each commit of a log ends, and where its header does."""
+    return [32, *(at + FRAME for at in range(32, len(wal), FRAME) if wal[at + 4 : at + 8] != bytes(4))]
+
+
+def crashed(path: Path, directory: Path, *, database: bytes, wal: bytes) -> Path:
+    """Put down what a crash left."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    copy = directory / path.name
+    copy.touch(0o600)
+    copy.write_bytes(database)
+    copy.with_name(copy.name + "-wal").write_bytes(wal)
+    return copy
+
+
+@pytest.mark.parametrize("sampled", [40, pytest.param(2000, marks=pytest.mark.chaos)])
+def test_crash_at_any_byte(path: Path, tmp_path: Path, sampled: int) -> None:
+    """Whatever was written of the -wal: what was whole is there, and what was not is named and kept."""
+    assert run(CRASH, str(path)).returncode == 9
+    database, wal = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+    before = list(read(path))
+    ends = commits(wal)
+    chance = random.Random(11)
+    edges = {at + more for at in range(32, len(wal) + 1, FRAME) for more in (-1, 0, 1, 24)}
+    places = {*edges, *range(0, 33, 4), *(chance.randrange(len(wal)) for _ in range(sampled))}
+    for cut in sorted(at for at in places if 0 <= at <= len(wal)):
+        copy = crashed(path, tmp_path / "left", database=database, wal=wal[:cut])
+        lost = cut - max([end for end in ends if end <= cut], default=0)
+        if lost:
+            with pytest.raises((LedgerCorruptError, LedgerUnavailableError)):
+                verify(copy)
+        with Ledger.open(copy, zone=ZONE) as ledger:
+            repair = ledger.repair
+        found = list(read(copy))
+
+        assert verify(copy).entries == len(found)
+        opened = [entry["kind"] for entry in found].index("opened", 1) if found[0] == before[0] else 0
+        assert found[:opened] == before[:opened]
+        assert (found[opened]["kind"], len(found) - opened) >= ("opened", 1)
+        if not lost:
+            assert repair is None
+            continue
+        assert repair is not None
+        (entry,) = (entry for entry in found if entry["kind"] == "repaired")
+        assert entry.items() >= repair.items()
+        assert (entry["seq"], entry["dropped_bytes"]) == (opened + 2, lost)
+        assert (copy.parent / entry["kept"]).read_bytes() == wal[:cut]
+        assert verify(copy).repairs == (opened + 2,)
+
+
+def test_every_whole_commit_is_there_after_a_crash(path: Path, tmp_path: Path) -> None:
+    """Cut in the middle of a commit, the ledger has all of those before, entry by entry."""
+    assert run(CRASH, str(path)).returncode == 9
+    database, wal = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+    ends = commits(wal)[1:]
+    held = []
+    for end in ends:
+        copy = crashed(path, tmp_path / "left", database=database, wal=wal[: end + 100])
+        with Ledger.open(copy, zone=ZONE):
+            pass
+        held.append([entry["kind"] for entry in read(copy)].index("opened", 1))
+
+    assert held[-5:] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("sampled", [40, pytest.param(2000, marks=pytest.mark.chaos)])
+def test_crash_while_the_wal_is_folded(path: Path, tmp_path: Path, sampled: int) -> None:
+    """Whatever was written of the database file itself, the -wal has it all still: nothing is lost."""
+    assert run(CRASH, str(path)).returncode == 9
+    old, wal = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+    copy = crashed(path, tmp_path / "whole", database=old, wal=wal)
+    with closing(sqlite3.connect(copy)) as other:
+        other.execute("PRAGMA wal_checkpoint(FULL)")
+        new = copy.read_bytes()
+    chance = random.Random(12)
+    for cut in [*range(0, len(new) + 1, 4096), *(chance.randrange(len(new)) for _ in range(sampled))]:
+        copy = crashed(path, tmp_path / "left", database=new[:cut] + old[cut:], wal=wal)
+        assert verify(copy).entries == 5
+        with Ledger.open(copy, zone=ZONE) as ledger:
+            assert ledger.repair is None
+        assert verify(copy).entries == 7
+
+
+def test_a_wal_that_is_gone_is_named(path: Path) -> None:
+    """What a crashed gateway's -wal held is lost with it: the next start says that there may have been some."""
+    assert run(CRASH, str(path)).returncode == 9
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(FULL)")
+        old = path.read_bytes()
+    path.write_bytes(old)
+    path.with_name(path.name + "-wal").unlink(missing_ok=True)
+    with Ledger.open(path, zone=ZONE) as ledger:
+        assert ledger.repair == {"kind": "repaired", "dropped_bytes": 0, "kept": "", "kept_digest": ""}
+    with Ledger.open(path, zone=ZONE) as ledger:
+        assert ledger.repair is None
+
+    assert verify(path).repairs == (7,)
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -834,10 +937,10 @@ def test_wal_left_over_from_an_earlier_generation(path: Path, ledger: Ledger) ->
     ledger.append(START)
     wal = path.with_name(path.name + "-wal").read_bytes()
 
-    assert wal_is_whole(wal)
-    assert wal_is_whole(b"")
-    assert not wal_is_whole(wal[:-1])
-    assert not wal_is_whole(wal[:20])
+    assert lost_bytes(wal) == 0
+    assert lost_bytes(b"") == 0
+    assert lost_bytes(wal[:-1]) == 4096 + 24 - 1
+    assert lost_bytes(wal[:20]) == 20
 
 
 def test_copies(path: Path, tmp_path: Path, ledger: Ledger) -> None:
