@@ -30,7 +30,7 @@ from testbed.capture import Capture
 from zones.config import load_zone
 from zones.errors import EnvelopeError
 from zones.header import HEADER_BYTES, Header, sealed_size
-from zones.model import Direction, Kind
+from zones.model import Kind
 
 ZONE, DATASET, COLUMN = "clinic", "randhie", "mdvis"
 #: A column that is the same in all rows, and what is in it.
@@ -119,20 +119,24 @@ def _shard(number: int, told: dict[str, Any]) -> Shard:
     return Shard(node=told["node"], number=number, rows=rows, at=told["at"], size=0)
 
 
+def messages(stream: bytes) -> Iterator[tuple[Header, int]]:
+    """Yield the header of each sealed message in what one connection carried one way, and its bytes on the wire."""
+    at = 0
+    while at + HEADER_BYTES <= len(stream):
+        try:
+            header = Header.decode(stream[at : at + HEADER_BYTES])
+        except EnvelopeError:
+            # Of another program.
+            return
+        size = HEADER_BYTES + sealed_size(header.padded_bytes)
+        yield header, size
+        at += size
+
+
 def _shards_sent(streams: Iterable[bytes]) -> Iterator[list[tuple[int, int]]]:
-    """Yield, for each connection that carried any, the number of each shard and its bytes, as they lie on the wire."""
+    """Yield, for each connection that carried any, the number of each shard and its bytes."""
     for stream in streams:
-        found, at = [], 0
-        while at + HEADER_BYTES <= len(stream):
-            try:
-                header = Header.decode(stream[at : at + HEADER_BYTES])
-            except EnvelopeError:
-                # Of another program.
-                break
-            size = HEADER_BYTES + sealed_size(header.padded_bytes)
-            if header.kind is Kind.SHARD and header.direction is Direction.OUT:
-                found.append((header.shard, size))
-            at += size
+        found = [(header.shard, size) for header, size in messages(stream) if header.kind is Kind.SHARD]
         if found:
             yield found
 

@@ -57,15 +57,20 @@ class Job:
     bytes: int
     ours: dict[str, list[float]] = field(default_factory=dict)
     ray: dict[str, list[float]] = field(default_factory=dict)
+    #: Under further obligations, where they were measured.
+    further: dict[str, list[float]] = field(default_factory=dict)
 
     def best_form(self) -> str:
         """Return the form in which plain Ray was fastest."""
         return min(self.ray, key=lambda form: statistics.median(self.ray[form]))
 
-    def ratio(self, shuffle: str) -> float:
+    def ratio(self, how: str) -> float:
         """Median over the rounds of plain Ray's best seconds by this product's: above 1, this product is faster."""
-        best = self.ray[self.best_form()]
-        return statistics.median(ray / ours for ray, ours in zip(best, self.ours[shuffle], strict=True))
+        return _ratio(self.ray[self.best_form()], (self.ours | self.further)[how])
+
+    def cost(self, how: str) -> float:
+        """Median over the rounds of the seconds under further obligations by those with ``rows`` alone."""
+        return _ratio(self.further[how], self.ours["rows"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,3 +101,7 @@ class Measured:
     job_costs: dict[str, Cost]
     #: Controls that the clusters' sandboxes lacked.
     degradations: list[str]
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))

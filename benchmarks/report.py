@@ -18,10 +18,10 @@ time and took turns. Times are medians, and ratios are medians of the rounds' ra
 
 This product is called through its public API, with policy, the durable ledger, padding and sandboxes on; nothing in
 it exists for this benchmark. The policies are the shipped ones but for two things: the volume data set stands in the
-catalog once for each shuffle, and a session may send as many small calls as the benchmark makes. Plain Ray runs as
-`ray start` makes it: three raylets, the driver on one, an actor on each of the others, without token, TLS, dashboard
-and log monitor, which only makes it faster. Both compute the same NumPy function on the same table. All processes
-share the machine's cores.
+catalog once for each set of obligations, and a session may send as many small calls as the benchmark makes. Plain Ray
+runs as `ray start` makes it: three raylets, the driver on one, an actor on each of the others, without token, TLS,
+dashboard and log monitor, which only makes it faster. Both compute the same NumPy function on the same table. All
+processes share the machine's cores.
 """
 _CALL = """\
 ## A call of {size:,} bytes
@@ -49,6 +49,13 @@ _JOB = """\
 `f.map(table)` on two actors, from the memory-mapped table to the probabilities of all rows in order; {rounds} rounds.
 Plain Ray gets all shards at once and gives all results at once, which was its fastest way, as matrices that the
 driver builds or as Arrow tables. Ratios are against the faster of the two.
+"""
+_FURTHER = """\
+### What further obligations cost
+
+The same job in shards of {mib} MiB with obligations that a zone may demand besides: its time by that with `rows` alone,
+and plain Ray's by it. Coarse padding makes a shard of a little over {mib} MiB twice as large on the wire; sizes are a
+lease's, so the first call after one with other sizes opens leases, and is not counted.
 """
 _JOB_COSTS = """\
 ### Processor time of the volume job, by process
@@ -97,6 +104,7 @@ def markdown(found: Measured) -> str:
         _table(("", "processor µs", "of which"), _call_costs(found)),
         _JOB.format(size=job.bytes / 1e6, rounds=found.scale.job_rounds),
         _table(("shards", "", "seconds", "MB/s", "ratio"), _jobs(found.jobs)),
+        *_further(found.jobs),
         _JOB_COSTS,
         _table(("", "seconds", "processor seconds", "of which"), _job_costs(found)),
         _JOB_STAGES,
@@ -187,6 +195,16 @@ def _jobs(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
         for shuffle, seconds in job.ours.items():
             rows.append(_job(job, f"this product, `{shuffle}`", seconds, f"{job.ratio(shuffle):.2f}"))
     return rows
+
+
+def _further(jobs: Sequence[Job]) -> list[str]:
+    (job,) = (job for job in jobs if job.further)
+    rows = []
+    for how, seconds in job.further.items():
+        median = statistics.median(seconds)
+        size = f"{job.bytes / median / 1e6:,.0f}"
+        rows.append((how, f"{median:.2f}", size, f"{job.cost(how):.2f}", f"{job.ratio(how):.2f}"))
+    return [_FURTHER.format(mib=job.shard_mib), _table(("", "seconds", "MB/s", "by `rows`", "ratio"), rows)]
 
 
 def _job(job: Job, name: str, seconds: Sequence[float], ratio: str) -> tuple[str, ...]:

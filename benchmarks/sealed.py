@@ -1,7 +1,7 @@
 """This product, through its public API alone, on an embedded cluster of its own. This module does I/O.
 
 Policies are the shipped ones, copied to a directory of the benchmark's own, with two changes: the volume data set has
-a name for each kind of shuffle, and a session may send many small calls.
+a name for each set of obligations that is measured, and a session may send many small calls.
 """
 
 from __future__ import annotations
@@ -24,6 +24,19 @@ from ray_gpu.state import Layout
 
 #: Shuffles that are measured, and the catalog name of the same file under each.
 SHUFFLES = {"none": f"{DATASET}_none", "blocks(16)": f"{DATASET}_blocks", "rows": f"{DATASET}_rows"}
+#: Further obligations, measured in one size of shard: what zone.yaml demands, and whether rows are kept together by the
+#: first column, of which there are some 450 values.
+FURTHER: dict[str, tuple[dict[str, Any], bool]] = {
+    "rows, in windows of 10,000": ({"shuffle": "rows", "shuffle_window": 10_000}, False),
+    "rows, groups kept together": ({"shuffle": "rows"}, True),
+    "rows, at most 60 % to a node": ({"shuffle": "rows", "max_node_share": {"percent": 60}}, False),
+    "rows, coarse padding": ({"shuffle": "rows", "padding": "coarse"}, False),
+    "rows, at most 60 % to a node, coarse padding, 16 shards at least": (
+        {"shuffle": "rows", "max_node_share": {"percent": 60}, "padding": "coarse", "min_shards": 16},
+        False,
+    ),
+}
+_NAMES = SHUFFLES | {how: f"{DATASET}_further_{number}" for number, how in enumerate(FURTHER)}
 ZONE = "clinic"
 #: Bytes of function and arguments that a session may send here: thousands of calls, not the few of a person.
 _SESSION_BYTES = 1 << 30
@@ -37,9 +50,11 @@ def write_policies(directory: Path) -> None:
     catalog_path, zone_path = directory / ZONE / "catalog.yaml", directory / ZONE / "zone.yaml"
     catalog = yaml.safe_load(catalog_path.read_text(encoding="utf-8"))
     zone = yaml.safe_load(zone_path.read_text(encoding="utf-8"))
-    for name in SHUFFLES.values():
+    for name in _NAMES.values():
         catalog["datasets"][name] = dict(catalog["datasets"][DATASET])
-    zone["obligations"] = [{"datasets": [name], "shuffle": shuffle} for shuffle, name in SHUFFLES.items()]
+    demands: dict[str, dict[str, Any]] = {shuffle: {"shuffle": shuffle} for shuffle in SHUFFLES}
+    demands |= {how: demand for how, (demand, _) in FURTHER.items()}
+    zone["obligations"] = [{"datasets": [_NAMES[how]], **demand} for how, demand in demands.items()]
     zone["small_bytes"]["max_session_bytes"] = _SESSION_BYTES
     catalog_path.write_text(yaml.safe_dump(catalog, sort_keys=False), encoding="utf-8")
     zone_path.write_text(yaml.safe_dump(zone, sort_keys=False), encoding="utf-8")
@@ -114,12 +129,13 @@ def calls(session: Session, value: bytes, count: int) -> list[float]:
     return seconds
 
 
-def score(session: Session, shuffle: str, shard_bytes: int, coefficients: list[Any]) -> tuple[float, Any]:
-    """Score the volume data set on two actors; return the seconds and the probabilities."""
-    name = SHUFFLES[shuffle]
+def score(session: Session, how: str, shard_bytes: int, coefficients: list[Any]) -> tuple[float, Any]:
+    """Score the volume data set on two actors, under one of SHUFFLES or FURTHER; return seconds and probabilities."""
+    name = _NAMES[how]
     features = [column for column in session.datasets[name] if column != "target"]
     data = session.read(name, columns=features)
-    function = _score.options(session=session, columns=features, shard_bytes=shard_bytes)
+    together = features[0] if how in FURTHER and FURTHER[how][1] else None
+    function = _score.options(session=session, columns=features, shard_bytes=shard_bytes, keep_together=together)
     start = time.perf_counter()
     result = function.map(data, *coefficients)
     return time.perf_counter() - start, result
