@@ -82,12 +82,15 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             jobs = bench.jobs()
             memory = bench.memory()
             call_costs, job_costs = bench.call_costs(), bench.job_costs()
+            # At the end: it opens leases anew.
+            further = bench.further()
         return Measured(
             machine=host,
             scale=scale,
             attach=attach,
             call=calls,
             jobs=jobs,
+            further=further,
             memory=memory,
             call_stages=bench.call_stages(root),
             ledger=bench.ledger(root),
@@ -158,16 +161,7 @@ class Bench:
                     job.ray.setdefault(form, []).append(self._score_plain(job.shard_mib * MIB, form))
                 for shuffle in sealed.SHUFFLES:
                     job.ours.setdefault(shuffle, []).append(self._score(shuffle, job.shard_mib * MIB))
-                if job.shard_mib == FURTHER_MIB:
-                    self._further(job)
         return found
-
-    def _further(self, job: Job) -> None:
-        for how in sealed.FURTHER:
-            # Sizes are a lease's: with others it is another lease, which the first call opens.
-            self._score(how, job.shard_mib * MIB)
-            job.further.setdefault(how, []).append(self._score(how, job.shard_mib * MIB))
-        self._score("none", job.shard_mib * MIB)
 
     def _score_plain(self, shard_bytes: int, form: str) -> float:
         plain = [item.tolist() if isinstance(item, np.ndarray) else item for item in self._coefficients]
@@ -179,6 +173,19 @@ class Bench:
         seconds, result = sealed.score(self.session, shuffle, shard_bytes, self._coefficients)
         assert np.allclose(result, self._expected, rtol=0, atol=1e-12), "a result is wrong"
         return seconds
+
+    def further(self) -> Job:
+        """The volume job under further obligations, and with `rows` alone beside them."""
+        job = Job(shard_mib=FURTHER_MIB, bytes=self._table.nbytes)
+        for turn in range(self._scale.job_rounds):
+            say(f"further obligations, round {turn + 1} of {self._scale.job_rounds}")
+            for form in FORMS:
+                job.ray.setdefault(form, []).append(self._score_plain(FURTHER_MIB * MIB, form))
+            for how in ("rows", *sealed.FURTHER):
+                # Sizes are a lease's: with others it is another lease, which the first call opens.
+                self._score(how, FURTHER_MIB * MIB)
+                job.ours.setdefault(how, []).append(self._score(how, FURTHER_MIB * MIB))
+        return job
 
     def memory(self) -> list[GatewayMemory]:
         """The gateway's memory around a volume job of each shuffle."""

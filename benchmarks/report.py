@@ -53,9 +53,9 @@ driver builds or as Arrow tables. Ratios are against the faster of the two.
 _FURTHER = """\
 ### What further obligations cost
 
-The same job in shards of {mib} MiB with obligations that a zone may demand besides: its time by that with `rows` alone,
-and plain Ray's by it. Coarse padding makes a shard of a little over {mib} MiB twice as large on the wire; sizes are a
-lease's, so the first call after one with other sizes opens leases, and is not counted.
+The same job in shards of {mib} MiB, in rounds of its own, with obligations that a zone may demand besides: its time by
+that with `rows` alone, and plain Ray's by it. Coarse padding makes a shard of a little over {mib} MiB twice as large on
+the wire; sizes are a lease's, so each time the first call, which may open leases, is not counted.
 """
 _JOB_COSTS = """\
 ### Processor time of the volume job, by process
@@ -104,7 +104,7 @@ def markdown(found: Measured) -> str:
         _table(("", "processor µs", "of which"), _call_costs(found)),
         _JOB.format(size=job.bytes / 1e6, rounds=found.scale.job_rounds),
         _table(("shards", "", "seconds", "MB/s", "ratio"), _jobs(found.jobs)),
-        *_further(found.jobs),
+        *_further(found.further),
         _JOB_COSTS,
         _table(("", "seconds", "processor seconds", "of which"), _job_costs(found)),
         _JOB_STAGES,
@@ -197,10 +197,9 @@ def _jobs(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _further(jobs: Sequence[Job]) -> list[str]:
-    (job,) = (job for job in jobs if job.further)
+def _further(job: Job) -> list[str]:
     rows = []
-    for how, seconds in job.further.items():
+    for how, seconds in job.ours.items():
         median = statistics.median(seconds)
         size = f"{job.bytes / median / 1e6:,.0f}"
         rows.append((how, f"{median:.2f}", size, f"{job.cost(how):.2f}", f"{job.ratio(how):.2f}"))

@@ -41,6 +41,8 @@ class _Window:
     #: Node to system of cells to the cells that it was given, and to how much of all rows those are, in percent.
     held: dict[str, dict[str, set[int]]] = field(default_factory=dict)
     percents: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: Those made last, by what they were made of: calls over one data set are often alike.
+    cells: dict[tuple[str, str], Cells] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -91,14 +93,13 @@ class Shares:
                 del self._windows[where]
             window = self._window(identity, begins, share.window_s)
         ordered = obligations.shuffle is Shuffle.NONE
-        told = f"{identity} {begins} {share.window_s} {ordered} {hashlib.sha256(of_row.tobytes()).hexdigest()}"
-        unit_rows = np.bincount(of_row, minlength=1) if len(of_row) else np.zeros(0, np.int64)
-        key = hmac.digest(self._key, told.encode(), "sha256")
-        unit_cells = spread.cells(len(unit_rows), key, ordered=ordered)
-        count = spread.count(len(unit_rows))
-        rows = np.bincount(unit_cells, weights=unit_rows, minlength=count).astype(np.int64)
-        system = hashlib.sha256(key).hexdigest()[:16]
-        return Book(self._ledger, window, Cells(dataset, system, unit_cells, rows), percent=share.percent)
+        told = f"{identity} {begins} {share.window_s} {ordered} {hashlib.sha256(of_row.data).hexdigest()}"
+        cells = window.cells.get((dataset, told))
+        if cells is None:
+            key = hmac.digest(self._key, told.encode(), "sha256")
+            cells = _made(dataset, hashlib.sha256(key).hexdigest()[:16], key, of_row, ordered=ordered)
+            window.cells = {(dataset, told): cells}
+        return Book(self._ledger, window, cells, percent=share.percent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,6 +198,13 @@ class Book:
 
     def _rows(self, node: str, more: Collection[int]) -> int:
         return int(self.cells.rows[sorted(self.held(node) | set(more))].sum())
+
+
+def _made(dataset: str, system: str, key: bytes, of_row: Index, *, ordered: bool) -> Cells:
+    unit_rows = np.bincount(of_row, minlength=1) if len(of_row) else np.zeros(0, np.int64)
+    unit_cells = spread.cells(len(unit_rows), key, ordered=ordered)
+    rows = np.bincount(unit_cells, weights=unit_rows, minlength=spread.count(len(unit_rows))).astype(np.int64)
+    return Cells(dataset, system, unit_cells, rows)
 
 
 def _key(path: Path) -> bytes:

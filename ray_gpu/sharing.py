@@ -81,7 +81,7 @@ class Sharing:
             numbers, units = np.unique(of_row, return_inverse=True)
             unit_cells, units = self._book.cells.of_unit[numbers], units.reshape(-1)
         with self._book as book:
-            given, left = book.assign(np.unique(unit_cells).tolist(), nodes)
+            given, left = book.assign(np.flatnonzero(np.bincount(unit_cells)).tolist(), nodes)
             new = any(not set(cells) <= book.held(node) for node, cells in given.items())
             if left or (new and not anew):
                 raise OverShareError(self.over_share(nodes))
@@ -134,4 +134,5 @@ def _units(source: Source, obligations: Obligations) -> Index:
     """Return ``int64[of_rows]``: the unit of each row of the whole."""
     if source.groups is not None:
         return source.groups
-    return np.arange(source.of_rows, dtype=np.int64) // plan.block_rows(obligations)
+    rows, n = np.arange(source.of_rows, dtype=np.int64), plan.block_rows(obligations)
+    return rows if n == 1 else rows // n

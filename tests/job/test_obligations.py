@@ -51,6 +51,10 @@ class World:
             self._change(lambda: shutil.rmtree(approved))
         self._change(lambda: self.file.write_text(self._text.replace(PLACE, "\n".join(lines))))
 
+    def shuffle(self, how: str) -> None:
+        """Put another shuffle in force."""
+        self._change(lambda: self.file.write_text(self._text.replace("shuffle: rows", f"shuffle: {how}", 1)))
+
     def _change(self, change: Callable[[], Any]) -> None:
         before = self._digest()
         change()
@@ -95,13 +99,10 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "min_shards": ("min_shards: 3", {"whole": True}, {}),
     "exclusive_gpu": ("exclusive_gpu: true", {"num_gpus": 0.5}, {"num_gpus": 1}),
     "purposes": ("purposes: [care]", {"purpose": "marketing"}, {"purpose": "care"}),
-    "max_session_s": ("max_session_s: 2", {}, {}),
-    "hours": (now_excluded(), {}, {}),
-    "reviewed_functions_only": ("reviewed_functions_only: true", {}, {}),
 }
 
 
-@pytest.mark.parametrize("key", ["max_rows", "min_shards", "exclusive_gpu", "purposes"])
+@pytest.mark.parametrize("key", BROKEN)
 def test_broken(world: World, key: str) -> None:
     """A call that breaks an obligation is refused by its key, and the ledger says so; one that fulfils it is made."""
     line, breaks, fulfils = BROKEN[key]
@@ -122,6 +123,26 @@ def world_value(line: str) -> str:
     """Return what a decision says of an obligation's line."""
     value = line.partition(": ")[2].strip("[]")
     return "yes" if value == "true" else value
+
+
+@gpu_remote(columns=["mdvis", "lncoins", "lpi"], shard_bytes=64 << 10)
+def given(batch: Any) -> Any:
+    """Return the rows as they came."""
+    return batch.matrix()
+
+
+@pytest.mark.parametrize("how", ["blocks(16)", "none", "rows"])
+def test_order_where_policy_permits_it(world: World, how: str) -> None:
+    """Rows come in the source's order, in shards and from shard to shard, with `none` alone; the ledger says which."""
+    world.shuffle(how)
+    with world.cluster.attach() as session:
+        function, data = given.options(session=session), session.read("randhie")
+        source = function.map(data)
+        came = np.concatenate(function.map_reduce(data, list))
+
+    assert sorted(map(tuple, came)) == sorted(map(tuple, source))
+    assert np.array_equal(came, source) is (how == "none")
+    assert world.cluster.entries("decision")[-1]["obligations"]["shuffle"] == how
 
 
 def test_hours(world: World) -> None:
