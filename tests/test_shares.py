@@ -11,7 +11,7 @@ import pytest
 from ray_gpu.shares import Book, Shares
 from zones import ledger as ledgers
 from zones.errors import ConfigError, LedgerUnavailableError
-from zones.ledger import Ledger
+from zones.ledger import Ledger, read
 from zones.model import NodeShare, Obligations, Shuffle
 from zones.plan import Index
 
@@ -64,6 +64,19 @@ def test_again_is_the_same(shares: Shares) -> None:
     assert again.held("a") == first.held("a")
     assert give(again, "a", "b") == []
     assert again.percent("a") == 50
+
+
+def test_two_names_of_one_data_set(shares: Shares, path: Path) -> None:
+    """Under another name the same data has the same cells, and each entry has the name that was asked for."""
+    asked = [shares.book(name, "ab" * 32, SHARE, Obligations(), ALONE, NOW) for name in ("d", "e", "d")]
+    give(asked[0], "a")
+    give(asked[1], "a", "b")
+
+    assert len({one.cells.system for one in asked}) == 1
+    assert [(entry["dataset"], entry["node"]) for entry in read(path) if entry["kind"] == "share"] == [
+        ("d", "a"),
+        ("e", "b"),
+    ]
 
 
 @pytest.mark.parametrize("other", [HALVES, TWO, ALONE])
