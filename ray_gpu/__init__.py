@@ -25,13 +25,14 @@ __all__ = [
     "Handle",
     "RemoteFunction",
     "Session",
+    "Stream",
     "attach",
     "gpu_remote",
 ]
 
 _HOMES = {
     "Batch": "arrays", "Call": "call", "Executor": "executor", "FunctionOptions": "options", "Handle": "handle",
-    "Session": "client",
+    "Session": "client", "Stream": "stream",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ray_gpu.handle import Handle
 from ray_gpu.options import FunctionOptions, with_options
 from ray_gpu.request import pack_work
 from ray_gpu.state import default_state_dir
+from ray_gpu.stream import Stream
 from zones import values
 from zones.errors import (
     FunctionRefusedError,
@@ -145,6 +146,21 @@ class RemoteFunction(Generic[P, R]):
         if not callable(reduce):
             raise TypeError(f"reduce takes the list of the shards' values, as `sum` does; {reduce!r} is no function")
         return reduce(self._call("shards", data, args, kwargs).result())
+
+    def stream(self, data: Any, *args: Any, ordered: bool = False, **kwargs: Any) -> Stream[R]:
+        """Run ``f(batch, *args, **kwargs)`` on every shard and give its values one by one, as they come back.
+
+        Args:
+            data: As for :meth:`map`.
+            args: Further arguments, the same for every shard.
+            ordered: Whether values come by their shards' numbers. Where policy's shuffle is ``none`` that is the order
+                of the rows; else it says nothing of them.
+            kwargs: Further keyword arguments.
+
+        Returns:
+            An iterator for ``for`` and ``async for``. Errors are raised after the values that came before them.
+        """
+        return Stream(self._call("stream", data, args, kwargs), ordered=ordered)
 
     def remote(self, *args: Any, **kwargs: Any) -> Call[R]:
         """Start ``f(*args, **kwargs)`` on one GPU actor and return its future.

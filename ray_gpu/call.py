@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -57,6 +58,8 @@ class Call(Generic[R]):
         self._lock = threading.RLock()
         self._done = self._cancelled = False
         self._value: Any = None
+        #: Values that came before the call was done, each with its shard's number.
+        self._parts: deque[tuple[int, Any]] = deque()
         self._error: BaseException | None = None
         #: Once done: shards by node, rows, bytes sent.
         self.report: dict[str, Any] = {}
@@ -114,6 +117,24 @@ class Call(Generic[R]):
             raise self._error
         return self._value  # type: ignore[no-any-return]  # plain data; the function's annotation says which
 
+    def next_part(self) -> tuple[int, Any] | None:
+        """Wait for the next value of a call that gives them one by one; ``None`` once there are no more.
+
+        Raises:
+            Exception: As :meth:`result`, after the values that came before it.
+        """
+        with self._lock:
+            try:
+                while not self._parts and not self._done:
+                    self._receive()
+            except KeyboardInterrupt:
+                self._interrupted()
+                raise
+            if self._parts:
+                return self._parts.popleft()
+        self.result()
+        return None
+
     def cancel(self) -> None:
         """Stop the call; its sandbox is killed. Waiting for its result raises :class:`CallCancelledError`."""
         if not self._done:
@@ -135,16 +156,22 @@ class Call(Generic[R]):
     def _advance(self, deadline: float | None) -> bool:
         """Take what the gateway said, up to *deadline* (``None``: however long it takes); tell whether that is all."""
         while not self._done and (deadline is None or self._connection.wait(deadline)):
-            try:
-                reply, fds = self._connection.receive()
-            except (OSError, MalformedMessageError):
-                self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
-                break
-            if "event" in reply:
-                self._event(reply)
-            else:
-                self._take(reply, fds)
+            self._receive()
         return self._done
+
+    def _receive(self) -> None:
+        """Take the next thing that the gateway says."""
+        try:
+            reply, fds = self._connection.receive()
+        except (OSError, MalformedMessageError):
+            self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
+            return
+        if reply.get("event") == "part":
+            self._parts.append((int(reply["shard"]), _value(reply, fds, one=True)))
+        elif "event" in reply:
+            self._event(reply)
+        else:
+            self._take(reply, fds)
 
     def _take(self, reply: dict[str, Any], fds: list[int]) -> None:
         """Take the final reply."""
@@ -205,6 +232,8 @@ def _ended_by_us() -> CallCancelledError:
 def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
     if "inline" in reply:
         return values.decode(reply["inline"])
+    if not fds:
+        return None
     view = open_sealed(fds[0])
     places = reply.get("places")
     if places is None:

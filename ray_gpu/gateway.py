@@ -46,7 +46,7 @@ from ray_gpu.relay_link import RelayLink
 from ray_gpu.request import Mode, Request, parse
 from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
-from ray_gpu.share import share_encoded, share_table, share_value
+from ray_gpu.share import INLINE_BYTES, share_encoded, share_table, share_value
 from ray_gpu.shares import Shares
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
@@ -454,8 +454,11 @@ class Connection:
 
     def _reply(self, request: Request, result: job.Result) -> None:
         head = {"ok": True, "printed": result.printed, "report": result.report}
-        if request.mode is Mode.CALL and len(result.encoded[0]) < 512 << 10:
+        if request.mode is Mode.CALL and len(result.encoded[0]) <= INLINE_BYTES:
             self._send({**head, "inline": bytes(result.encoded[0])})
+            return
+        if request.mode is Mode.STREAM:
+            self._send(head)
             return
         if request.mode is Mode.MAP:
             fd, places = share_value(result.value), None

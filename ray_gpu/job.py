@@ -26,6 +26,7 @@ from ray_gpu.request import Mode, Options, Request
 from ray_gpu.resident import Resident
 from ray_gpu.sandbox.memory import SLOT_BYTES
 from ray_gpu.session import Allowed, Session
+from ray_gpu.share import INLINE_BYTES, share_encoded
 from ray_gpu.sharing import OverShareError, Sharing, Size
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
@@ -63,7 +64,8 @@ PAUSE_S = 0.25
 class Result:
     """What a call brought back into the zone."""
 
-    #: ``map``: one table or array in source order. ``shards``: the encoded values, in slot order. ``call``: one.
+    #: ``map``: one table or array in source order. ``shards``: the encoded values, in slot order. ``stream``: none.
+    #: ``call``: one.
     value: Any = None
     encoded: list[memoryview] = field(default_factory=list)
     printed: str = ""
@@ -112,7 +114,7 @@ def _cut(lease: Lease) -> None:
 
 
 #: Called with ``{"event": "progress" | "printed" | "leases", ...}`` from any thread.
-Events = Callable[[dict[str, Any]], None]
+Events = Callable[..., None]
 
 
 def run(session: Session, request: Request, source: Source | None, events: Events, cancelled: Cancel) -> Result:
@@ -287,7 +289,7 @@ class ShardRun:
         self._parts: dict[int, Any] = {}
         self._encoded: dict[int, memoryview] = {}
         self._nodes: dict[str, int] = {}
-        self._sent_bytes = self._done_rows = 0
+        self._sent_bytes = self._done_rows = self._streamed = 0
         self._told = 0.0
         self._held_bytes = 0
         #: Which node's answer stands for each shard and attempt.
@@ -352,7 +354,7 @@ class ShardRun:
         self._cancelled.check()
         if self._failure is not None:
             raise self._failure
-        if len(self._parts) + len(self._encoded) < self._count:
+        if len(self._parts) + len(self._encoded) + self._streamed < self._count:
             raise LeaseLostError(
                 "every lease of this call was lost; run the call again", node="", reason="no lease left"
             )
@@ -679,8 +681,23 @@ class ShardRun:
             return
         flying.popleft()
         self._accept(lease, (index, attempt), rows, outcome)
+        if self._request.mode is Mode.STREAM:
+            self._stream(index, outcome.encoded)
+            self._hold(-len(payload))
         if self._resident is not None and outcome.kept and not was_open:
             self._resident.keep(index, lease.id, current)
+
+    def _stream(self, index: int, encoded: memoryview) -> None:
+        """Hand a value over. A caller that does not take it holds up the call."""
+        part = {"event": "part", "shard": index}
+        if len(encoded) <= INLINE_BYTES:
+            self._events({**part, "inline": bytes(encoded)})
+            return
+        fd, places = share_encoded([encoded])
+        try:
+            self._events({**part, "places": places}, (fd,))
+        finally:
+            os.close(fd)
 
     def _open_since(self, lease: Lease, index: int) -> int | None:
         """Return the number of the call that brought a shard to a lease which has it open, or ``None``."""
@@ -735,6 +752,8 @@ class ShardRun:
             self._accepted[item] = lease.node
             if self._request.mode is Mode.MAP:
                 self._parts[index] = outcome.value
+            elif self._request.mode is Mode.STREAM:
+                self._streamed += 1
             else:
                 self._encoded[index] = outcome.encoded
             self._nodes[lease.node] = self._nodes.get(lease.node, 0) + 1

@@ -38,6 +38,8 @@ class Mode(StrEnum):
     MAP = "map"
     #: One value per shard, for a reduction in the notebook.
     SHARDS = "shards"
+    #: The same, each value as soon as it is there.
+    STREAM = "stream"
     #: One call on arguments alone.
     CALL = "call"
 
@@ -113,9 +115,9 @@ def parse(message: dict[str, Any]) -> Request:
     data = None if message.get("data") is None else _map(message["data"])
     mode = _MODES.get(str(message.get("mode")))
     if mode is None:
-        raise ValueError("mode must be map, shards or call")
+        raise ValueError("mode must be map, shards, stream or call")
     if (data is None) != (mode is Mode.CALL):
-        raise ValueError("map and shards need data; call takes none")
+        raise ValueError("map, shards and stream need data; call takes none")
     return Request(mode=mode, work=_work(work), arguments=arguments, data=data)
 
 

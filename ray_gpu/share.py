@@ -19,6 +19,8 @@ from zones.errors import ValueRefusedError
 
 #: What makes a memory file immutable.
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+#: Values up to here travel in the message itself.
+INLINE_BYTES = 512 << 10
 _REQUIRED = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 

@@ -1,7 +1,6 @@
 """Keys outside Vault: the exchange and derivation of a lease key, and the nodes' signing keys.
 
-Draws randomness when it makes a key; reads no clock, file or network. With
-:mod:`zones.envelope` the only user of ``cryptography``.
+Draws randomness when it makes a key; reads no clock, file or network.
 
 Why a lease key has two parents. The data key comes from Vault, so that only the node
 whose identity Vault knows can have it, for one grant. The exchange secret (X25519,

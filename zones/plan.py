@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from zones.keystream import keystream
 from zones.model import Obligations, Shuffle
 
 Index = npt.NDArray[np.int64]
@@ -77,15 +77,10 @@ def order(rows: int, obligations: Obligations, seed: bytes) -> Index | None:
 def draw(count: int, seed: bytes) -> Keys:
     """Return ``uint64[count]`` that nobody without *seed* can tell from random numbers.
 
-    AES-256 in counter mode (FIPS 197, NIST SP 800-38A) under the SHA-256 of *seed*. NumPy's generators are not used:
-    whoever sees enough of their output can compute the rest, and a node may know the order of the rows it holds.
+    NumPy's generators are not used: whoever sees enough of their output can compute the rest, and a node may know the
+    order of the rows it holds.
     """
-    stream = np.zeros(count, "<u8")
-    cipher = Cipher(algorithms.AES(hashlib.sha256(seed).digest()), modes.CTR(bytes(16)))
-    # A block of room: what the cipher asks for, whether it needs it or not.
-    drawn = np.empty(8 * count + 16, np.uint8)
-    cipher.encryptor().update_into(stream.view(np.uint8).data, drawn.data)
-    return drawn[: 8 * count].view("<u8")
+    return keystream(seed, 8 * count).view("<u8")
 
 
 def permutation(count: int, seed: bytes) -> Index:

@@ -124,3 +124,90 @@ def test_executor_with_no_such_option() -> None:
     """Options are checked when the executor is made."""
     with pytest.raises(TypeError, match="did you mean 'concurrency'"):
         ray_gpu.Executor(concurency=2)
+
+
+@gpu_remote(columns=["mdvis"], shard_bytes=64 << 10)
+def summed(batch: Any) -> float:
+    """Return a shard's sum."""
+    return float(batch["mdvis"].sum())
+
+
+@gpu_remote(columns=["mdvis"], shard_bytes=64 << 10)
+def large(batch: Any) -> Any:
+    """Return more than travels in a message."""
+    return np.full(1 << 18, batch["mdvis"].sum())
+
+
+@gpu_remote(columns=["mdvis"], shard_bytes=64 << 10, concurrency=1)
+def slower(batch: Any, seconds: float) -> float:
+    """Return a shard's sum, and take long."""
+    time.sleep(seconds)
+    return float(batch["mdvis"].sum())
+
+
+def test_stream(zone: Any) -> None:
+    """Every shard's value comes once, as it is there or by number; the report is that of a whole call."""
+    data = zone.read("randhie")
+    together = sorted(summed.options(session=zone).map_reduce(data, list))
+    with summed.options(session=zone).stream(data) as found:
+        values = list(found)
+
+    assert len(values) == found.report["shards"] > 2
+    assert sum(values) == pytest.approx(sum(together))
+    assert found.report["rows"] == 20190
+    assert list(found) == []
+    assert sum(summed.options(session=zone).stream(data, ordered=True)) == pytest.approx(sum(together))
+    arrays = list(large.options(session=zone).stream(data))
+    assert sum(float(array[0]) for array in arrays) == pytest.approx(sum(together))
+    assert {len(array) for array in arrays} == {1 << 18}
+
+
+def test_values_come_while_the_call_runs(zone: Any) -> None:
+    """The first value is there long before the last; whoever goes away stops the call."""
+    data = zone.read("randhie")
+    started = time.monotonic()
+    stream = slower.options(session=zone).stream(data, 0.5)
+    next(stream)
+    first = time.monotonic() - started
+    rest = len(list(stream))
+    whole = time.monotonic() - started
+
+    assert whole - first > 0.4 * rest > 0.4
+    with slower.options(session=zone).stream(data, 60.0) as stopped:
+        pass
+    with pytest.raises(CallCancelledError):
+        next(stopped)
+    assert summed.options(session=zone).map_reduce(data, sum) > 0
+
+
+def test_error_in_a_stream(zone: Any) -> None:
+    """What a shard raised is raised after the values that came before it."""
+
+    @gpu_remote(columns=["mdvis"], shard_bytes=64 << 10, concurrency=1, session=zone)
+    def third_fails(batch: Any) -> int:
+        import sys
+
+        seen = sys.__dict__["seen_by_third_fails"] = sys.__dict__.get("seen_by_third_fails", 0) + 1
+        if seen == 3:
+            raise KeyError("third")
+        return len(batch)
+
+    found: list[int] = []
+    with pytest.raises(KeyError, match="third"):
+        found.extend(third_fails.stream(zone.read("randhie")))
+
+    assert len(found) == 2
+    assert sum(third_fails.stream(zone.read("randhie"))) == 20190
+
+
+def test_async_stream(zone: Any) -> None:
+    """`async for` takes values as `for` does, and other coroutines go on meanwhile."""
+
+    async def total() -> float:
+        return sum([value async for value in summed.options(session=zone).stream(zone.read("randhie"))])
+
+    async def both() -> Any:
+        return await asyncio.gather(total(), divide.options(session=zone).remote(1.0, 4.0))
+
+    expected = summed.options(session=zone).map_reduce(zone.read("randhie"), sum)
+    assert asyncio.run(both()) == [pytest.approx(expected), 0.25]

@@ -1,0 +1,70 @@
+"""The values of a call over data, one by one as they come back into the zone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from ray_gpu.call import Call
+
+R = TypeVar("R")
+_END = object()
+
+
+class Stream(Iterator[R], AsyncIterator[R]):
+    """What :meth:`RemoteFunction.stream` returns: take it with ``for`` or ``async for``.
+
+    One whose values nobody takes holds up its call, and holds no more memory. As a context manager, or when nobody
+    holds it any more, it stops the call.
+
+    Args:
+        call: The call, begun.
+        ordered: Whether values come by their shards' numbers.
+    """
+
+    def __init__(self, call: Call[Any], *, ordered: bool) -> None:
+        self._call = call
+        self._ordered = ordered
+        self._early: dict[int, R] = {}
+        self._next = 0
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Once all values were taken: shards by node, rows, bytes sent."""
+        return self._call.report
+
+    def cancel(self) -> None:
+        """Stop the call; its sandboxes are killed. Waiting for its values raises :class:`CallCancelledError`."""
+        self._call.cancel()
+
+    def __next__(self) -> R:
+        if not self._ordered:
+            part = self._call.next_part()
+            if part is None:
+                raise StopIteration
+            return part[1]  # type: ignore[no-any-return]  # plain data; the function's annotation says which
+        while self._next not in self._early:
+            part = self._call.next_part()
+            if part is None:
+                raise StopIteration
+            self._early[part[0]] = part[1]
+        self._next += 1
+        return self._early.pop(self._next - 1)
+
+    async def __anext__(self) -> R:
+        try:
+            value = await asyncio.to_thread(next, self, _END)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if value is _END:
+            raise StopAsyncIteration
+        return value  # type: ignore[return-value]  # the end was taken out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.cancel()
