@@ -34,6 +34,8 @@ class Demand:
     group_rows: int | None = None
     #: Whether the attacker sees padded sizes.
     padded: bool = True
+    #: Whether a node is lost in each call.
+    loses: bool = False
 
 
 DEMANDS = (
@@ -145,7 +147,7 @@ def _on_paper(scale: Scale) -> Iterator[Row]:
         _say(f"{demand.name}: a pool of {POOL}")
         numbers = np.arange(scale.pool_rows)
         groups = None if demand.group_rows is None else numbers // (demand.group_rows or scale.pool_rows)
-        pool = pools.Pool(nodes=POOL, calls=scale.pool_calls, shards=8 * POOL, padded=demand.padded)
+        pool = pools.Pool(nodes=POOL, calls=scale.pool_calls, shards=8 * POOL, padded=demand.padded, loses=demand.loses)
         known, asked = (pools.seen(scale.pool_rows, demand.obligations, pool, seed, groups=groups) for seed in (1, 2))
         for count in CAPTURED:
             yield _asked(demand, f"{count} of {POOL}", known.held_by(count), asked.held_by(count), scale, one=False)

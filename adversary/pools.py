@@ -33,6 +33,9 @@ class Pool:
     shards: int
     #: Whether sizes are.
     padded: bool = True
+    #: Whether in each call a node is lost in the middle: what it worked on and what it had not got goes to others,
+    #: under the same numbers. No share is bounded then.
+    loses: bool = False
 
 
 def seen(rows: int, obligations: Obligations, pool: Pool, seed: int, *, groups: Index | None = None) -> Seen:
@@ -76,7 +79,7 @@ def seen(rows: int, obligations: Obligations, pool: Pool, seed: int, *, groups: 
                 given, placed, obligations=obligations, seed=drawn, shard_units=rows, min_shards=pool.shards
             )
             owners = [part.node for part in parts]
-        found.append(_sent(made, names, owners, rng, began=10.0 * call, padded=pool.padded))
+        found.append(_sent(made, names, owners, rng, began=10.0 * call, pool=pool))
     return Seen(rows=rows, calls=found)
 
 
@@ -87,16 +90,25 @@ def _sent(
     rng: np.random.Generator,
     *,
     began: float,
-    padded: bool,
+    pool: Pool,
 ) -> list[Shard]:
     """Return a call's shards as they arrive."""
     free = {name: began + rng.exponential(0.01) for name in names}
+    lost = names[int(rng.integers(len(names)))] if pool.loses else None
     found = []
+
+    def send(number: int, node: str) -> None:
+        rows = made.row_index(number)
+        size = len(rows) * ROW_BYTES
+        padded = padded_size(size) if pool.padded else size
+        found.append(Shard(node=node, number=number, rows=rows, at=free[node], size=padded))
+        free[node] += 0.01 * (1 + rng.exponential(0.2))
+
     for number in range(len(made)):
         node = owners[number] if owners else min(free, key=lambda name: free[name])
-        rows = made.row_index(number)
-        at = free[node]
-        free[node] += 0.01 * (1 + rng.exponential(0.2))
-        size = len(rows) * ROW_BYTES
-        found.append(Shard(node=node, number=number, rows=rows, at=at, size=padded_size(size) if padded else size))
+        send(number, node)
+        if node == lost and number > len(made) // 2:
+            del free[node]
+            lost = None
+            send(number, min(free, key=lambda name: free[name]))
     return found

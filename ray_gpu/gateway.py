@@ -113,8 +113,8 @@ class Gateway:
         self.watchdog = Watchdog()
         self._signer = Signer(self._vault, zone.name)
         ledger = Ledger.open(settings.ledger, zone=zone.name)
-        if ledger.repair is not None:
-            print(f"the ledger was repaired: {json.dumps(dict(ledger.repair))}", file=sys.stderr)  # noqa: T201 - its log
+        for repair in ledger.repairs:
+            print(f"the ledger was repaired: {json.dumps(repair)}", file=sys.stderr)  # noqa: T201 - its log
         ledger.append(replaying.entry(in_force.policy))
         # After the ledger, whose lock says that no other gateway uses these directories.
         self._keys = LeaseKeys(self._vault, zone.name, settings.ledger.parent / "lease-keys")

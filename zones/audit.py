@@ -31,7 +31,7 @@ from zones.checkpoint import Checkpoint, VerifierKey
 from zones.commitments import digest_of_body
 from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.merkle import Frontier, leaf_hash
-from zones.wal import lacks_wal, lost_bytes, wal_path
+from zones.wal import lacks_wal, wal_path, whole_bytes
 
 SCHEMA = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, salt TEXT NOT NULL, hash TEXT NOT NULL)"
 
@@ -517,7 +517,7 @@ def _check_surroundings(database: sqlite3.Connection, path: Path, seq: int) -> N
     """Look for damage outside the entries that could hide further ones."""
     wal = wal_path(path)
     # The writer may be in the middle of a frame; what it committed is in this snapshot.
-    if wal.exists() and not _is_being_written(path) and (lost := lost_bytes(wal.read_bytes())):
+    if wal.exists() and not _is_being_written(path) and (lost := whole_bytes(wal.read_bytes())[1]):
         raise _corrupt(
             seq + 1,
             f"not readable: {lost:,} bytes of the -wal file are of no whole commit, after a crash in the middle of a "

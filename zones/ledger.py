@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -34,7 +35,7 @@ from zones.errors import LedgerCorruptError, LedgerUnavailableError
 from zones.merkle import Frontier, leaf_hash
 from zones.model import Decision, canonical, check_id
 from zones.obligations import duties
-from zones.wal import lacks_wal, lost_bytes, wal_path
+from zones.wal import lacks_wal, wal_path, whole_bytes
 
 __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "copy_ledger", "read", "verify"]
 
@@ -42,6 +43,8 @@ __all__ = ["MAX_ENTRY_BYTES", "Budget", "Egress", "Head", "Ledger", "Report", "c
 BUSY_TIMEOUT_MS = 1000
 
 _FORMAT = 2
+#: In the name of a ``-wal`` that was kept, between the ledger's and the first digits of its SHA-256.
+_TORN = "-torn-"
 #: A file with more entries than this is archived at the next start: some hundred megabytes.
 MOST_ENTRIES = 500_000
 #: SQLite error name prefix: (what happened and what to do, whether a later write may be tried).
@@ -95,8 +98,8 @@ class Ledger:
         self._lock = lock
         self._chain = _Chain()
         self._zone = ""
-        #: What the start left out, as its ``repaired`` entry says it.
-        self.repair: Mapping[str, Any] | None = None
+        #: What was left out at the start, as ``repaired`` entries say it.
+        self.repairs: list[dict[str, Any]] = []
         #: Whether the file has no table yet.
         self._is_new = False
         self._files: dict[Path, tuple[int, int] | None] = {}
@@ -112,8 +115,8 @@ class Ledger:
     ) -> Self:
         """Open the ledger of *zone*, creating it with mode 0600, and write what the start found.
 
-        That is an ``opened`` entry, ``recovered`` ones for what was under way, and ``repaired`` where the end of the
-        ``-wal`` was unreadable, which is then kept beside it.
+        That is an ``opened`` entry, ``recovered`` ones for what was under way, and ``repaired`` where the end of a
+        ``-wal`` was unreadable, which was then kept beside it.
 
         A file with more than *most_entries* is archived first, and a new one continues it.
 
@@ -135,7 +138,8 @@ class Ledger:
                 lock = _lock(path)
                 undo.callback(os.close, lock)
                 # Before SQLite looks at it, which would drop what it cannot read without a word.
-                repair = _repair(path)
+                _keep_torn(path)
+                gone = lacks_wal(path)
                 _finish_archiving(path)
                 if _entries(path) > most_entries:
                     # Somebody who reads it keeps it from being folded: then at a later start.
@@ -143,9 +147,9 @@ class Ledger:
                         _archive(path)
                 _create(path)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-                undo.callback(database.close)
+                undo.callback(_fold, database)
                 ledger = cls(path, clock, database, lock)
-                ledger._start(zone, repair)
+                ledger._start(zone, wal_gone=gone)
             except OSError as error:
                 raise _unavailable(path, f"{error.strerror}; check disk and directory, then retry") from error
             except audit.UNREADABLE as error:
@@ -210,16 +214,20 @@ class Ledger:
             LedgerUnavailableError: They cannot be read.
         """
         self._check_archives()
-        query, wanted = "SELECT body FROM entries WHERE instr(body, ?) ORDER BY seq", (f'"kind":"{kind}"',)
-        rows = []
         with self._commit_guard:
             try:
-                for older in audit.archives(self._path):
-                    with contextlib.closing(_read_only(older)) as archive:
-                        rows += archive.execute(query, wanted).fetchall()
-                rows += self._database.execute(query, wanted).fetchall()
+                return self._select(kind)
             except audit.UNREADABLE as error:
                 raise _translate(self._path, error)[0] from error
+
+    def _select(self, kind: str) -> list[dict[str, Any]]:
+        query, wanted = "SELECT body FROM entries WHERE instr(body, ?) ORDER BY seq", (f'"kind":"{kind}"',)
+        rows = []
+        for older in audit.archives(self._path):
+            with contextlib.closing(_read_only(older)) as archive:
+                rows += archive.execute(query, wanted).fetchall()
+        if not self._is_new:
+            rows += self._database.execute(query, wanted).fetchall()
         return [entry for row in rows if (entry := audit.parse(row[0].encode()) or {}).get("kind") == kind]
 
     def _check_archives(self) -> None:
@@ -259,11 +267,7 @@ class Ledger:
             if self._lock < 0:
                 return
             self._refusal = "it is closed; open it again"
-            with contextlib.suppress(sqlite3.Error):
-                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                # Refused while somebody reads: then the file is whole all the same.
-                self._database.execute("PRAGMA journal_mode = DELETE")
-            self._database.close()
+            _fold(self._database)
             os.close(self._lock)
             self._lock = -1
 
@@ -273,7 +277,7 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, zone: str, repair: Mapping[str, Any] | None) -> None:
+    def _start(self, zone: str, *, wal_gone: bool) -> None:
         self._zone = zone
         self._database.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         self._database.execute("PRAGMA page_size = 4096")
@@ -291,9 +295,12 @@ class Ledger:
             self._chain = _Chain(hash=audit.genesis(zone))
         opened = {"kind": "opened", "zone": zone, "format": _FORMAT, "frontier": audit.hashes(self._chain.tree)}
         # A new file has no -wal yet.
-        self.repair = None if self._is_new and repair and not repair["dropped_bytes"] else repair
-        found = [*([self.repair] if self.repair else ()), *(recovered(intent) for intent in self._chain.unfinished)]
-        self._write([opened, *found])
+        self.repairs = [repaired(0, "", "")] if wal_gone and not self._is_new else []
+        if torn := sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}{_TORN}*")):
+            # Also those of a start that came to nothing, or of an archiving.
+            named = {entry["kept"] for entry in self._select("repaired")}
+            self.repairs += [_named(kept) for kept in torn if kept.name not in named]
+        self._write([opened, *self.repairs, *(recovered(intent) for intent in self._chain.unfinished)])
         self._files = {path: _identity(path) for path in (self._path, wal_path(self._path))}
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> int:
@@ -434,23 +441,37 @@ def _iso(time: datetime) -> str:
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def _repair(path: Path) -> dict[str, Any] | None:
-    """Keep a ``-wal`` that SQLite would not read to its end, and return the entry that says so; none of a whole one."""
+def _keep_torn(path: Path) -> None:
+    """Keep a ``-wal`` that SQLite would not read to its end, beside it, and leave the rest out; the lock is held."""
     wal = wal_path(path)
-    if not wal.exists():
-        return repaired(0, "", "") if lacks_wal(path) else None
-    content = wal.read_bytes()
-    if not (lost := lost_bytes(content)):
-        return None
-    digest = hashlib.sha256(content).hexdigest()
-    kept = path.with_name(f"{path.name}-torn-{digest[:16]}")
+    content = wal.read_bytes() if wal.exists() else b""
+    end, lost = whole_bytes(content)
+    if not lost:
+        return
+    kept = path.with_name(f"{path.name}{_TORN}{hashlib.sha256(content).hexdigest()[:16]}")
     kept.unlink(missing_ok=True)
     with os.fdopen(audit.create_private(kept), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     _sync(path.parent)
-    return repaired(lost, kept.name, digest)
+    # Or it would be found again after the next crash.
+    os.truncate(wal, end)
+
+
+def _named(kept: Path) -> dict[str, Any]:
+    """Return the entry about a ``-wal`` that was kept."""
+    content = kept.read_bytes()
+    return repaired(whole_bytes(content)[1], kept.name, hashlib.sha256(content).hexdigest())
+
+
+def _fold(database: sqlite3.Connection) -> None:
+    """Close a database, with its ``-wal`` folded into the file, which then says that it has none."""
+    with contextlib.suppress(sqlite3.Error):
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        # Refused while somebody reads: then the file is whole all the same.
+        database.execute("PRAGMA journal_mode = DELETE")
+    database.close()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -488,6 +509,7 @@ def archive(path: Path) -> Path:
         lock = _lock(path)
         if not path.is_file():
             raise LedgerUnavailableError(f"there is no ledger file {path}; check the path")
+        _keep_torn(path)
         return _archive(path)
     except audit.UNREADABLE as error:
         raise LedgerUnavailableError(f"{path.name} cannot be archived ({error}); close what reads it") from error

@@ -9,6 +9,8 @@ import struct
 from pathlib import Path
 
 _HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
+#: So many times, at most, a log was begun anew since a frame in it was left over.
+_GENERATIONS = 1 << 20
 
 
 def wal_path(path: Path) -> Path:
@@ -28,26 +30,26 @@ def lacks_wal(path: Path) -> bool:
         return False
 
 
-def lost_bytes(wal: bytes) -> int:
-    """Return the bytes of a log behind its last whole commit, which SQLite leaves out; 0 of a log that is whole.
+def whole_bytes(wal: bytes) -> tuple[int, int]:
+    """Return where a log's last whole commit ends, and how many bytes behind it SQLite leaves out (0: it is whole).
 
     A crash in the middle of a write leaves such bytes, and so does damage: a frame whose checksum is wrong, and all
-    behind it. Frames left over from an earlier generation have other salts in both halves and do not count (SQLite
-    file format, section 4).
+    behind it. Frames left over from an earlier generation do not count (SQLite file format, section 4): each
+    generation's first salt is the one before it and one more, its second another.
     """
     if len(wal) < _HEADER_BYTES:
-        return len(wal)
+        return 0, len(wal)
     magic, _, page_size, _, salt_1, salt_2, sum_1, sum_2 = struct.unpack(">8I", wal[:_HEADER_BYTES])
     order = {0x377F0682: "<", 0x377F0683: ">"}.get(magic)
     if order is None or _wal_sum(wal[:24], (0, 0), order) != (sum_1, sum_2):
-        return len(wal)
+        return 0, len(wal)
     frame = _FRAME_HEADER_BYTES + page_size
-    running, intact, lost = (sum_1, sum_2), True, 0
+    running, intact, end, lost = (sum_1, sum_2), True, _HEADER_BYTES, 0
     for at in range(_HEADER_BYTES, len(wal), frame):
         found = wal[at : at + frame]
         whole = len(found) == frame
         salts = struct.unpack_from(">2I", found, 8) if whole else (salt_1, salt_2)
-        if salts[0] != salt_1 and salts[1] != salt_2:
+        if 0 < (salt_1 - salts[0]) % (1 << 32) < _GENERATIONS and salts[1] != salt_2:
             intact = False
             continue
         lost += len(found)
@@ -56,8 +58,8 @@ def lost_bytes(wal: bytes) -> int:
         intact = intact and whole and salts == (salt_1, salt_2) and running == struct.unpack_from(">2I", found, 16)
         # The frame that ends a commit names the size of the database.
         if intact and found[4:8] != bytes(4):
-            lost = 0
-    return lost
+            end, lost = at + frame, 0
+    return end, lost
 
 
 def _wal_sum(data: bytes, start: tuple[int, int], order: str) -> tuple[int, int]:

@@ -27,9 +27,11 @@ def guesses(known: Seen, asked: Seen, count: int) -> list[float]:
     return [question(one, other, TRIALS, 7).auc for question in (guessing.adjacent, guessing.position)]
 
 
-def on_paper(obligations: Obligations, *, groups: Index | None = None, padded: bool = True) -> tuple[Seen, Seen]:
+def on_paper(
+    obligations: Obligations, *, groups: Index | None = None, padded: bool = True, loses: bool = False
+) -> tuple[Seen, Seen]:
     """Return what a pool of four sees of two data sets."""
-    pool = pools.Pool(nodes=4, calls=4, shards=16, padded=padded)
+    pool = pools.Pool(nodes=4, calls=4, shards=16, padded=padded, loses=loses)
     one, other = (pools.seen(ROWS, obligations, pool, seed, groups=groups) for seed in (1, 2))
     return one, other
 
@@ -41,6 +43,20 @@ def on_paper(obligations: Obligations, *, groups: Index | None = None, padded: b
 def test_nothing_is_found_out(obligations: Obligations, count: int) -> None:
     """With `rows`, neither who stood beside whom nor where is better than a coin, over repeated calls."""
     for auc in guesses(*on_paper(obligations), count):
+        assert abs(auc - 0.5) < NEAR
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_further_attempts_tell_nothing(count: int) -> None:
+    """What is sent again, after a node was lost, is in the same order under the same number, and tells nothing more."""
+    known, asked = on_paper(Obligations(), loses=True)
+    for call in asked.calls:
+        numbers = [shard.number for shard in call]
+        (again,) = {number for number in numbers if numbers.count(number) > 1}
+        first, second = (shard for shard in call if shard.number == again)
+        assert first.node != second.node
+
+    for auc in guesses(known, asked, count):
         assert abs(auc - 0.5) < NEAR
 
 
