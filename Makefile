@@ -11,7 +11,7 @@ help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
 	@echo "make test    every check: lint, types, import contracts, tests"
 	@echo "make attack  every attack beside its positive control, every control removed once; writes docs/attacks.md"
-	@echo "make chaos   more ways for processes to end than make test has time for"
+	@echo "make chaos   more ways for processes to end than make test has time for, and a quick benchmark"
 	@echo "make client  the jobs and proofs of make test once more, with zones that reach Ray by its client"
 	@echo "make bench   measure against plain Ray"
 	@echo "make adversary what captured GPU nodes can tell of order, place and calls; writes docs/adversary.md"

