@@ -33,7 +33,7 @@ from zones.header import HEADER_BYTES, Header, sealed_size
 from zones.model import Kind
 
 ZONE, DATASET, COLUMN = "clinic", "randhie", "mdvis"
-#: A column that is the same in all rows, and what is in it.
+#: A column that is the same in all rows.
 ALIKE = "lncoins"
 #: Least shards of each call.
 SHARDS = 16

@@ -113,7 +113,7 @@ def _cut(lease: Lease) -> None:
     lease.link.shutdown()
 
 
-#: Called with ``{"event": "progress" | "printed" | "leases", ...}`` from any thread.
+#: Called with ``{"event": "progress" | "printed" | "leases" | "part", ...}``, and a part's descriptor, from any thread.
 Events = Callable[..., None]
 
 

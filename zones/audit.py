@@ -278,6 +278,8 @@ def copy_ledger(path: Path, target: Path) -> None:
         LedgerCorruptError: It is no SQLite file, or a damaged one.
     """
     try:
+        if torn := _torn(path):
+            raise LedgerCorruptError(f"{path.name} is not copied, or the copy would not say so: {torn}")
         for older in archives(path):
             named = archive_path(target, *archived(path, older))
             with older.open("rb") as source, os.fdopen(create_private(named), "wb") as copied:
@@ -515,20 +517,26 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> None:
 
 def _check_surroundings(database: sqlite3.Connection, path: Path, seq: int) -> None:
     """Look for damage outside the entries that could hide further ones."""
-    wal = wal_path(path)
-    # The writer may be in the middle of a frame; what it committed is in this snapshot.
-    if wal.exists() and not _is_being_written(path) and (lost := whole_bytes(wal.read_bytes())[1]):
-        raise _corrupt(
-            seq + 1,
-            f"not readable: {lost:,} bytes of the -wal file are of no whole commit, after a crash in the middle of a "
-            "write or by damage; the gateway's next start leaves them out, keeps the -wal and writes both down",
-        )
+    if torn := _torn(path):
+        raise _corrupt(seq + 1, f"not readable: {torn}")
     verdict = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if verdict != b"ok":
         raise LedgerCorruptError(
             f"all {seq} entries verify, but the SQLite file around them is damaged "
             f"({verdict.decode(errors='replace')}); keep the file as evidence and compare it with a backup"
         )
+
+
+def _torn(path: Path) -> str:
+    """Say what of the ``-wal`` SQLite leaves out; nothing where it is whole."""
+    wal = wal_path(path)
+    # The writer may be in the middle of a frame; what it committed is in a reader's snapshot.
+    if not wal.exists() or _is_being_written(path) or not (lost := whole_bytes(wal.read_bytes())[1]):
+        return ""
+    return (
+        f"{lost:,} bytes of the -wal file are of no whole commit, after a crash in the middle of a write or by damage; "
+        "the gateway's next start leaves them out, keeps the -wal and writes both down"
+    )
 
 
 def lock_path(path: Path) -> Path:

@@ -545,6 +545,17 @@ def test_damage_is_named_after_archiving(path: Path) -> None:
     assert len(verify(path).repairs) == 1
 
 
+def test_damage_is_not_copied_away(path: Path, tmp_path: Path) -> None:
+    """A copy of a damaged ledger would be a shorter one that verifies: there is none until a start has said so."""
+    damaged(path)
+    with pytest.raises(LedgerCorruptError, match="is not copied"):
+        copy_ledger(path, tmp_path / "copy.sqlite")
+    assert not (tmp_path / "copy.sqlite").exists()
+    Ledger.open(path, zone=ZONE).close()
+    copy_ledger(path, tmp_path / "copy.sqlite")
+    assert len(verify(tmp_path / "copy.sqlite").repairs) == 1
+
+
 def test_zeros_in_the_wal_are_damage(path: Path) -> None:
     """Frames that a power cut left empty are no frames of an earlier generation."""
     assert run(CRASH, str(path)).returncode == 9
