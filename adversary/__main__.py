@@ -46,6 +46,7 @@ DEMANDS = (
         obligations=Obligations(max_node_share=NodeShare(percent=60, window_s=86400)),
         hides=True,
     ),
+    Demand(name="rows, a node lost in each call", lines="", obligations=Obligations(), hides=True, loses=True),
     Demand(name="rows, all kept together", lines="shuffle: rows", obligations=Obligations(), group_rows=0, hides=True),
     Demand(name="rows, by 8 neighbours kept together", lines="", obligations=Obligations(), group_rows=8),
     Demand(
