@@ -200,9 +200,8 @@ def _jobs(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
 def _further(job: Job) -> list[str]:
     rows = []
     for how, seconds in job.ours.items():
-        median = statistics.median(seconds)
-        size = f"{job.bytes / median / 1e6:,.0f}"
-        rows.append((how, f"{median:.2f}", size, f"{job.cost(how):.2f}", f"{job.ratio(how):.2f}"))
+        _, *shown = _job(job, how, seconds, f"{job.cost(how):.2f}")
+        rows.append((*shown, f"{job.ratio(how):.2f}"))
     return [_FURTHER.format(mib=job.shard_mib), _table(("", "seconds", "MB/s", "by `rows`", "ratio"), rows)]
 
 

@@ -232,10 +232,11 @@ def _ended_by_us() -> CallCancelledError:
 def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
     if "inline" in reply:
         return values.decode(reply["inline"])
-    if not fds:
+    if "places" not in reply:
+        # What a stream ends with: its values came before.
         return None
     view = open_sealed(fds[0])
-    places = reply.get("places")
+    places = reply["places"]
     if places is None:
         return values.decode(view)
     found = [values.decode(view[start:stop]) for start, stop in places]

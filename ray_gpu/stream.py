@@ -40,16 +40,14 @@ class Stream(Iterator[R], AsyncIterator[R]):
         self._call.cancel()
 
     def __next__(self) -> R:
-        if not self._ordered:
-            part = self._call.next_part()
-            if part is None:
-                raise StopIteration
-            return part[1]  # type: ignore[no-any-return]  # plain data; the function's annotation says which
         while self._next not in self._early:
             part = self._call.next_part()
             if part is None:
                 raise StopIteration
-            self._early[part[0]] = part[1]
+            number, value = part
+            if not self._ordered:
+                return value  # type: ignore[no-any-return]  # plain data; the function's annotation says which
+            self._early[number] = value
         self._next += 1
         return self._early.pop(self._next - 1)
 

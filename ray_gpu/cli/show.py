@@ -187,8 +187,9 @@ def _words(entry: Mapping[str, Any]) -> str:
     if kind == "recovered":
         return f"of {entry['intent']}: at most {size(entry['at_most_bytes'])} went to {node}"
     if kind == "repaired":
-        lost = f"{size(entry['dropped_bytes'])} of its end left out, kept in {entry['kept']}" if entry["kept"] else ""
-        return lost or "its -wal was gone: what that held is unknown"
+        if not entry["kept"]:
+            return "its -wal was gone: what that held is unknown"
+        return f"{size(entry['dropped_bytes'])} of its end left out, kept in {entry['kept']}"
     if kind == "lease-end":
         return f"{node}, {entry.get('outcome')}, {'its receipt' if entry.get('receipt') else 'without a receipt'}"
     if kind == "policy":
