@@ -25,6 +25,8 @@ from zones.model import Obligations, Shuffle
 
 MIB = 1 << 20
 SHARD_MIB, FURTHER_MIB = (1, 4, 16), 4
+#: Of a gateway that gets less memory than the volume data set has; and rounds of it.
+TIGHT_MIB, TIGHT_ROUNDS = 256, 3
 CALL_BYTES = 1024
 FULL = Scale(rows=demo_data.RESAMPLED_ROWS, attaches=5, call_rounds=20, calls=100, job_rounds=5, stage_shards=24)
 QUICK = Scale(rows=40_000, attaches=1, call_rounds=2, calls=20, job_rounds=1, stage_shards=2)
@@ -84,6 +86,7 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             call_costs, job_costs = bench.call_costs(), bench.job_costs()
             # At the end: it opens leases anew.
             further = bench.further()
+            tight = bench.tight(sealed.Sealed(root / "m", base_port=0, rows=scale.rows, memory_bytes=TIGHT_MIB * MIB))
         return Measured(
             machine=host,
             scale=scale,
@@ -92,6 +95,8 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             jobs=jobs,
             further=further,
             memory=memory,
+            tight_mib=TIGHT_MIB,
+            tight=tight,
             call_stages=bench.call_stages(root),
             ledger=bench.ledger(root),
             job_stages=bench.job_stages(root),
@@ -196,6 +201,25 @@ class Bench:
                 self._score(shuffle, 4 * MIB)
             found.append(GatewayMemory(shuffle=shuffle, seen=seen))
         return found
+
+    def tight(self, small: sealed.Sealed) -> Job:
+        """The volume job with a gateway whose memory is less than the data, and beside it with one that has enough."""
+        say(f"a gateway of {TIGHT_MIB} MiB")
+        job = Job(shard_mib=FURTHER_MIB, bytes=self._table.nbytes)
+        with contextlib.ExitStack() as stack:
+            stack.callback(small.stop)
+            small.start()
+            with small.attach() as session:
+                for turn in range(-1, min(TIGHT_ROUNDS, self._scale.job_rounds)):
+                    for shuffle in sealed.SHUFFLES:
+                        seconds, result = sealed.score(session, shuffle, FURTHER_MIB * MIB, self._coefficients)
+                        assert np.allclose(result, self._expected, rtol=0, atol=1e-12), "a result is wrong"
+                        beside = self._score(shuffle, FURTHER_MIB * MIB)
+                        # In the first turn leases are opened.
+                        if turn >= 0:
+                            job.ours.setdefault(f"{shuffle}, {TIGHT_MIB} MiB", []).append(seconds)
+                            job.ours.setdefault(shuffle, []).append(beside)
+        return job
 
     def job_costs(self) -> dict[str, processes.Cost]:
         """Processor seconds of one volume job by process, this product's and plain Ray's."""

@@ -66,9 +66,9 @@ class Job:
         """Median over the rounds of plain Ray's best seconds by this product's: above 1, this product is faster."""
         return _ratio(self.ray[self.best_form()], self.ours[how])
 
-    def cost(self, how: str) -> float:
-        """Median over the rounds of the seconds under further obligations by those with ``rows`` alone."""
-        return _ratio(self.ours[how], self.ours["rows"])
+    def cost(self, how: str, beside: str = "rows") -> float:
+        """Median over the rounds of the seconds of one way by those of another."""
+        return _ratio(self.ours[how], self.ours[beside])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,9 @@ class Measured:
     #: ``rows``, alone and with further obligations.
     further: Job
     memory: list[GatewayMemory]
+    #: Each shuffle with a gateway of this many MiB, less than the data set has, and beside it with all memory.
+    tight_mib: int
+    tight: Job
     call_stages: list[Stage]
     #: What writing down costs: name and seconds.
     ledger: list[tuple[str, float]]

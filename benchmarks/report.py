@@ -76,6 +76,13 @@ Anonymous and shared memory (`RssAnon` and `RssShmem` of `/proc/<pid>/status`), 
 job in shards of 4 MiB. Pages of the memory-mapped data set (`RssFile`) are the data; they stand in a column of their
 own.
 """
+_TIGHT = """\
+## Data larger than memory
+
+The volume job in shards of {mib} MiB with a gateway whose control group caps it at {tight} MiB, page cache included:
+less than the data set has. What a shuffle would gather from everywhere goes once through a nameless file on the zone's
+disk. Beside it, in the same rounds, a gateway with all of the machine's memory.
+"""
 _ATTACH = """\
 ## Attach to first result
 
@@ -111,6 +118,8 @@ def markdown(found: Measured) -> str:
         _table(("stage", "where", *(f"`{shuffle}`" for shuffle in found.job_stages)), _job_stages(found)),
         _MEMORY,
         _table(("shuffle", "before MB", "peak MB", "grown MB", "after MB", "data MB"), _memory(found.memory)),
+        _TIGHT.format(mib=found.tight.shard_mib, tight=found.tight_mib),
+        _table(("shuffle", "seconds", "MB/s", "of the time with all memory"), _tight(found)),
         _ATTACH.format(seconds=seconds),
     ]
     return "\n".join(parts)
@@ -203,6 +212,16 @@ def _further(job: Job) -> list[str]:
         _, *shown = _job(job, how, seconds, f"{job.cost(how):.2f}")
         rows.append((*shown, f"{job.ratio(how):.2f}"))
     return [_FURTHER.format(mib=job.shard_mib), _table(("", "seconds", "MB/s", "by `rows`", "ratio"), rows)]
+
+
+def _tight(found: Measured) -> list[tuple[str, ...]]:
+    rows, job = [], found.tight
+    for name, seconds in job.ours.items():
+        shuffle, comma, _ = name.partition(f", {found.tight_mib} MiB")
+        if comma:
+            _, *shown = _job(job, f"`{shuffle}`", seconds, f"{job.cost(name, shuffle):.2f}")
+            rows.append(tuple(shown))
+    return rows
 
 
 def _job(job: Job, name: str, seconds: Sequence[float], ratio: str) -> tuple[str, ...]:

@@ -67,12 +67,15 @@ class Sealed:
         state: State directory.
         base_port: First port of the cluster.
         rows: Rows of the volume data set.
+        memory_bytes: What the gateway may use of memory, if not all.
     """
 
-    def __init__(self, state: Path, *, base_port: int, rows: int) -> None:
+    def __init__(self, state: Path, *, base_port: int, rows: int, memory_bytes: int | None = None) -> None:
         self.layout = Layout(state)
         self.policies = state / "policies"
-        self._plan = embedded.Plan(state=str(state), policies=str(self.policies), base_port=base_port)
+        self._plan = embedded.Plan(
+            state=str(state), policies=str(self.policies), base_port=base_port, gateway_memory_bytes=memory_bytes
+        )
         self._rows = rows
         self._document: dict[str, Any] = {}
 

@@ -2,15 +2,16 @@
 
 Of a file no more is read than a call needs, but for the digest, which is made once for each version of a file: an
 Arrow file is mapped into memory, of a Parquet file only columns that are needed are read, and of those no row group
-that a filter rules out by its statistics.
+that a filter rules out by its statistics. What is large when it is decoded goes to a nameless file and is mapped.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from ray_gpu import staging
 from zones import filters, lineage
 from zones.errors import ConfigError
 from zones.model import Dataset
 from zones.plan import Index
+
+#: Tables that are kept.
+_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +45,13 @@ class Opened:
     numbers: Index | None = None
 
 
-def read(dataset: Dataset, directory: Path, columns: tuple[str, ...], condition: Any = None) -> Opened:
+def read(
+    dataset: Dataset,
+    directory: Path,
+    columns: tuple[str, ...],
+    condition: Any = None,
+    memory_bytes: int = staging.machine_bytes(),
+) -> Opened:
     """Return columns of a data set, and of its rows at least those that meet a filter.
 
     Args:
@@ -48,14 +59,17 @@ def read(dataset: Dataset, directory: Path, columns: tuple[str, ...], condition:
         directory: The zone's data directory.
         columns: Names; *condition* may name no others.
         condition: A filter document; rows that cannot meet it may be left out.
+        memory_bytes: Of this process.
 
     Raises:
         ConfigError: The file is missing, or is not what the catalog says.
+        DiskSpaceError: It is large, and the disk does not take it.
     """
     path = directory / dataset.path
     try:
         stamp = _stamp(path)
-        table, numbers, of_rows = _read(path, stamp, columns, "" if condition is None else json.dumps(condition))
+        where = "" if condition is None else json.dumps(condition)
+        table, numbers, of_rows = _read(path, stamp, columns, where, directory, memory_bytes)
         return Opened(table=table, digest=_digest(path, stamp), of_rows=of_rows, numbers=numbers)
     except OSError as error:
         raise _unreadable(dataset, error) from error
@@ -139,9 +153,9 @@ def _digest(path: Path, stamp: tuple[int, ...]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=_KEPT)
 def _read(
-    path: Path, stamp: tuple[int, ...], columns: tuple[str, ...], condition: str
+    path: Path, stamp: tuple[int, ...], columns: tuple[str, ...], condition: str, directory: Path, memory_bytes: int
 ) -> tuple[pa.Table, Index | None, int]:
     """Return rows of a file, their numbers unless they are all, and how many there are; *stamp* as above."""
     if path.suffix != ".parquet":
@@ -151,16 +165,28 @@ def _read(
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         groups = _row_groups(path, json.loads(condition), file.schema_arrow) if condition else None
         if groups is None or len(groups) == len(counts):
-            return _columns(file.read(columns=list(columns)), columns), None, sum(counts)
-        table = _columns(file.read_row_groups(groups, columns=list(columns)), columns)
+            return _decoded(file, list(range(len(counts))), columns, directory, memory_bytes), None, sum(counts)
+        table = _decoded(file, groups, columns, directory, memory_bytes)
     first = np.cumsum([0, *counts])
     numbers = [np.arange(first[group], first[group + 1]) for group in groups]
     return table, np.concatenate([np.arange(0), *numbers]), sum(counts)
 
 
-def _columns(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
-    """Return a table's columns in this order; a name that the file lacks was left out silently."""
-    return table.select(list(columns))
+def _decoded(
+    file: pq.ParquetFile, groups: list[int], columns: tuple[str, ...], directory: Path, memory_bytes: int
+) -> pa.Table:
+    """Return row groups' columns in this order, in memory if as many as are kept take at most half of it."""
+    batches: Iterator[pa.RecordBatch] = file.iter_batches(row_groups=groups, columns=list(columns))
+    most, held, size = memory_bytes // (2 * _KEPT), [], 0
+    # A name that the file lacks is left out silently.
+    schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+    for batch in batches:
+        held.append(batch.select(list(columns)))
+        size += batch.nbytes
+        if size > most:
+            rest = (batch.select(list(columns)) for batch in batches)
+            return staging.mapped(schema, itertools.chain(held, rest), directory)
+    return pa.Table.from_batches(held, schema).combine_chunks()
 
 
 def _about_floats(condition: Any, schema: pa.Schema) -> bool:

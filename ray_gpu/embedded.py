@@ -58,6 +58,8 @@ class Plan:
     #: How the zone reaches Ray; ``None`` for what its zone.yaml says, and where that says nothing ``"edge"`` as root
     #: and ``"client"`` otherwise.
     carrier: Carrier | None = None
+    #: What the gateway may use of memory; ``None``: as much as the machine has.
+    gateway_memory_bytes: int | None = None
 
 
 def _usual_carrier() -> Carrier:
@@ -228,6 +230,7 @@ class Supervisor:
             self._plan.zone,
             self._login(role),
             log=self._layout.log,
+            memory_bytes=self._plan.gateway_memory_bytes,
             policies=self._plan.policies,
             relay_uid=CAGE_UID + len(GPU_NODES),
             degradations=self._degradations(),

@@ -75,6 +75,8 @@ class Settings:
     zone: str
     policies: Path
     data_dir: Path
+    #: Of this process.
+    memory_bytes: int
     ledger: Path
     socket_path: Path
     relay_socket: Path
@@ -124,6 +126,7 @@ class Gateway:
             shares=Shares(ledger, settings.ledger, int(time.time())),
             opener=LeaseOpener(zone, self._keys, self._relay, self._vault.node_ca(), settings.degradations),
             data_dir=settings.data_dir,
+            memory_bytes=settings.memory_bytes,
             degradations=settings.degradations,
             reclaim=self.reclaim,
             sign=self._sign,
@@ -411,7 +414,8 @@ class Connection:
         """Hand rows to a person of the zone; they do not leave it."""
         self._need_session()
         services = self._gateway.services
-        found = source.from_catalog(services.zone, services.data_dir, dict(message.get("data") or {}), None)
+        data = dict(message.get("data") or {})
+        found = source.from_catalog(services.zone, services.data_dir, data, None, memory_bytes=services.memory_bytes)
         reply = {"ok": True, "rows": found.rows, "columns": found.columns}
         if not message.get("rows", True):
             self._send(reply)
@@ -449,7 +453,12 @@ class Connection:
                 raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
             return source.from_memory(fds.pop(), options.columns, keep_together=options.keep_together)
         return source.from_catalog(
-            services.zone, services.data_dir, request.data, options.columns, keep_together=options.keep_together
+            services.zone,
+            services.data_dir,
+            request.data,
+            options.columns,
+            keep_together=options.keep_together,
+            memory_bytes=services.memory_bytes,
         )
 
     def _reply(self, request: Request, result: job.Result) -> None:

@@ -30,6 +30,7 @@ from ray_gpu.share import INLINE_BYTES, share_encoded
 from ray_gpu.sharing import OverShareError, Sharing, Size
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
+from ray_gpu.staging import Staged, fits
 from zones import plan, shards
 from zones.envelope import HEADER_BYTES, Header, padded_size, sealed_size
 from zones.errors import (
@@ -52,8 +53,6 @@ PROGRESS_INTERVAL_S = 0.05
 MAX_ATTEMPTS = 4
 #: Most bytes that travel as one shard when a call wants all rows at once.
 MAX_WHOLE_BYTES = 60 << 20
-#: Most bytes that the results of one call take in the gateway, which serves others too: a quarter of the memory.
-MAX_RESULT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 #: How long a further lease may take to be placed before a call goes on without it, seconds.
 EXTRA_LEASE_TIMEOUT_S = 15.0
 #: How long a call that lost a lease and found no room goes on with the others before it looks again, seconds.
@@ -268,7 +267,9 @@ class ShardRun:
         self._session, self._request, self._allowed = session, request, allowed
         self._terms = session.terms(allowed, request)
         self._events, self._cancelled = events, cancelled
-        self._table = shards.strip(source.table, keep_categories=request.work.options.categories or ())
+        #: Whether all rows may be in memory at once; else they are put into the order of their shards on disk.
+        self._fits = fits(source.table.nbytes, session.services.memory_bytes)
+        self._table = shards.strip(source.table, keep_categories=request.work.options.categories or (), join=self._fits)
         obligations = allowed.decision.obligations
         options = request.work.options
         self._size = Size(
@@ -328,6 +329,12 @@ class ShardRun:
         options, demanded = self._request.work.options, self._allowed.decision.obligations.min_shards
         self._plan, self._count = made, len(made)
         self._pending = Pending(self._count, owners)
+        services = self._session.services
+        self._staged = (
+            None
+            if self._fits
+            else Staged(self._table, made, services.data_dir, services.memory_bytes, self._cancelled.check)
+        )
         if options.whole and self._count > 1:
             raise ValueRefusedError(
                 f"f.remote gives a function all rows as one batch, and {made.rows} rows of {self._table.nbytes} "
@@ -642,7 +649,8 @@ class ShardRun:
             with self._lock:
                 self._sent_bytes += wire
             return 0
-        size = shards.write_shard(self._table, self._plan, index, lease.plain.payload)
+        where = (self._table, self._plan, index) if self._staged is None else self._staged.shard(index)
+        size = shards.write_shard(*where, lease.plain.payload)
         if size > SLOT_BYTES:
             raise ValueRefusedError(
                 f"a shard has {size} bytes, over the limit of {SLOT_BYTES}, because its rows are that large; "
@@ -738,12 +746,13 @@ class ShardRun:
         with self._lock:
             self._held_bytes += size
             held = self._held_bytes
-        if held > MAX_RESULT_BYTES:
+        memory = self._session.services.memory_bytes
+        if not fits(held, memory):
             raise ResultTooLargeError(
-                f"the results of this call take more than {MAX_RESULT_BYTES >> 20} MiB; return less for each shard, "
+                f"the results of this call take more than {memory >> 22} MiB; return less for each shard, "
                 "or call the function on parts of the data",
                 size_bytes=held,
-                limit_bytes=MAX_RESULT_BYTES,
+                limit_bytes=memory // 4,
             )
 
     def _accept(self, lease: Lease, item: tuple[int, int], rows: int, outcome: Outcome) -> None:

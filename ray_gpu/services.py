@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_gpu import staging
 from ray_gpu.background import STOP_TIMEOUT_S, plain_environment, write_private
 from ray_gpu.handover import secret_file
 from ray_gpu.ports import GATEWAY_UID
@@ -88,6 +89,7 @@ def start_gateway(
     *,
     log: Path,
     data_dir: str | None = None,
+    memory_bytes: int | None = None,
     **settings: Any,
 ) -> boundary.Confined:
     """Start a gateway, under its own uid when root: it alone can then read the zone's data and ledger.
@@ -98,6 +100,7 @@ def start_gateway(
         login: The gateway's own.
         log: Where its output goes.
         data_dir: The zone's data sets, if not in *layout*.
+        memory_bytes: What the gateway may use of memory; ``None``: as much as the machine has.
         settings: What :class:`ray_gpu.gateway.Settings` holds besides, JSON types.
     """
     uid = GATEWAY_UID if os.geteuid() == 0 else None
@@ -105,6 +108,7 @@ def start_gateway(
     own = {
         "zone": zone,
         "data_dir": str(data),
+        "memory_bytes": memory_bytes or staging.machine_bytes(),
         "ledger": str(layout.ledger(zone)),
         "socket_path": str(layout.gateway_socket(zone)),
         "relay_socket": str(layout.relay_dir(zone) / RELAY_SOCKET),
@@ -129,6 +133,7 @@ def start_gateway(
         bind_ro=tuple(readable),
         bind_rw=tuple((path, path) for path in modes),
         caged=boundary.survey().namespaces,
+        memory_bytes=memory_bytes,
     )
     command = [sys.executable, "-P", "-m", "ray_gpu.gateway", str(settings_file)]
     with log.open("ab") as output, _standard_input(login.secret_id) as stdin:

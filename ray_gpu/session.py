@@ -46,6 +46,8 @@ class ZoneServices:
     #: What each GPU node was given of each data set.
     shares: Shares
     data_dir: Path
+    #: Of the gateway: what of it one call may take is :func:`ray_gpu.staging.fits`.
+    memory_bytes: int
     #: Degradations of the zone's own side, for example ``embedded-vault``.
     degradations: tuple[str, ...]
     #: Makes the other sessions give back the leases that they do not use.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_gpu import data_files
+from ray_gpu import data_files, staging
 from ray_gpu.share import open_sealed
 from zones import filters, shards
 from zones import segments as divisions
@@ -83,11 +83,13 @@ def from_catalog(
     columns: tuple[str, ...] | None,
     *,
     keep_together: str | None = None,
+    memory_bytes: int = staging.machine_bytes(),
 ) -> Source:
     """Resolve a handle's document: ``{"dataset", "columns", "segments", "filter", "split", "then"}``.
 
     ``segments`` names parts of the whole, ``filter`` chooses rows of those, ``split`` a part of them, and ``then`` rows
-    of that part. Rows with one value in the column *keep_together* stay together.
+    of that part. Rows with one value in the column *keep_together* stay together. What is too large for the memory of
+    this process is mapped from a nameless file in *data_dir*.
 
     Raises:
         UnknownNameError: No such data set, column or segment.
@@ -107,27 +109,29 @@ def from_catalog(
     # What is kept together is kept so in the whole, which then has to be read.
     known = conditions[0] if keep_together is None else None
     lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
-    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known)
-    table, numbers, segments = opened.table, opened.numbers, _chosen(dataset, handle.get("segments"))
+    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known, memory_bytes)
+    table, numbers, segments = opened.table.select(wanted), opened.numbers, _chosen(dataset, handle.get("segments"))
     division = None if dataset.segments is None else divisions.divided(dataset.segments, handle.get("segments") or ())
     lists = divisions.listings(division) if division and handle.get("segments") else set()
     listed = {name: _listed(zone, data_dir, name) for name in sorted(lists)}
     if any(handle.get(key) is not None for key in ("segments", "filter", "split", "then")):
-        # The place of each row goes along, under a name that no column of a catalog has.
         numbers = np.arange(table.num_rows) if numbers is None else numbers
-        table = table.append_column("", pa.array(numbers))
+        # Only what rows are chosen by, with the place of each under a name that no column of a catalog has.
+        places = np.arange(table.num_rows)
+        chosen = opened.table.select(sorted(used)).append_column("", pa.array(places))
         if handle.get("segments") is not None:
             assert division is not None
             members = _members(zone, replace(dataset, segments=division), data_dir, segments, listed)
-            table = table.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
-        table = filters.apply_filter(table, conditions[0])
+            chosen = chosen.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
+        chosen = filters.apply_filter(chosen, conditions[0])
         if handle.get("split") is not None:
-            table = _part(table, handle["split"])
-        table = filters.apply_filter(table, conditions[1])
-        numbers = table.column("").to_numpy()
+            chosen = _part(chosen, handle["split"])
+        chosen = filters.apply_filter(chosen, conditions[1])
+        places = chosen.column("").to_numpy()
+        table, numbers = staging.taken(table, places, data_dir, memory_bytes), numbers[places]
     return Source(
         dataset=dataset.name,
-        table=table.select(wanted),
+        table=table,
         digest=opened.digest,
         filter_columns=frozenset(used),
         segments=segments,

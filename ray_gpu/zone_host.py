@@ -58,6 +58,8 @@ class GatewayFile(FileModel):
     vault: VaultPart
     #: Directory with the catalog's data sets; by default one in the state directory.
     data: AbsolutePath | None = None
+    #: What the gateway may use of memory, MiB; by default as much as the machine has. Larger data goes by the disk.
+    memory_mib: int | None = Field(default=None, ge=512)
     state: AbsolutePath = "/var/lib/ray-gpu"
     #: With carrier ``client``, and only then.
     relay: RelayPart | None = None
@@ -126,6 +128,7 @@ class Service:
             relay_uid=node.CAGE_UID,
             degradations=degradations,
             data_dir=config.data,
+            memory_bytes=None if config.memory_mib is None else config.memory_mib << 20,
         )
         relay = layout.relay_dir(config.zone) / raylet.RELAY_SOCKET
         services.await_until(

@@ -127,7 +127,8 @@ def start_cluster(
     """Return what runs a cluster inside a ``with`` statement.
 
     Options: ``data=False`` for a zone without files, ``policies`` from ``copy_policies``, ``zone``, ``prepare``,
-    which gets the cluster's ``Layout`` before anything starts, and ``carrier``, by default that of ``--carrier``.
+    which gets the cluster's ``Layout`` before anything starts, ``carrier``, by default that of ``--carrier``, and
+    ``gateway_memory_bytes``.
     """
     chosen = request.config.getoption("--carrier")
 
@@ -139,6 +140,7 @@ def start_cluster(
         zone: str = "clinic",
         prepare: Callable[[Any], None] = lambda layout: None,
         carrier: str | None = chosen,
+        gateway_memory_bytes: int | None = None,
     ) -> Iterator[Cluster]:
         from ray_gpu import embedded
         from ray_gpu.state import Layout
@@ -155,6 +157,7 @@ def start_cluster(
                 data=data and zone != "clinic",
                 policies=str(policies or embedded.shipped_policies()),
                 carrier=Carrier(carrier) if carrier else None,
+                gateway_memory_bytes=gateway_memory_bytes,
             )
             document = embedded.up(plan)
             started = _descendants(document["pid"])

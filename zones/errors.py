@@ -13,6 +13,7 @@ the world: policy, Vault, the ledger, a lease, a hostile peer.
     ├── ValueRefusedError          a value is not data (executable, unsupported, too deep)
     │   ├── AnswerRefusedError     what a node answered is nothing that a sandbox of ours answers
     │   └── ResultTooLargeError
+    ├── DiskSpaceError             the zone's disk does not take data larger than memory
     ├── RowCountError              f.map returned another number of rows than it was given
     ├── EnvelopeError              a sealed message did not open, whatever the reason
     ├── LedgerError
@@ -162,6 +163,10 @@ class ResultTooLargeError(ValueRefusedError):
     field_names = ("size_bytes", "limit_bytes")
     size_bytes: int
     limit_bytes: int
+
+
+class DiskSpaceError(ZoneError):
+    """Data larger than memory has to be put on the zone's disk before it leaves, and that does not take it."""
 
 
 class RowCountError(ZoneError):

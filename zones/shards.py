@@ -42,12 +42,13 @@ Array = npt.NDArray[Any]
 # --- strip --------------------------------------------------------------------------------------------------------
 
 
-def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table:
-    """Return *table* without metadata, without category values and with its numbers in one chunk per column.
+def strip(table: pa.Table, *, keep_categories: Collection[str] = (), join: bool = True) -> pa.Table:
+    """Return *table* without metadata and category values, and with its numbers in one chunk per column.
 
     Column names stay: functions ask for them. A dictionary column becomes its integer codes, unless it is in
     *keep_categories*; then the category values of these rows leave, all of them with each shard, and no others. Numbers
-    in several chunks are joined into one, which for a moment takes their memory twice; nothing else is copied.
+    in several chunks are joined into one, unless *join* is false, which for a moment takes their memory twice; nothing
+    else is copied.
 
     A field says whether its column has nulls (``nullable``). Every shard carries this one bit of the whole, so that
     what a function gets, and returns, is not of one type here and another there, as the shuffle has it.
@@ -63,7 +64,7 @@ def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table
             raise UnknownNameError.of("column", name, names)
         if not pa.types.is_dictionary(table.schema.field(name).type):
             raise ValueRefusedError(f"column {name!r} has no categories; take it out of categories=[...]")
-    columns = [_strip_column(table.column(i), name, name in keep_categories) for i, name in enumerate(names)]
+    columns = [_strip_column(table.column(i), name, name in keep_categories, join) for i, name in enumerate(names)]
     fields = [
         pa.field(name, column.type, nullable=bool(column.null_count) or pa.types.is_null(column.type))
         for name, column in zip(names, columns, strict=True)
@@ -71,7 +72,7 @@ def strip(table: pa.Table, *, keep_categories: Collection[str] = ()) -> pa.Table
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-def _strip_column(column: Any, name: str, keep_categories: bool) -> Any:
+def _strip_column(column: Any, name: str, keep_categories: bool, join: bool) -> Any:
     if keep_categories:
         column = _used_categories(column)
     elif pa.types.is_dictionary(column.type):
@@ -81,8 +82,8 @@ def _strip_column(column: Any, name: str, keep_categories: bool) -> Any:
     column = plain_column(column, f"column {name!r}")
     if pa.types.is_struct(column.type) and column.null_count:
         column = _chunked([_hide_nulls(chunk) for chunk in column.chunks], column.type)
-    one_chunk = column.num_chunks == 1 or _cell_type(column.type) is None
-    return column if one_chunk else _chunked([column.combine_chunks()], column.type)
+    stays = not join or column.num_chunks == 1 or _cell_type(column.type) is None
+    return column if stays else _chunked([column.combine_chunks()], column.type)
 
 
 def _used_categories(column: Any) -> Any:

@@ -108,13 +108,14 @@ def cage(
 
 
 def gateway(
-    name: str, *, uid: int | None, bind_ro: tuple[Path, ...], bind_rw: tuple[tuple[Path, Path], ...], caged: bool
-) -> Profile:
+    name: str, *, uid: int | None, bind_ro: tuple[Path, ...], bind_rw: tuple[tuple[Path, Path], ...], caged: bool,
+    memory_bytes: int | None = None,
+) -> Profile:  # fmt: skip
     """Return the profile for a zone's gateway: the host's network, its own files, and those it must read."""
     roots = () if caged else package_roots()
     return Profile(
         name=name, kind="cage", uid=uid, network=True, bind_ro=(*NETWORK_FILES, *bind_ro, *roots),
-        bind_rw=bind_rw, tmpfs={"/tmp": 16 << 20} if caged else {}, env=python_env(),
+        bind_rw=bind_rw, tmpfs={"/tmp": 16 << 20} if caged else {}, env=python_env(), memory_bytes=memory_bytes,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from zones.errors import RowCountError, UnknownNameError, ValueRefusedError
 from zones.filters import apply_filter, filter_columns, to_expression
 from zones.ipc import ipc_size, read_ipc, write_ipc_into
 from zones.model import Obligations, Shuffle
-from zones.plan import Plan, cut, draw, make_plan, order, parse_shuffle, permutation, split_rows
+from zones.plan import Plan, cut, draw, make_plan, order, parse_shuffle, permutation, plan_of_groups, split_rows
 from zones.shards import reassemble, shard_size, shard_table, strip, write_shard_into
 
 SEED = bytes(range(32))
@@ -474,3 +475,25 @@ def test_filter_columns() -> None:
 def test_none_is_a_choice() -> None:
     """Without an order nothing is drawn."""
     assert order(10, Obligations(shuffle=Shuffle.NONE), SEED) is None
+
+
+@pytest.mark.parametrize("kind", ["rows", "window", "groups"])
+def test_memory_of_an_order(kind: str) -> None:
+    """An order takes 8 bytes a row, and up to 60 while it is drawn: what docs/operations.md says."""
+    rows = 200_000
+    how: dict[str, Any] = {"seed": bytes(32), "shard_bytes": 1 << 20}
+    groups = np.arange(rows) // 8
+    tracemalloc.start()
+    try:
+        if kind == "groups":
+            made = plan_of_groups(groups, 100, obligations=Obligations(), **how)
+        else:
+            window = Obligations(shuffle_window=1000 if kind == "window" else None)
+            made = make_plan(rows, 100, obligations=window, **how)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert made.order is not None
+    assert 8 * rows <= kept < 9 * rows
+    assert 16 * rows < most < 62 * rows
