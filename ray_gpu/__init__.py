@@ -9,13 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_gpu.api import RemoteFunction, attach, gpu_remote
+    from ray_gpu.api import gpu_remote
     from ray_gpu.arrays import Batch
+    from ray_gpu.attaching import attach
     from ray_gpu.call import Call
     from ray_gpu.client import Session
     from ray_gpu.executor import Executor
     from ray_gpu.handle import Handle
     from ray_gpu.options import FunctionOptions
+    from ray_gpu.remote_class import Instance, RemoteClass
+    from ray_gpu.remote_function import RemoteFunction
+    from ray_gpu.stream import Stream
 
 __all__ = [
     "Batch",
@@ -23,6 +27,8 @@ __all__ = [
     "Executor",
     "FunctionOptions",
     "Handle",
+    "Instance",
+    "RemoteClass",
     "RemoteFunction",
     "Session",
     "Stream",
@@ -32,7 +38,8 @@ __all__ = [
 
 _HOMES = {
     "Batch": "arrays", "Call": "call", "Executor": "executor", "FunctionOptions": "options", "Handle": "handle",
-    "Session": "client", "Stream": "stream",
+    "Instance": "remote_class", "RemoteClass": "remote_class", "RemoteFunction": "remote_function", "Session": "client",
+    "Stream": "stream", "attach": "attaching",
 }  # fmt: skip
 
 

@@ -6,8 +6,9 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from ray_gpu.api import RemoteFunction, gpu_remote
+from ray_gpu.api import gpu_remote
 from ray_gpu.options import FunctionOptions, with_options
+from ray_gpu.remote_function import RemoteFunction
 
 P = ParamSpec("P")
 R = TypeVar("R")

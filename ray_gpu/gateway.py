@@ -14,6 +14,8 @@ join              session, secret -> ok: a further connection of the same sessio
 catalog           -> data sets with columns and classes
 read              handle -> rows, columns, and a memory file with the rows, inside the zone
 call              request (see ``ray_gpu.request``) -> events, then the result
+hold              instance -> ok: it lives as long as this connection, or until it is released
+release           instance -> ok, when its sandboxes are gone
 status            -> session, leases, receipts, nodes
 close             -> ok, when every lease has ended and every key is shredded
 ================  ===============================================================================
@@ -177,7 +179,8 @@ class Gateway:
             time.sleep(HEARTBEAT_S)
             for session in list(self._sessions.values()):
                 try:
-                    session.leases.heartbeat()
+                    for pool in session.pools():
+                        pool.heartbeat()
                 except Exception:  # noqa: BLE001 - one session's trouble must not end the leases of all others
                     traceback.print_exc()
 
@@ -201,12 +204,14 @@ class Gateway:
 
     def _on_lost(self, lease: str, reason: str) -> None:
         for session in list(self._sessions.values()):
-            session.leases.lose(lease, reason)
+            for pool in session.pools():
+                pool.lose(lease, reason)
 
     def _on_draining(self, nodes: frozenset[str]) -> None:
         self._services.opener.rooms.draining = nodes
         for session in list(self._sessions.values()):
-            session.leases.drop_unusable()
+            for pool in session.pools():
+                pool.drop_unusable()
 
     # -- sessions -------------------------------------------------------------------------------
 
@@ -324,6 +329,8 @@ class Connection:
         self._sock = sock
         self._session: Session | None = None
         self._owner = False
+        #: Instances that live as long as this connection.
+        self._held: list[str] = []
         self._send_lock = threading.Lock()
         self._inbox = Inbox(sock, max_fds=1)
 
@@ -339,6 +346,8 @@ class Connection:
             return
         finally:
             if self._session:
+                for instance in self._held:
+                    self._session.end_instance(instance)
                 self._gateway.leave(self._session, owner=self._owner)
             self._sock.close()
 
@@ -431,6 +440,21 @@ class Connection:
         self._gateway.detach(session)
         self._send({"ok": True, "receipts": session.receipts})
 
+    def _on_hold(self, message: dict[str, Any], _: list[int]) -> None:
+        """Keep an instance for as long as this connection is open."""
+        session, instance = self._need_session(), str(message.get("instance"))
+        session.pool(instance)
+        self._held.append(instance)
+        self._send({"ok": True})
+
+    def _on_release(self, message: dict[str, Any], _: list[int]) -> None:
+        """End an instance; it is gone when the answer comes."""
+        session, instance = self._need_session(), str(message.get("instance"))
+        if instance in self._held:
+            self._held.remove(instance)
+            session.end_instance(instance)
+        self._send({"ok": True})
+
     def _on_call(self, message: dict[str, Any], fds: list[int]) -> None:
         session = self._need_session()
         request = parse(message)
@@ -445,7 +469,7 @@ class Connection:
         self._reply(request, result)
 
     def _source(self, request: Request, fds: list[int]) -> source.Source | None:
-        if request.mode is Mode.CALL or request.data is None:
+        if request.data is None:
             return None
         services, options = self._gateway.services, request.work.options
         if request.data.get("memory"):
@@ -463,7 +487,7 @@ class Connection:
 
     def _reply(self, request: Request, result: job.Result) -> None:
         head = {"ok": True, "printed": result.printed, "report": result.report}
-        if request.mode is Mode.CALL and len(result.encoded[0]) <= INLINE_BYTES:
+        if request.mode in (Mode.CALL, Mode.MAKE) and len(result.encoded[0]) <= INLINE_BYTES:
             self._send({**head, "inline": bytes(result.encoded[0])})
             return
         if request.mode is Mode.STREAM:

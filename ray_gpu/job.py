@@ -14,10 +14,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_gpu.frames import StalledError
+from ray_gpu.instance_pool import InstancePool
 from ray_gpu.lease_pool import NO_LEASE
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
@@ -36,6 +38,7 @@ from zones.envelope import HEADER_BYTES, Header, padded_size, sealed_size
 from zones.errors import (
     AnswerRefusedError,
     EnvelopeError,
+    InstanceLostError,
     LeaseLostError,
     ResultTooLargeError,
     RowCountError,
@@ -127,7 +130,13 @@ def run(session: Session, request: Request, source: Source | None, events: Event
         LeaseLostError: Nodes were lost more often than a shard may be sent.
         CallCancelledError, CallTimeoutError: The caller gave up.
     """
+    pool = session.pool(request.work.options.instance)
     allowed = session.decide(request, source)
+    if request.mode is Mode.MAKE:
+        return _make(session, request, allowed, cancelled)
+    if request.mode is Mode.EVERY:
+        assert isinstance(pool, InstancePool)
+        return _every(session, request, allowed, pool, cancelled)
     if source is None:
         return _alone(session, request, allowed, cancelled)
     return ShardRun(session, request, allowed, source, events, cancelled).run()
@@ -135,7 +144,7 @@ def run(session: Session, request: Request, source: Source | None, events: Event
 
 def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
     """Run a function on arguments alone. What one node answers that cannot be believed, another is asked as well."""
-    leases, doubted = session.leases, ""
+    leases, doubted = session.pool(request.work.options.instance), ""
     while True:
         lease = _lease_for(session, request, allowed, cancelled)
         try:
@@ -143,6 +152,8 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
         except (LeaseLostError, AnswerRefusedError) as error:
             leases.check_open()
             refused = isinstance(error, AnswerRefusedError)
+            if isinstance(leases, InstancePool) and isinstance(error, LeaseLostError):
+                raise _with_state(error, lease) from None
             if doubted or not (refused or lease.lied) or not leases.others(lease):
                 if refused and doubted not in ("", lease.node):
                     leases.trust(doubted)
@@ -153,13 +164,75 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
             leases.give(lease)
 
 
+def _make(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
+    """Make an instance of a class in as many sandboxes as the call may use at once, on as many nodes as there are."""
+    terms, options = session.terms(allowed, request), request.work.options
+    instance, pool = session.begin_instance()
+    taken: list[Lease] = []
+    results: list[Result] = []
+    try:
+        try:
+            while len(taken) < options.concurrency:
+                apart = {lease.node for lease in taken}
+                taken.append(pool.take(terms, allowed.decision, options, check=cancelled.check, apart=apart))
+                results.append(call(session, request, allowed, taken[-1], cancelled))
+        finally:
+            for lease in taken:
+                pool.give(lease)
+        pool.made()
+    except BaseException:
+        session.end_instance(instance)
+        raise
+    found = _joined(results)
+    return dataclasses.replace(found, encoded=found.encoded[:1], report={**found.report, "instance": instance})
+
+
+def _every(session: Session, request: Request, allowed: Allowed, pool: InstancePool, cancelled: Cancel) -> Result:
+    """Run a function once in every sandbox of an instance."""
+    leases = pool.every(session.terms(allowed, request), check=cancelled.check)
+
+    def work(lease: Lease) -> Result:
+        try:
+            return call(session, request, allowed, lease, cancelled)
+        except LeaseLostError as error:
+            raise _with_state(error, lease) from None
+        finally:
+            pool.give(lease)
+
+    with ThreadPoolExecutor(len(leases)) as threads:
+        running = [threads.submit(work, lease) for lease in leases]
+    return _joined([one.result() for one in running])
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """Return the results of calls on different leases as one."""
+    nodes: Counter[str] = Counter()
+    for result in results:
+        nodes.update(result.report["nodes"])
+    return Result(
+        encoded=[value for result in results for value in result.encoded],
+        printed="".join(result.printed for result in results),
+        report={"nodes": dict(nodes)},
+    )
+
+
+def _with_state(error: LeaseLostError, lease: Lease) -> InstanceLostError:
+    """Return what a lost lease means for an instance."""
+    return InstanceLostError(
+        f"the instance lost its sandbox on {lease.node}, and its state with it ({error.reason}); make another one with "
+        ".remote(...), and give it what you kept of the state",
+        node=lease.node,
+        reason=error.reason,
+    )
+
+
 def _lease_for(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Lease:
     """Return a lease for a call on arguments alone: where no further one can be had, one of those that there are."""
-    terms = session.terms(allowed, request)
+    terms, pool = session.terms(allowed, request), session.pool(request.work.options.instance)
     try:
-        return session.leases.take(terms, allowed.decision, request.work.options, check=cancelled.check)
+        return pool.take(terms, allowed.decision, request.work.options, check=cancelled.check)
     except NO_LEASE:
-        lease = session.leases.take_free(terms, check=cancelled.check)
+        lease = pool.take_free(terms, check=cancelled.check)
         if lease is None:
             raise
         return lease
@@ -233,7 +306,7 @@ def _lost(session: Session, lease: Lease, error: BaseException) -> LeaseLostErro
         _DoubtedError: f"its answer was refused: {error}",
     }.get(type(error))
     if why and not lease.lost:
-        session.leases.distrust(lease, why)
+        session.pool_of(lease).distrust(lease, why)
     lease.lost = lease.lost or "connection lost"
     lease.link.shutdown()
     return lease.error(lease.lost)
@@ -265,7 +338,7 @@ class ShardRun:
         self, session: Session, request: Request, allowed: Allowed, source: Source, events: Events, cancelled: Cancel
     ) -> None:
         self._session, self._request, self._allowed = session, request, allowed
-        self._terms = session.terms(allowed, request)
+        self._terms, self._leases = session.terms(allowed, request), session.pool(request.work.options.instance)
         self._events, self._cancelled = events, cancelled
         #: Whether all rows may be in memory at once; else they are put into the order of their shards on disk.
         self._fits = fits(source.table.nbytes, session.services.memory_bytes)
@@ -323,7 +396,8 @@ class ShardRun:
         # However many leases the first call was cut for.
         size = dataclasses.replace(self._size, min_shards=0)
         how = (options.whole, options.keep_together, options.categories, size, self._allowed.decision.obligations)
-        return self._session.residents.of((rows, how, self._terms), lambda: self._draw(source))
+        where = self._terms, options.instance
+        return self._session.residents.of((rows, how, where), lambda: self._draw(source))
 
     def _set_plan(self, made: plan.Plan, owners: Sequence[str | None] | None = None) -> None:
         options, demanded = self._request.work.options, self._allowed.decision.obligations.min_shards
@@ -394,7 +468,7 @@ class ShardRun:
                 sharing.plan(nodes, self._size, self._set_plan, anew=late or len(nodes) >= needed)
             except BaseException as error:
                 for lease in leases:
-                    self._session.leases.give(lease)
+                    self._leases.give(lease)
                 if not isinstance(error, OverShareError):
                     raise
                 if late or len(nodes) >= needed:
@@ -441,8 +515,8 @@ class ShardRun:
                             self._pending.disown(self._owners())
                         # In one hold: of two leases of a node the last one sees what the other left behind.
                         left = bool(self._pending.without(self._owners()))
-                    leaves = self._session.leases.leaves(lease)
-                    self._session.leases.give(lease)
+                    leaves = self._leases.leaves(lease)
+                    self._leases.give(lease)
                 if served and not leaves and not left:
                     return
                 lease = self._replacement()
@@ -475,7 +549,7 @@ class ShardRun:
                 finally:
                     self._first.set()
             else:
-                if not self._session.leases.has_room_for(self._terms, worker + 1):
+                if not self._leases.has_room_for(self._terms, worker + 1):
                     # Else the only room could be this worker's, and the first would wait for it in vain.
                     self._first.wait()
                 lease = self._try_lease(EXTRA_LEASE_TIMEOUT_S)
@@ -491,7 +565,7 @@ class ShardRun:
         return lease
 
     def _try_lease(self, timeout_s: float, options: Options | None = None, apart: Collection[str] = ()) -> Lease | None:
-        return self._session.leases.try_take(
+        return self._leases.try_take(
             self._terms,
             self._allowed.decision,
             options or self._request.work.options,
@@ -501,7 +575,7 @@ class ShardRun:
         )
 
     def _take_lease(self) -> Lease:
-        return self._session.leases.take(
+        return self._leases.take(
             self._terms, self._allowed.decision, self._request.work.options, check=self._cancelled.check
         )
 
@@ -525,9 +599,9 @@ class ShardRun:
                         assert self._sharing is not None
                         raise self._session.refuse(self._allowed, [self._sharing.over_share([lease.node])])
                 except BaseException:
-                    self._session.leases.give(lease)
+                    self._leases.give(lease)
                     raise
-                self._session.leases.give(lease)
+                self._leases.give(lease)
             time.sleep(PAUSE_S)
 
     def _adopt(self, lease: Lease) -> bool:
@@ -556,7 +630,7 @@ class ShardRun:
         tally = Tally()
         try:
             current = self._begin(lease, spending)
-            while item := self._next(lease, flying, leaves=tally.shards > 0 and self._session.leases.leaves(lease)):
+            while item := self._next(lease, flying, leaves=tally.shards > 0 and self._leases.leaves(lease)):
                 if item[0] >= 0:
                     flying.append(item)
                     tally.shards += 1
@@ -731,10 +805,10 @@ class ShardRun:
         with self._lock:
             asked = self._doubts.get(index)
             self._doubts[index] = lease.node
-        if asked is None and self._session.leases.others(lease):
+        if asked is None and self._leases.others(lease):
             raise _DoubtedError(error.message)
         if asked not in (None, lease.node):
-            self._session.leases.trust(str(asked))
+            self._leases.trust(str(asked))
         self._fail(_named(error, lease))
 
     def _hold(self, size: int) -> None:

@@ -29,8 +29,6 @@ from zones.model import Decision
 FRESH_S = 0.05
 #: A lease that no call used for so long goes to another session that needs the room, seconds.
 YIELD_AFTER_S = 2.0
-#: A lease that no call used for so long is given back, seconds.
-IDLE_LIMIT_S = 60.0
 #: No call begins on a lease that ends so soon, seconds.
 LAPSE_MARGIN_S = 5.0
 #: How often a call that waits for a lease looks whether it was given up, seconds.
@@ -50,6 +48,9 @@ class LeasePool:
         ended: Told of each lease that was closed, with its custodian's receipt if that came.
     """
 
+    #: A lease that no call used for so long is given back, seconds.
+    idle_limit_s = 60.0
+
     def __init__(
         self,
         opener: LeaseOpener,
@@ -57,9 +58,7 @@ class LeasePool:
         reclaim: Callable[[], None],
         ended: Callable[[Lease, dict[str, Any] | None], None],
     ) -> None:
-        self._opener = opener
-        self._reclaim = reclaim
-        self._ended = ended
+        self.opener, self.reclaim, self.ended = opener, reclaim, ended
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._leases: list[Lease] = []
@@ -73,6 +72,9 @@ class LeasePool:
         self.distrusted: dict[str, str] = {}
         #: Each lease that did so.
         self.lies: list[dict[str, str]] = []
+
+    def __contains__(self, lease: Lease) -> bool:
+        return lease in self._leases
 
     def check_open(self) -> None:
         """Raise if the session was closed.
@@ -178,7 +180,7 @@ class LeasePool:
     def has_room_for(self, terms: LeaseTerms, leases: int) -> bool:
         """Tell whether a call finds so many leases at once: idle ones, and free shares of nodes. A hint."""
         idle = sum(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases))
-        return idle >= leases or self._opener.rooms.has_room(
+        return idle >= leases or self.opener.rooms.has_room(
             terms.pool, terms.gpu_milli, leases=leases - idle, distrusted=self.distrusted
         )
 
@@ -186,8 +188,8 @@ class LeasePool:
         """Tell whether asking for a further lease is worth waiting: one is idle, or a node has a free share."""
         if any(lease.terms == terms and not lease.lock.locked() for lease in list(self._leases)):
             return True
-        self._reclaim()
-        return self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted)
+        self.reclaim()
+        return self.opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted)
 
     def _open(
         self,
@@ -200,9 +202,9 @@ class LeasePool:
         wait = options.placement_timeout_s if timeout_s is None else timeout_s
         try:
             self._end([lease for lease in self._leases if lease.terms != terms])
-            if not self._opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted):
-                self._reclaim()
-            lease = self._opener.open(
+            if not self.opener.rooms.has_room(terms.pool, terms.gpu_milli, distrusted=self.distrusted):
+                self.reclaim()
+            lease = self.opener.open(
                 terms,
                 decision,
                 timeout_s=wait if options.timeout_s is None else min(wait, options.timeout_s),
@@ -237,10 +239,10 @@ class LeasePool:
         """
         for lease in list(self._leases):
             if lease.lock.acquire(blocking=False):
-                if not self.leaves(lease) and _usable(lease):
+                if not self.leaves(lease) and _usable(lease, self.idle_limit_s):
                     lease.lock.release()
                     continue
-                self._leases.remove(lease)
+                self._remove(lease)
                 thread = threading.Thread(target=self._finish_lease, args=(lease,), daemon=True)
                 self._finishing = [item for item in self._finishing if item.is_alive()] + [thread]
                 thread.start()
@@ -251,11 +253,15 @@ class LeasePool:
             if held or lease.lock.acquire(blocking=False):
                 with self._lock:
                     if lease in self._leases:
-                        self._leases.remove(lease)
+                        self._remove(lease)
                 self._finish_lease(lease)
 
+    def _remove(self, lease: Lease) -> None:
+        """Take a lease out; with the lock held."""
+        self._leases.remove(lease)
+
     def _finish_lease(self, lease: Lease) -> None:
-        self._ended(lease, self._opener.close(lease))
+        self.ended(lease, self.opener.close(lease))
 
     def lose(self, lease_id: str, reason: str) -> None:
         """Mark a lease as lost: the relay says that its actor died. Wakes whoever waits on its connection."""
@@ -296,11 +302,11 @@ class LeasePool:
             here = [other for other in self._leases if not other.lost and other.terms == terms]
         if any(other.node not in without for other in here):
             return True
-        rooms = self._opener.rooms
+        rooms = self.opener.rooms
         if not rooms.passed_over(terms.pool, without):
             return False
         if not rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without):
-            self._reclaim()
+            self.reclaim()
         return rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without)
 
     def yield_idle(self) -> None:
@@ -327,7 +333,7 @@ class LeasePool:
 
     def leaves(self, lease: Lease) -> bool:
         """Tell whether a lease's node is about to be restarted: the lease is given back after what it does now."""
-        return lease.node in self._opener.rooms.draining
+        return lease.node in self.opener.rooms.draining
 
     def drop_unusable(self) -> None:
         """Give back, in the background, the leases that no call uses and no call shall."""
@@ -367,11 +373,11 @@ class LeasePool:
         ]
 
 
-def _usable(lease: Lease) -> bool:
+def _usable(lease: Lease, idle_limit_s: float) -> bool:
     """Tell whether a lease that no call uses is good for another call."""
     if lease.lost or time.time() > lease.not_after - LAPSE_MARGIN_S:
         return False
-    if lease.idle_since and time.monotonic() - lease.idle_since > IDLE_LIMIT_S:
+    if lease.idle_since and time.monotonic() - lease.idle_since > idle_limit_s:
         return False
     if time.monotonic() - lease.idle_since < FRESH_S:
         return True

@@ -42,9 +42,15 @@ class Mode(StrEnum):
     STREAM = "stream"
     #: One call on arguments alone.
     CALL = "call"
+    #: The same in every sandbox of an instance.
+    EVERY = "every"
+    #: Make an instance of a class, which stays where it is made.
+    MAKE = "make"
 
 
 _MODES = {mode.value: mode for mode in Mode}
+#: Those without data.
+_ALONE = frozenset({Mode.CALL, Mode.EVERY, Mode.MAKE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,8 @@ class Options:
     whole: bool = False
     #: Keep shards open in the sandboxes after the call.
     resident: bool = False
+    #: Id of an instance, where the function runs; "": wherever there is room.
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +124,14 @@ def parse(message: dict[str, Any]) -> Request:
     mode = _MODES.get(str(message.get("mode")))
     if mode is None:
         raise ValueError("mode must be map, shards, stream or call")
-    if (data is None) != (mode is Mode.CALL):
-        raise ValueError("map, shards and stream need data; call takes none")
-    return Request(mode=mode, work=_work(work), arguments=arguments, data=data)
+    if (data is None) != (mode in _ALONE):
+        raise ValueError("map, shards and stream need data; call, every and make take none")
+    request = Request(mode=mode, work=_work(work), arguments=arguments, data=data)
+    if (mode is Mode.EVERY and not request.work.options.instance) or (
+        mode is Mode.MAKE and request.work.options.instance
+    ):
+        raise ValueError("every needs an instance, and make none")
+    return request
 
 
 def pack_work(function: bytes, name: str, options: dict[str, Any]) -> bytes:
@@ -167,8 +180,10 @@ def _options(given: dict[str, Any]) -> Options:
     options = Options(**{**given, **columns})
     if not isinstance(options.keep_together, (str, type(None))):
         raise ValueError("keep_together must be the name of a column")
-    if not isinstance(options.pool, str) or not type(options.whole) is type(options.resident) is bool:
-        raise ValueError("pool must be a name, and whole and resident booleans")
+    if not type(options.pool) is type(options.instance) is str:
+        raise ValueError("pool must be a name, and instance an id")
+    if not type(options.whole) is type(options.resident) is bool:
+        raise ValueError("whole and resident must be booleans")
     if not _whole(options.gpu_milli, 1, 64_000):
         raise ValueError("num_gpus must be from 0.001 to 64")
     if not _whole(options.concurrency, 1, MAX_CONCURRENCY):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu.in_force import InForce
+from ray_gpu.instance_pool import InstancePool
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
 from ray_gpu.leases import Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Request
@@ -24,7 +25,14 @@ from ray_gpu.shares import Shares
 from ray_gpu.sharing import Sharing
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
-from zones.errors import EgressDeniedError, LedgerError, UnknownNameError, ZoneError
+from zones.errors import (
+    EgressDeniedError,
+    InstanceLostError,
+    LedgerError,
+    SessionClosedError,
+    UnknownNameError,
+    ZoneError,
+)
 from zones.labels import ARGUMENTS, classify, labels
 from zones.ledger import Egress, Ledger
 from zones.model import Decision, EgressRequest, Zone, canonical
@@ -99,6 +107,8 @@ class Session:
         self._closing = False
         self._over = threading.Event()
         self.leases = LeasePool(services.opener, reclaim=lambda: services.reclaim(self), ended=self._lease_ended)
+        #: Those of each instance of a stateful class, by its id.
+        self._instances: dict[str, InstancePool] = {}
         #: What its leases have open after a call.
         self.residents = Residents()
         #: Connections that joined; the gateway counts them.
@@ -283,6 +293,49 @@ class Session:
             )
         return found
 
+    def pools(self) -> list[LeasePool]:
+        """Return the pools of all leases: the session's own first, then each instance's."""
+        with self._lock:
+            return [self.leases, *self._instances.values()]
+
+    def pool(self, instance: str) -> LeasePool:
+        """Return the leases that a call may run on: an instance's by its id, else the session's own.
+
+        Raises:
+            InstanceLostError: There is no such instance, or it is over.
+        """
+        if not instance:
+            return self.leases
+        with self._lock:
+            found = self._instances.get(instance)
+        if found is None:
+            raise InstanceLostError(
+                "the instance has ended; make another one with .remote(...)", node="", reason="ended"
+            )
+        found.check_open()
+        return found
+
+    def pool_of(self, lease: Lease) -> LeasePool:
+        """Return the pool that a lease is of."""
+        return next((pool for pool in self.pools() if lease in pool), self.leases)
+
+    def begin_instance(self) -> tuple[str, InstancePool]:
+        """Return the id of a new instance, and its leases, of which there are none yet."""
+        self.leases.check_open()
+        instance, pool = secrets.token_hex(8), InstancePool(self.leases)
+        with self._lock:
+            if self._closing:
+                raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
+            self._instances[instance] = pool
+        return instance, pool
+
+    def end_instance(self, instance: str) -> None:
+        """End an instance: its sandboxes are gone when this returns. One that is over already is none."""
+        with self._lock:
+            pool = self._instances.pop(instance, None)
+        if pool is not None:
+            pool.close()
+
     def _lease_ended(self, lease: Lease, receipt: dict[str, Any] | None) -> None:
         """Write down what a lease's budgets were used for and what its custodian attests."""
         self.residents.lost(lease.id)
@@ -321,7 +374,8 @@ class Session:
             self._over.wait(FINISH_TIMEOUT_S)
             return
         try:
-            self.leases.close()
+            for pool in self.pools():
+                pool.close()
             with contextlib.suppress(ZoneError):
                 self.services.ledger.append({"kind": "session-end", "person": self.person.name, "session": self.id})
             self.services.sign()
@@ -339,7 +393,7 @@ class Session:
             "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
             "policy_problem": self.services.in_force.problem,
-            "leases": self.leases.status(),
-            "lies": list(self.leases.lies),
+            "leases": [lease for pool in self.pools() for lease in pool.status()],
+            "lies": [lie for pool in self.pools() for lie in pool.lies],
             "receipts": list(self.receipts),
         }

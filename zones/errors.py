@@ -32,6 +32,7 @@ the world: policy, Vault, the ledger, a lease, a hostile peer.
     ├── SandboxLevelError          the node cannot give the level that policy asks for
     ├── GrantRefusedError          a custodian refused a grant
     ├── LeaseLostError             keeper, sandbox, actor or connection died
+    │   └── InstanceLostError      and with it the state of a class's instance
     ├── CallCancelledError
     ├── CallTimeoutError
     └── RemoteFunctionError        the user's function raised a type that is not a built-in
@@ -299,6 +300,10 @@ class LeaseLostError(ZoneError):
     field_names = ("node", "reason")
     node: str
     reason: str
+
+
+class InstanceLostError(LeaseLostError):
+    """A sandbox of a stateful class's instance is gone, and its state with it."""
 
 
 class CallCancelledError(ZoneError):

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ray_gpu import api, embedded
+from ray_gpu import attaching, embedded
 from ray_gpu.arrays import STAND_IN
 from ray_gpu.cli import processes
 from ray_gpu.controls import CONTROLS
@@ -82,7 +82,7 @@ def status(console: Console, state: Path) -> bool:
     console.print(meanings(ids))
     carried = f"zone [bold]{document['zone']}[/], carrier {document['carrier']}"
     console.print(f"\n{carried}; Ray at {document['address']}; computes with: {device()}")
-    with api.attach(document["zone"], purpose="status", state_dir=state) as session:
+    with attaching.attach(document["zone"], purpose="status", state_dir=state) as session:
         card = session.status()
     console.print(nodes(card["nodes"]))
     console.print(process_table(processes.rows(document), wide=console.width >= WIDE))

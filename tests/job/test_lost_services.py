@@ -85,7 +85,7 @@ FAILURES = [
 @pytest.mark.parametrize(("how", "error", "says"), FAILURES, ids=["sealed", "unreachable"])
 def test_vault_fails_at_attach(services: Any, how: str, error: type[VaultError], says: str) -> None:
     """Nobody gets a session while Vault cannot say who they are; the gateway asks it too, and says the same."""
-    from ray_gpu.api import _login
+    from ray_gpu.attaching import _login
 
     public = json.loads((services.cluster.state / "zones" / "clinic" / "zone.json").read_text("utf-8"))
     token = _login(services.cluster.state, public)

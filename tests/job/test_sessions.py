@@ -71,7 +71,7 @@ def test_wrong_token(cluster: Any) -> None:
 
 def test_call_without_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that is called before any attach says what to write."""
-    monkeypatch.setattr("ray_gpu.api._sessions", [])
+    monkeypatch.setattr("ray_gpu.attaching._sessions", [])
 
     with pytest.raises(SessionClosedError, match=r"with ray_gpu\.attach"):
         add.remote(1, 2)
