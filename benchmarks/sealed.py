@@ -31,6 +31,10 @@ FURTHER: dict[str, tuple[dict[str, Any], bool]] = {
     "rows, groups kept together": ({"shuffle": "rows"}, True),
     "rows, at most 60 % to a node": ({"shuffle": "rows", "max_node_share": {"percent": 60}}, False),
     "rows, coarse padding": ({"shuffle": "rows", "padding": "coarse"}, False),
+    "blocks(16), at most 60 % to a node, coarse padding, 16 shards at least": (
+        {"shuffle": "blocks(16)", "max_node_share": {"percent": 60}, "padding": "coarse", "min_shards": 16},
+        False,
+    ),
     "rows, at most 60 % to a node, coarse padding, 16 shards at least": (
         {"shuffle": "rows", "max_node_share": {"percent": 60}, "padding": "coarse", "min_shards": 16},
         False,

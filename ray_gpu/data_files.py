@@ -30,6 +30,8 @@ from zones.plan import Index
 
 #: Tables that are kept.
 _KEPT = 8
+#: Most rows of a Parquet file that are decoded at once.
+_BATCH_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +163,8 @@ def _read(
     if path.suffix != ".parquet":
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().select(list(columns))
         return table, None, table.num_rows
-    with pq.ParquetFile(path) as file:
+    # Else all that is read of a row group stays in memory until the end.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         groups = _row_groups(path, json.loads(condition), file.schema_arrow) if condition else None
         if groups is None or len(groups) == len(counts):
@@ -176,7 +179,11 @@ def _decoded(
     file: pq.ParquetFile, groups: list[int], columns: tuple[str, ...], directory: Path, memory_bytes: int
 ) -> pa.Table:
     """Return row groups' columns in this order, in memory if as many as are kept take at most half of it."""
-    batches: Iterator[pa.RecordBatch] = file.iter_batches(row_groups=groups, columns=list(columns))
+    chosen = [file.metadata.row_group(group) for group in groups]
+    row_bytes = sum(group.total_byte_size for group in chosen) // max(1, sum(group.num_rows for group in chosen)) + 1
+    # In memory rows may be several times larger than they are encoded.
+    step = max(1, min(_BATCH_ROWS, memory_bytes // (64 * row_bytes)))
+    batches: Iterator[pa.RecordBatch] = file.iter_batches(step, row_groups=groups, columns=list(columns))
     most, held, size = memory_bytes // (2 * _KEPT), [], 0
     # A name that the file lacks is left out silently.
     schema = pa.schema([file.schema_arrow.field(name) for name in columns])

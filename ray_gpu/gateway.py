@@ -50,10 +50,11 @@ from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import INLINE_BYTES, share_encoded, share_table, share_value
 from ray_gpu.shares import Shares
+from ray_gpu.staging import Means, fits
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones import replaying
-from zones.errors import GatewayError, SessionClosedError, VaultDeniedError, ZoneError
+from zones.errors import GatewayError, ResultTooLargeError, SessionClosedError, VaultDeniedError, ZoneError
 from zones.ledger import Ledger
 from zones.policy import Policy
 from zones.segments import names
@@ -424,11 +425,20 @@ class Connection:
         self._need_session()
         services = self._gateway.services
         data = dict(message.get("data") or {})
-        found = source.from_catalog(services.zone, services.data_dir, data, None, memory_bytes=services.memory_bytes)
+        means = Means(memory_bytes=services.memory_bytes)
+        found = source.from_catalog(services.zone, services.data_dir, data, None, means=means)
         reply = {"ok": True, "rows": found.rows, "columns": found.columns}
         if not message.get("rows", True):
             self._send(reply)
             return
+        if not fits(found.table.nbytes, services.memory_bytes):
+            size = found.table.nbytes
+            raise ResultTooLargeError(
+                f"these rows take {size >> 20} MiB, more than the gateway has room to hand out at once; read fewer "
+                "columns, filter, or split the handle and take its parts",
+                size_bytes=size,
+                limit_bytes=services.memory_bytes // 4,
+            )
         fd = share_table(found.table)
         try:
             self._send(reply, (fd,))
@@ -458,17 +468,17 @@ class Connection:
     def _on_call(self, message: dict[str, Any], fds: list[int]) -> None:
         session = self._need_session()
         request = parse(message)
-        found = self._source(request, fds)
         cancelled = job.Cancel()
         watchdog = self._gateway.watchdog
         watchdog.watch(self._sock, request.work.options.timeout_s, cancelled)
         try:
+            found = self._source(request, fds, cancelled.check)
             result = job.run(session, request, found, self._send, cancelled)
         finally:
             watchdog.leave(cancelled)
         self._reply(request, result)
 
-    def _source(self, request: Request, fds: list[int]) -> source.Source | None:
+    def _source(self, request: Request, fds: list[int], check: Callable[[], None]) -> source.Source | None:
         if request.data is None:
             return None
         services, options = self._gateway.services, request.work.options
@@ -482,7 +492,7 @@ class Connection:
             request.data,
             options.columns,
             keep_together=options.keep_together,
-            memory_bytes=services.memory_bytes,
+            means=Means(memory_bytes=services.memory_bytes, check=check),
         )
 
     def _reply(self, request: Request, result: job.Result) -> None:

@@ -58,6 +58,8 @@ MAX_ATTEMPTS = 4
 MAX_WHOLE_BYTES = 60 << 20
 #: How long a further lease may take to be placed before a call goes on without it, seconds.
 EXTRA_LEASE_TIMEOUT_S = 15.0
+#: How long a call on arguments alone waits before it is made again, seconds: at first, and at most.
+FIRST_WAIT_S, MAX_WAIT_S = 0.25, 30.0
 #: How long a call that lost a lease and found no room goes on with the others before it looks again, seconds.
 PAUSE_S = 0.25
 
@@ -143,9 +145,14 @@ def run(session: Session, request: Request, source: Source | None, events: Event
 
 
 def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
-    """Run a function on arguments alone. What one node answers that cannot be believed, another is asked as well."""
-    leases, doubted = session.pool(request.work.options.instance), ""
+    """Run a function on arguments alone. What one node answers that cannot be believed, another is asked as well.
+
+    When a lease is lost the call is made again as often as it says, after longer and longer waits.
+    """
+    leases, doubted, retries = session.pool(request.work.options.instance), "", 0
     while True:
+        if retries:
+            _wait(min(FIRST_WAIT_S * 2 ** (retries - 1), MAX_WAIT_S), cancelled)
         lease = _lease_for(session, request, allowed, cancelled)
         try:
             return call(session, request, allowed, lease, cancelled)
@@ -154,6 +161,9 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
             refused = isinstance(error, AnswerRefusedError)
             if isinstance(leases, InstancePool) and isinstance(error, LeaseLostError):
                 raise _with_state(error, lease) from None
+            if isinstance(error, LeaseLostError) and not lease.lied and retries < request.work.options.max_retries:
+                retries += 1
+                continue
             if doubted or not (refused or lease.lied) or not leases.others(lease):
                 if refused and doubted not in ("", lease.node):
                     leases.trust(doubted)
@@ -162,6 +172,14 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
             doubted = lease.node
         finally:
             leases.give(lease)
+
+
+def _wait(seconds: float, cancelled: Cancel) -> None:
+    """Wait, unless the call is given up meanwhile; up to half of it longer, so that calls do not come in step."""
+    over = time.monotonic() + seconds * (1 + secrets.randbelow(500) / 1000)
+    while (left := over - time.monotonic()) > 0:
+        cancelled.check()
+        time.sleep(min(left, PAUSE_S))
 
 
 def _make(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
@@ -820,13 +838,12 @@ class ShardRun:
         with self._lock:
             self._held_bytes += size
             held = self._held_bytes
-        memory = self._session.services.memory_bytes
-        if not fits(held, memory):
+        if size > 0 and not fits(held, self._session.services.memory_bytes):
             raise ResultTooLargeError(
-                f"the results of this call take more than {memory >> 22} MiB; return less for each shard, "
-                "or call the function on parts of the data",
+                f"the results of this call take {held >> 20} MiB, more than the gateway has room for; return less for "
+                "each shard, or call the function on parts of the data",
                 size_bytes=held,
-                limit_bytes=memory // 4,
+                limit_bytes=self._session.services.memory_bytes // 4,
             )
 
     def _accept(self, lease: Lease, item: tuple[int, int], rows: int, outcome: Outcome) -> None:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_gpu.handle import column_names
-from ray_gpu.request import DEFAULT_SHARD_BYTES, MAX_CONCURRENCY, MAX_SHARD_BYTES, MAX_WAIT_S, MIN_SHARD_BYTES
+from ray_gpu.request import (
+    DEFAULT_SHARD_BYTES,
+    MAX_CONCURRENCY,
+    MAX_RETRIES,
+    MAX_SHARD_BYTES,
+    MAX_WAIT_S,
+    MIN_SHARD_BYTES,
+)
 
 if TYPE_CHECKING:
     from ray_gpu.client import Session
@@ -44,6 +51,10 @@ class FunctionOptions:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     #: Seconds until the call is stopped; ``None`` means never.
     timeout_s: float | None = None
+    #: How often ``f.remote`` on arguments alone is made again, after longer and longer waits, when its node, sandbox or
+    #: connection was lost in the middle: a function that has effects may then have had them twice. What the function
+    #: raises is never tried again. Shards of data always go to another node.
+    max_retries: int = 0
     #: Seconds to wait for a GPU node with room.
     placement_timeout_s: float = 30.0
     #: Session to use; by default the data's, or else the one attached last.
@@ -58,6 +69,7 @@ class FunctionOptions:
             raise TypeError(f"resident is True or False, not {self.resident!r}")
         _check_gpus(self.num_gpus)
         _check_whole("concurrency", self.concurrency, 1, MAX_CONCURRENCY)
+        _check_whole("max_retries", self.max_retries, 0, MAX_RETRIES)
         _check_whole("shard_bytes", self.shard_bytes, MIN_SHARD_BYTES, MAX_SHARD_BYTES)
         if self.timeout_s is not None:
             _check_seconds("timeout_s", self.timeout_s)
@@ -76,6 +88,7 @@ class FunctionOptions:
             "categories": None if self.categories is None else list(self.categories),
             "resident": self.resident,
             "shard_bytes": self.shard_bytes,
+            "max_retries": self.max_retries,
             "timeout_s": self.timeout_s,
             "placement_timeout_s": self.placement_timeout_s,
         }

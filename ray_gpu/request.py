@@ -27,6 +27,8 @@ MIN_SHARD_BYTES, DEFAULT_SHARD_BYTES, MAX_SHARD_BYTES = 64 << 10, 4 << 20, 32 <<
 
 #: GPU actors that one call may use at once.
 MAX_CONCURRENCY = 64
+#: Most times that a call is made again.
+MAX_RETRIES = 100
 #: Longest that a caller may ask to wait, seconds: a week.
 MAX_WAIT_S = 604_800
 
@@ -73,6 +75,8 @@ class Options:
     timeout_s: float | None = None
     #: Seconds to wait for a GPU node with room.
     placement_timeout_s: float = 30.0
+    #: How often a call on arguments alone is made again after its lease was lost.
+    max_retries: int = 0
     #: Send all rows as one shard, whatever their size.
     whole: bool = False
     #: Keep shards open in the sandboxes after the call.
@@ -188,6 +192,8 @@ def _options(given: dict[str, Any]) -> Options:
         raise ValueError("num_gpus must be from 0.001 to 64")
     if not _whole(options.concurrency, 1, MAX_CONCURRENCY):
         raise ValueError(f"concurrency must be from 1 to {MAX_CONCURRENCY}")
+    if not _whole(options.max_retries, 0, MAX_RETRIES):
+        raise ValueError(f"max_retries must be from 0 to {MAX_RETRIES}")
     if not _whole(options.shard_bytes, MIN_SHARD_BYTES, MAX_SHARD_BYTES):
         raise ValueError(f"shard_bytes must be from {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES}")
     if not (options.timeout_s is None or _seconds(options.timeout_s)) or not _seconds(options.placement_timeout_s):

@@ -103,6 +103,13 @@ def start_gateway(
         memory_bytes: What the gateway may use of memory; ``None``: as much as the machine has.
         settings: What :class:`ray_gpu.gateway.Settings` holds besides, JSON types.
     """
+    if memory_bytes is not None and boundary.survey().cgroup is None:
+        raise ClusterError(
+            "the gateway's memory cannot be capped: this host has no control groups with a memory controller that "
+            "this user may use; leave memory_mib out, or make them available",
+            node="",
+            reason="no control group",
+        )
     uid = GATEWAY_UID if os.geteuid() == 0 else None
     data, settings_file = Path(data_dir or layout.data(zone)), layout.zone(zone) / "settings.json"
     own = {

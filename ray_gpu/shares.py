@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,12 +38,13 @@ class _Window:
     begins: int
     #: How long it is, seconds.
     length_s: int
+    #: Names that it had in the catalog.
+    names: set[str] = field(default_factory=set)
     #: Node to system of cells to the cells that it was given, and to how much of all rows those are, in percent.
     held: dict[str, dict[str, set[int]]] = field(default_factory=dict)
     percents: dict[str, dict[str, float]] = field(default_factory=dict)
     #: Those made last, by what they were made of: calls over one data set are often alike.
     cells: dict[tuple[str, str], Cells] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Shares:
@@ -59,19 +60,34 @@ class Shares:
         self._ledger = ledger
         self._key = _key(path.with_name("cells.key"))
         self._lock = threading.Lock()
+        #: Held by whoever looks what was given and gives more.
+        self._giving = threading.Lock()
         self._windows: dict[tuple[str, int, int], _Window] = {}
         for entry in ledger.find("share"):
             if entry["window"] + entry["window_s"] > now:
                 where = (entry["dataset_digest"], entry["window"], entry["window_s"])
-                window = self._window(*where)
+                window = self._window(*where, entry["dataset"])
                 cells = window.held.setdefault(entry["node"], {}).setdefault(entry["system"], set())
                 cells |= _cells(entry["cells"])
                 share = 100 * entry["rows"] / max(1, entry["of_rows"])
                 window.percents.setdefault(entry["node"], {})[entry["system"]] = share
 
-    def _window(self, identity: str, begins: int, length_s: int) -> _Window:
+    def _window(self, identity: str, begins: int, length_s: int, name: str) -> _Window:
         made = _Window(identity=identity, begins=begins, length_s=length_s)
-        return self._windows.setdefault((identity, begins, length_s), made)
+        found = self._windows.setdefault((identity, begins, length_s), made)
+        found.names |= {name} if name else set()
+        return found
+
+    def _versions(self, window: _Window) -> list[_Window]:
+        """Return the windows of what had one of a window's names at another time: its file was changed meanwhile."""
+        with self._lock:
+            return [
+                other
+                for other in self._windows.values()
+                if other is not window
+                and (other.begins, other.length_s) == (window.begins, window.length_s)
+                and other.names & window.names
+            ]
 
     def book(
         self, dataset: str, identity: str, share: NodeShare, obligations: Obligations, of_row: Index, now: int
@@ -91,7 +107,7 @@ class Shares:
             over = [where for where in self._windows if where[1] + where[2] <= now]
             for where in over:
                 del self._windows[where]
-            window = self._window(identity, begins, share.window_s)
+            window = self._window(identity, begins, share.window_s, dataset)
         ordered = obligations.shuffle is Shuffle.NONE
         told = f"{identity} {begins} {share.window_s} {ordered} {hashlib.sha256(of_row.data).hexdigest()}"
         cells = window.cells.get((dataset, told))
@@ -99,7 +115,9 @@ class Shares:
             key = hmac.digest(self._key, told.encode(), "sha256")
             cells = _made(dataset, hashlib.sha256(key).hexdigest()[:16], key, of_row, ordered=ordered)
             window.cells = {(dataset, told): cells}
-        return Book(self._ledger, window, cells, percent=share.percent)
+        return Book(
+            self._ledger, window, cells, share.percent, versions=lambda: self._versions(window), lock=self._giving
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,17 +137,27 @@ class Cells:
 class Book:
     """One data set in one window, cut into cells in one way. Use it as a context manager to be alone with it."""
 
-    def __init__(self, ledger: Ledger, window: _Window, cells: Cells, *, percent: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        window: _Window,
+        cells: Cells,
+        percent: int,
+        *,
+        versions: Callable[[], list[_Window]],
+        lock: threading.Lock,
+    ) -> None:
         """Use :meth:`Shares.book`."""
         self._ledger, self._window, self._percent = ledger, window, percent
+        self._versions, self._lock = versions, lock
         self.cells = cells
 
     def __enter__(self) -> Book:
-        self._window.lock.acquire()
+        self._lock.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._window.lock.release()
+        self._lock.release()
 
     @property
     def over(self) -> int:
@@ -150,9 +178,10 @@ class Book:
         return spread.most_cells(self.cells.rows, left) if left > 0 else 0
 
     def _elsewhere(self, node: str) -> float:
-        """Return how much of all rows a node was given by other systems of cells, in percent."""
+        """Return how much of all rows a node was given by other systems of cells, and of other versions, in percent."""
         percents = self._window.percents.get(node, {})
-        return sum(percent for system, percent in percents.items() if system != self.cells.system)
+        others = sum(percent for system, percent in percents.items() if system != self.cells.system)
+        return others + sum(sum(other.percents.get(node, {}).values()) for other in self._versions())
 
     def assign(self, wanted: Collection[int], nodes: Collection[str]) -> tuple[dict[str, list[int]], list[int]]:
         """Give each cell to one of *nodes*, and return those that none may have; nothing is noted yet."""

@@ -25,6 +25,8 @@ from zones.errors import UnknownNameError
 from zones.model import Dataset, Zone
 from zones.plan import Index, split_rows
 
+_MACHINE = staging.Means()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -83,7 +85,7 @@ def from_catalog(
     columns: tuple[str, ...] | None,
     *,
     keep_together: str | None = None,
-    memory_bytes: int = staging.machine_bytes(),
+    means: staging.Means = _MACHINE,
 ) -> Source:
     """Resolve a handle's document: ``{"dataset", "columns", "segments", "filter", "split", "then"}``.
 
@@ -109,7 +111,9 @@ def from_catalog(
     # What is kept together is kept so in the whole, which then has to be read.
     known = conditions[0] if keep_together is None else None
     lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
-    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known, memory_bytes)
+    opened = data_files.read(
+        dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known, means.memory_bytes
+    )
     table, numbers, segments = opened.table.select(wanted), opened.numbers, _chosen(dataset, handle.get("segments"))
     division = None if dataset.segments is None else divisions.divided(dataset.segments, handle.get("segments") or ())
     lists = divisions.listings(division) if division and handle.get("segments") else set()
@@ -121,14 +125,16 @@ def from_catalog(
         chosen = opened.table.select(sorted(used)).append_column("", pa.array(places))
         if handle.get("segments") is not None:
             assert division is not None
-            members = _members(zone, replace(dataset, segments=division), data_dir, segments, listed)
+            members = _members(
+                zone, replace(dataset, segments=division), data_dir, segments, listed, means.memory_bytes
+            )
             chosen = chosen.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
         chosen = filters.apply_filter(chosen, conditions[0])
         if handle.get("split") is not None:
             chosen = _part(chosen, handle["split"])
         chosen = filters.apply_filter(chosen, conditions[1])
         places = chosen.column("").to_numpy()
-        table, numbers = staging.taken(table, places, data_dir, memory_bytes), numbers[places]
+        table, numbers = staging.taken(table, places, data_dir, means), numbers[places]
     return Source(
         dataset=dataset.name,
         table=table,
@@ -162,17 +168,23 @@ def _listed(zone: Zone, data_dir: Path, name: str) -> str:
 
 
 def _members(
-    zone: Zone, dataset: Dataset, data_dir: Path, segments: frozenset[str], listed: Mapping[str, str]
+    zone: Zone,
+    dataset: Dataset,
+    data_dir: Path,
+    segments: frozenset[str],
+    listed: Mapping[str, str],
+    memory_bytes: int,
 ) -> Index:
     """Return the numbers of the rows of segments, ascending, of a data set that has some."""
     assert dataset.segments is not None
     columns = tuple(sorted(divisions.columns(dataset.segments))) or tuple(dataset.columns)[:1]
-    opened = data_files.read(dataset, data_dir, columns)
+    opened = data_files.read(dataset, data_dir, columns, memory_bytes=memory_bytes)
     leaf_of = _leaves(dataset.name, repr(dataset.segments), opened.digest, tuple(listed.items()))
     if leaf_of.value is None:
 
         def rounds(name: str, by: str) -> tuple[Any, Any]:
-            rows = data_files.read(zone.datasets[name], data_dir, (by, divisions.ROUND_COLUMN)).table
+            wanted = by, divisions.ROUND_COLUMN
+            rows = data_files.read(zone.datasets[name], data_dir, wanted, memory_bytes=memory_bytes).table
             return tuple(rows.column(column).combine_chunks() for column in (by, divisions.ROUND_COLUMN))  # type: ignore[return-value]  # two
 
         found = divisions.assign(

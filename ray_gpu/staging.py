@@ -4,8 +4,8 @@ A shuffle takes the rows of each shard from everywhere in the source: where that
 reads nearly every page of it again. So rows are written once more, in *buckets* of neighbouring shards: the source is
 read once from beginning to end, each bucket once, and a few buckets are all that memory ever holds.
 
-Files lie in the zone's data directory, whose disk holds the data anyway, and have no name there: nobody can open them,
-and the kernel frees them when they are closed, or their process ends, however it does.
+Files lie in the zone's data directory and have no name there; the kernel frees them when they are closed, or their
+process ends, however it does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,8 +40,17 @@ def machine_bytes() -> int:
 
 
 def fits(size: int, memory_bytes: int) -> bool:
-    """Say whether so many bytes of data can be held by a process of so much memory, beside all else that it does."""
-    return size <= memory_bytes // 4
+    """Say whether so many bytes more can be held by this process of so much memory: a quarter of what it has left.
+
+    So what other calls hold now counts, and each of several calls at once leaves room for the others.
+    """
+    return size <= memory_bytes // 64 or size <= (memory_bytes - _own_bytes()) // 4
+
+
+def _own_bytes() -> int:
+    """Return the memory that is this process's alone, and not mapped from a file."""
+    lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def bucket_bytes(memory_bytes: int) -> int:
@@ -53,20 +64,23 @@ class Temporary:
     Args:
         directory: Where, on a disk with room for it.
         schema: Of all batches.
+        apart: Whether batches are read one by one, in any order: all have the same categories then.
     """
 
-    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+    def __init__(self, directory: Path, schema: pa.Schema, *, apart: bool) -> None:
         self._directory = directory
-        with self._explained():
-            self._file = os.fdopen(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "r+b", 0)
-        self._writer = pa.ipc.new_file(self._file, schema)
+        with self._explained("take"):
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by __exit__
+        self._writer = (pa.ipc.new_file if apart else pa.ipc.new_stream)(self._file, schema)
         self._count = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What is not written yet need not be, if nobody wants it.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._file.close()
 
     def add(self, rows: pa.RecordBatch) -> int:
         """Write a batch; return its number.
@@ -74,55 +88,80 @@ class Temporary:
         Raises:
             DiskSpaceError: There is no room, or the disk fails.
         """
-        with self._explained():
+        with self._explained("take"):
             self._writer.write_batch(rows)
         self._count += 1
         return self._count - 1
 
+    def _end(self) -> None:
+        with self._explained("take"):
+            self._writer.close()
+            self._file.flush()
+
     def mapped(self) -> pa.Table:
         """End the file and return all its rows, which are the file itself."""
-        with self._explained():
-            self._writer.close()
+        self._end()
+        with self._explained("give back"):
             data = pa.py_buffer(mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ))
-        table: pa.Table = pa.ipc.open_file(data).read_all()
+            table: pa.Table = pa.ipc.open_stream(data).read_all()
         return table
 
-    def reader(self) -> Any:
-        """End the file and return Arrow's reader of its batches, of which each is read for itself."""
-        with self._explained():
-            self._writer.close()
+    def reader(self) -> Callable[[int], pa.RecordBatch]:
+        """End the file and return what reads one of its batches."""
+        self._end()
+        with self._explained("give back"):
             file = pa.OSFile(f"/proc/self/fd/{self._file.fileno()}", "rb")
-        # Neighbours of a batch are other buckets': what the kernel read ahead would be in vain, and eight megabytes.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return pa.ipc.open_file(file)
+            # Neighbours of a batch are other buckets': what the kernel reads ahead, megabytes, would be in vain.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            reader: Any = pa.ipc.open_file(file)
+
+        def read(number: int) -> pa.RecordBatch:
+            with self._explained("give back"):
+                batch: pa.RecordBatch = reader.get_batch(number)
+                return batch
+
+        return read
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
             raise DiskSpaceError(
                 f"data larger than memory is put on the zone's disk before it leaves, and {self._directory} does not "
-                f"take it ({error.strerror or type(error).__name__}); nothing of it left. Read fewer columns or rows, "
-                "or have the zone's operator make room there for the data once more",
+                f"{what} it ({reason}); nothing of it left. Read fewer columns or rows, or have the zone's operator "
+                "make room there for the data once more",
             ) from None
 
 
 def mapped(schema: pa.Schema, batches: Iterable[pa.RecordBatch], directory: Path) -> pa.Table:
     """Write batches to a nameless file and return them as a table that is mapped from there."""
-    with Temporary(directory, schema) as file:
+    with Temporary(directory, schema, apart=False) as file:
         for batch in batches:
             file.add(batch)
         return file.mapped()
 
 
-def taken(table: pa.Table, rows: Index, directory: Path, memory_bytes: int) -> pa.Table:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What reading data may take."""
+
+    #: Memory of this process.
+    memory_bytes: int = machine_bytes()
+    #: Raises when nobody wants the data any more.
+    check: Callable[[], None] = lambda: None
+
+
+def taken(table: pa.Table, rows: Index, directory: Path, means: Means) -> pa.Table:
     """Return rows of a table by number, ascending: in memory if they fit, else mapped from a nameless file."""
+    memory_bytes = means.memory_bytes
     if fits(len(rows) * plan.row_bytes(table), memory_bytes):
         return _take(table, rows)
 
     def parts() -> Iterator[pa.RecordBatch]:
         for start, piece in _pieces(table, memory_bytes):
+            means.check()
             edges = np.searchsorted(rows, [start, start + piece.num_rows])
             yield from _take(piece, rows[slice(*edges)] - start).to_batches()
 
@@ -159,7 +198,7 @@ class Staged:
         self._memory_bytes, self._bucket_bytes = memory_bytes, bucket_bytes(memory_bytes)
         self._row_bytes = plan.row_bytes(table)
         self._lock = threading.Lock()
-        self._reader: Any = None
+        self._reader: Callable[[int], pa.RecordBatch] | None = None
         self._failure: ZoneError | None = None
         #: Of each shard, the bucket; of each bucket, its shards and batches.
         self._bucket_of: list[int] = []
@@ -186,23 +225,23 @@ class Staged:
                 except ZoneError as error:
                     self._failure = error
                     raise
-            table, sources = self._bucket(self._bucket_of[number])
+            table, sources = self._bucket(self._bucket_of[number], self._reader)
         return _alone(table, np.searchsorted(sources, rows))
 
-    def _bucket(self, number: int) -> tuple[pa.Table, Index]:
+    def _bucket(self, number: int, reader: Callable[[int], pa.RecordBatch]) -> tuple[pa.Table, Index]:
         """Return a bucket's rows and the number in the source of each, ascending; with the lock held."""
         if number not in self._held:
             while len(self._held) >= _HELD:
                 self._held.popitem(last=False)
                 # Arrow's allocator keeps what is free for later, which would be several buckets more.
                 pa.default_memory_pool().release_unused()
-            batches = [self._reader.get_batch(batch) for batch in self._batches[number]]
+            batches = [reader(batch) for batch in self._batches[number]]
             table = pa.Table.from_batches(batches, self._table.schema).combine_chunks()
             sources = np.sort(np.concatenate([self._plan.row_index(shard) for shard in self._buckets[number]]))
             self._held[number] = table, sources
         return self._held[number]
 
-    def _write(self) -> Any:
+    def _write(self) -> Callable[[int], pa.RecordBatch]:
         """Write the source's rows, each to its bucket, in the source's order within it; return a reader."""
         shards_each = max(1, self._bucket_bytes * len(self._plan) // max(1, self._row_bytes * self._plan.rows))
         starts = range(0, len(self._plan), shards_each)
@@ -212,7 +251,7 @@ class Staged:
         bucket_of_row = np.empty(self._plan.rows, np.uint16 if len(self._buckets) < 1 << 16 else np.uint32)
         for shard, bucket in enumerate(self._bucket_of):
             bucket_of_row[self._plan.row_index(shard)] = bucket
-        with Temporary(self._directory, self._table.schema) as file:
+        with Temporary(self._directory, self._table.schema, apart=True) as file:
             for start, piece in _pieces(self._table, self._memory_bytes):
                 self._check()
                 buckets = bucket_of_row[start : start + piece.num_rows]

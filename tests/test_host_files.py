@@ -75,6 +75,7 @@ def test_examples_agree() -> None:
         ("node-zone.yaml", {"zone": "Clinic!"}, r"file.yaml:\d+: zone"),
         ("gateway-client.yaml", {"relay": {"node": "zone-trading"}}, r"file.yaml:\d+: relay: Field required: address"),
         ("gateway.yaml", {"policies": None}, r"file.yaml:\d+: Field required: policies"),
+        ("gateway.yaml", {"memory_mib": 100}, r"file.yaml:\d+: memory_mib.*greater than or equal to 512"),
         ("gateway.yaml", {"vault": {"address": "http://v", "credentials": "/c"}}, r"file.yaml:\d+: vault.*address"),
     ],
 )

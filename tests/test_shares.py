@@ -66,6 +66,23 @@ def test_again_is_the_same(shares: Shares) -> None:
     assert again.percent("a") == 50
 
 
+def test_changed_within_a_window(shares: Shares, path: Path) -> None:
+    """What a node was given of an earlier version counts in full, after a restart too, until the window is over."""
+    give(book(shares), "a", "b")
+
+    def left(some: Shares, name: str, now: int = NOW) -> float:
+        changed = some.book(name, "cd" * 32, SHARE, Obligations(), ALONE, now)
+        give(changed, "a")
+        return changed.percent("a")
+
+    assert 55 < left(shares, "d") <= 60
+    assert left(shares, "d", NOW + SHARE.window_s) == 60
+    # Control: another data set is not counted.
+    assert shares.book("e", "ef" * 32, SHARE, Obligations(), ALONE, NOW).percent("a") == 0
+    later = Shares(shares._ledger, path, NOW)
+    assert later.book("d", "01" * 32, SHARE, Obligations(), ALONE, NOW).percent("a") > 55
+
+
 def test_two_names_of_one_data_set(shares: Shares, path: Path) -> None:
     """Under another name the same data has the same cells, and each entry has the name that was asked for."""
     asked = [shares.book(name, "ab" * 32, SHARE, Obligations(), ALONE, NOW) for name in ("d", "e", "d")]

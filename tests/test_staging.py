@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_gpu import data_files, embedded, source, staging
+from ray_gpu.staging import Means
 from zones import plan, shards
 from zones.config import load_zone
 from zones.errors import CallCancelledError, DiskSpaceError
@@ -90,9 +93,9 @@ def test_source_is_read_once(table: pa.Table, tmp_path: Path, monkeypatch: pytes
 
     held: list[int] = []
 
-    def looked(self: staging.Staged, number: int) -> Any:
+    def looked(self: staging.Staged, number: int, reader: Any) -> Any:
         held.extend([number] if number not in self._held else [])
-        return bucket(self, number)
+        return bucket(self, number, reader)
 
     monkeypatch.setattr(staging, "_pieces", counted)
     monkeypatch.setattr(staging.Staged, "_bucket", looked)
@@ -109,8 +112,8 @@ def test_source_is_read_once(table: pa.Table, tmp_path: Path, monkeypatch: pytes
 def test_rows_by_number(table: pa.Table, tmp_path: Path) -> None:
     """Rows that a filter or segment chose are the same, in memory and mapped from a file."""
     for rows in (np.arange(0), np.arange(3, ROWS, 7), np.arange(ROWS)):
-        kept = staging.taken(table, rows, tmp_path, 1 << 40)
-        mapped = staging.taken(table, rows, tmp_path, MEMORY // 100)
+        kept = staging.taken(table, rows, tmp_path, Means())
+        mapped = staging.taken(table, rows, tmp_path, Means(memory_bytes=MEMORY // 100))
         assert kept.equals(mapped)
         assert mapped.column("whole").to_numpy().tolist() == rows.tolist()
 
@@ -129,6 +132,29 @@ def zone(tmp_path: Path) -> Zone:
     return dataclasses.replace(shipped, datasets={"wide": dataset})
 
 
+def test_categories_that_differ(tmp_path: Path) -> None:
+    """Of a Parquet file written in parts, each with categories of its own, they stay what they are."""
+    parts = [
+        pa.table({"a": pa.array([f"v{part}-{n % 3}" for n in range(900)]).dictionary_encode()}) for part in range(5)
+    ]
+    with pq.ParquetWriter(tmp_path / "a.parquet", parts[0].schema) as writer:
+        for part in parts:
+            writer.write_table(part)
+    dataset = Dataset(name="a", path="a.parquet", columns={"a": "internal"})
+    data_files._read.cache_clear()
+    small = data_files.read(dataset, tmp_path, ("a",)).table
+    large = data_files.read(dataset, tmp_path, ("a",), memory_bytes=1 << 10).table
+    data_files._read.cache_clear()
+
+    assert large.column("a").to_pylist() == small.column("a").to_pylist()
+    assert pa.types.is_dictionary(large.schema.field("a").type)
+    rows = np.arange(0, 4500, 7)
+    assert (
+        staging.taken(large, rows, tmp_path, Means(memory_bytes=1 << 10)).column("a").to_pylist()
+        == small.column("a").take(rows).to_pylist()
+    )
+
+
 @pytest.mark.parametrize(
     "handle", [{}, {"filter": ["c0", ">", 4321]}, {"split": {"fractions": [0.5], "seed": 1, "part": 0}}], ids=str
 )
@@ -138,7 +164,7 @@ def test_parquet_larger_than_memory(zone: Zone, tmp_path: Path, handle: dict[str
     columns, document = ("c2", "c0"), {"dataset": "wide", **handle}
     small = source.from_catalog(zone, tmp_path, document, columns)
     before = pa.total_allocated_bytes()
-    large = source.from_catalog(zone, tmp_path, document, columns, memory_bytes=1 << 16)
+    large = source.from_catalog(zone, tmp_path, document, columns, means=Means(memory_bytes=1 << 16))
     grown = pa.total_allocated_bytes() - before
 
     assert large.table.equals(small.table)
@@ -147,6 +173,36 @@ def test_parquet_larger_than_memory(zone: Zone, tmp_path: Path, handle: dict[str
     assert grown < small.table.nbytes / 4
     assert [path.name for path in tmp_path.iterdir()] == ["wide.parquet"]
     data_files._read.cache_clear()
+
+
+def test_reading_takes_no_more(tmp_path: Path) -> None:
+    """While a large Parquet file is decoded, a part of it is in memory, whatever it is made of."""
+    rng = np.random.default_rng(2)
+    columns: dict[str, Any] = {f"c{n}": rng.random(200_000) for n in range(10)}
+    path = tmp_path / "noise.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=20_000, compression="none", use_dictionary=False)
+    code = (
+        "import sys, pathlib, pyarrow as pa\n"
+        "from ray_gpu import data_files\n"
+        "from zones.model import Dataset\n"
+        "where, names = pathlib.Path(sys.argv[1]), [f'c{n}' for n in range(10)]\n"
+        "dataset = Dataset(name='noise', path='noise.parquet', columns=dict.fromkeys(names, 'internal'))\n"
+        "table = data_files.read(dataset, where, tuple(names), memory_bytes=int(sys.argv[2])).table\n"
+        "assert table.num_rows == 200_000\n"
+        "print(pa.default_memory_pool().max_memory())\n"
+    )
+    most = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path), str(memory)], check=True, capture_output=True
+            ).stdout
+        )
+        for memory in (32 << 20, 1 << 40)
+    ]
+
+    assert most[0] < path.stat().st_size / 2
+    # Control: where there is enough memory, all of it is in memory.
+    assert most[1] > path.stat().st_size
 
 
 def numbers(found: source.Source) -> Any:

@@ -17,6 +17,7 @@ from ray_gpu import embedded, gpu_remote
 from ray_gpu.sandbox import cgroup
 from ray_gpu.state import Layout
 from zones.config import load_zone
+from zones.errors import ResultTooLargeError
 
 pytestmark = pytest.mark.skipif(cgroup.hierarchy() is None, reason="this host has no control group to cap memory with")
 
@@ -28,20 +29,21 @@ AS_PARQUET = {"clinic/catalog.yaml": ("path: breast_cancer.arrow", "path: breast
 
 @gpu_remote(columns=COLUMNS)
 def number(batch: Any) -> Any:
-    """Return the number of each row, which is the sum of its values: all others are zero."""
-    return sum(batch[name] for name in COLUMNS)
+    """Return the number of each row, which is its first value; all others are noise."""
+    return batch[COLUMNS[0]]
 
 
 def write(layout: Layout) -> None:
     """Write the same rows as an Arrow file of many batches and as a Parquet file of several row groups."""
     directory = layout.data("clinic")
     directory.mkdir(parents=True)
-    zeros = pa.array(np.zeros(ROWS))
-    columns = [pa.array(np.arange(ROWS, dtype=np.float64)), *[zeros] * (len(COLUMNS) - 1)]
-    table = pa.Table.from_arrays(columns, names=COLUMNS)
+    noise = np.random.default_rng(1)
+    columns = [np.arange(ROWS, dtype=np.float64), *(noise.random(ROWS) for _ in COLUMNS[1:])]
+    table = pa.Table.from_arrays([pa.array(column) for column in columns], names=COLUMNS)
     with pa.ipc.new_file(str(directory / "breast_cancer_resampled.arrow"), table.schema) as file:
         file.write_table(table, max_chunksize=100_000)
-    pq.write_table(table, directory / "breast_cancer.parquet", row_group_size=200_000)
+    path = directory / "breast_cancer.parquet"
+    pq.write_table(table, path, row_group_size=200_000, compression="none", use_dictionary=False)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,17 @@ def test_larger_than_memory(small: Any, group: cgroup.Cgroup, name: str, kept: f
     assert np.array_equal(found, np.arange(int(ROWS * kept), dtype=np.float64))
     assert group.processes() == before
     assert group.oom_kills() == 0
+
+
+def test_rows_for_people(small: Any, group: cgroup.Cgroup) -> None:
+    """Who asks for more rows than the gateway can hold is told so, and the gateway lives."""
+    before = group.processes()
+    with small.attach() as session:
+        data = session.read("breast_cancer_resampled")
+        with pytest.raises(ResultTooLargeError, match="read fewer columns"):
+            data.to_arrow()
+        assert data.select(COLUMNS[:1]).to_arrow().num_rows == ROWS
+    assert group.processes() == before
 
 
 def test_control_memory_is_too_small(small: Any) -> None:

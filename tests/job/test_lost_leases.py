@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from ray_gpu import Batch, gpu_remote
 from ray_gpu.job import MAX_ATTEMPTS
 from ray_gpu.lease_pool import FRESH_S
-from zones.errors import CallTimeoutError, LeaseLostError, PlacementError, SessionClosedError
+from zones.errors import CallCancelledError, CallTimeoutError, LeaseLostError, PlacementError, SessionClosedError
 
 NODES = ("gpu-1", "gpu-2")
 COLUMNS = ["mean_radius", "mean_texture"]
@@ -138,6 +139,53 @@ def test_part_killed_during_a_call(zone: Any, inside: Any, part: str, in_backgro
     assert raised.value.node == used
     assert raised.value.reason
     assert spin.options(concurrency=1).remote(0.0).result(timeout=60) == 0.0
+
+
+@gpu_remote(concurrency=1)
+def count_and(do: str) -> int:
+    """Count the calls of this sandbox; then end it, raise, or return the count."""
+    globals()["counted"] = globals().get("counted", 0) + 1
+    if do == "exit":
+        os._exit(3)
+    if do == "raise":
+        raise ZeroDivisionError("no")
+    return int(globals()["counted"])
+
+
+def test_retries(zone: Any, inside: Any, in_background: Any) -> None:
+    """A call that may be made again is, on another lease; and no oftener than it says."""
+    call = spin.options(concurrency=1, max_retries=1).remote(3.0)
+    busy = in_background(call.result)
+    inside.kill(inside.lease("sandbox", inside.busy_node()))
+    assert busy.result() == 3.0
+
+    before = len(inside.cluster.entries("lease-end", outcome="lost"))
+    with pytest.raises(LeaseLostError, match="run the call again"):
+        count_and.options(max_retries=2).remote("exit").result(timeout=60)
+    assert count_and.remote("").result(timeout=60) == 1
+    zone.close()
+    assert len(inside.cluster.entries("lease-end", outcome="lost")) == before + 3
+
+
+def test_no_retries_of_what_a_function_raises(zone: Any) -> None:
+    """A function's own exception is its answer, and never tried again."""
+    function = count_and.options(max_retries=5)
+    with pytest.raises(ZeroDivisionError):
+        function.remote("raise").result(timeout=60)
+
+    assert function.remote("").result(timeout=60) == 2
+
+
+def test_cancelled_between_retries(zone: Any, in_background: Any) -> None:
+    """Who gives up while a call waits to be made again does not wait."""
+    call = count_and.options(max_retries=100).remote("exit")
+    busy = in_background(call.result)
+    time.sleep(8)
+    began = time.monotonic()
+    call.cancel()
+    with pytest.raises(CallCancelledError):
+        busy.result()
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("part", ["sandbox", "keeper", "actor"])
