@@ -16,6 +16,8 @@ import pyarrow as pa
 
 #: Name of the device when NumPy computes.
 STAND_IN = "numpy stand-in (no GPU)"
+#: Name of the column when data is one array.
+ARRAY_COLUMN = "array"
 #: GPU memory is scrubbed in pieces from this size down to what the driver hands out at least, bytes.
 SCRUB_BYTES, SMALLEST_SCRUB_BYTES = 1 << 30, 2 << 20
 
@@ -87,11 +89,34 @@ def to_host(value: Any) -> Any:
     return value
 
 
+def is_array(value: Any) -> bool:
+    """Say whether *value* is an array with rows that this process can read: NumPy's, or another's with DLPack."""
+    return getattr(value, "ndim", 0) >= 1 and (isinstance(value, np.ndarray) or hasattr(value, "__dlpack__"))
+
+
+def column_of(array: Any) -> Any:
+    """Return an array ``[rows, ...]`` as a column, zero-copy where it is in memory row by row.
+
+    Raises:
+        TypeError: Arrow has no such numbers, or the array is not on the CPU.
+    """
+    try:
+        rows = array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+        column: Any = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    except (BufferError, RuntimeError, pa.ArrowException) as error:
+        kind = f"{type(array).__module__.partition('.')[0]} {getattr(array, 'dtype', '')}"
+        raise TypeError(f"an array of {kind} cannot be a column ({error}); bring it to the CPU, as numbers") from None
+    for size in reversed(rows.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
 class Batch:
     """Rows handed to a ``@gpu_remote`` function.
 
     ``batch["age"]`` is an array ``[rows]`` of ``batch.xp`` (CuPy on a GPU, else NumPy) and is
-    copied to the device once, on first use; treat it as read-only. Nulls become NaN, and an integer column is
+    copied to the device once, on first use; treat it as read-only. Fixed-size lists are further dimensions,
+    ``[rows, ...]``. Nulls become NaN, and an integer column is
     ``float64`` where the call's data has nulls in it, also in a shard that has none. Dictionary columns are their
     integer codes; dates and times are integers in their column's unit. Text has no array form: use :meth:`to_arrow`.
 
@@ -169,6 +194,10 @@ class Batch:
             values = _one_array(self._table.column(column))
         except KeyError:
             raise KeyError(f"the batch has no column {column!r}; it has {self._table.column_names}") from None
+        shape = [len(values)]
+        while pa.types.is_fixed_size_list(values.type) and not values.null_count:
+            shape.append(values.type.list_size)
+            values = values.flatten()
         if isinstance(values, pa.DictionaryArray):
             values = values.indices
         elif pa.types.is_temporal(values.type):
@@ -181,7 +210,7 @@ class Batch:
         if array.dtype == object:
             more = " with nulls" if pa.types.is_boolean(values.type) else ""
             raise TypeError(f"column {column!r} of type {values.type}{more} has no array form; use batch.to_arrow()")
-        return array
+        return array.reshape(shape) if len(shape) > 1 else array
 
     def __repr__(self) -> str:
         return f"Batch(rows={len(self)}, columns={self.columns}, device={device()!r})"

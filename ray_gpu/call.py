@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.dataset as pad
 
+from ray_gpu.arrays import ARRAY_COLUMN, column_of, is_array
 from ray_gpu.handle import Handle, column_names
 from ray_gpu.progress import Progress
 from ray_gpu.remote_error import rebuild
@@ -255,7 +256,7 @@ def as_table(data: Any, columns: tuple[str, ...] | None = None) -> Handle | pa.T
     """Return data of a call as a :class:`Handle` or an Arrow table, zero-copy where its format allows.
 
     Args:
-        data: What the caller passed.
+        data: What the caller passed. An array (NumPy's, or on the CPU with DLPack) is a table of one column ``array``.
         columns: Columns that the call wants; ``None`` for all.
 
     Raises:
@@ -267,10 +268,18 @@ def as_table(data: Any, columns: tuple[str, ...] | None = None) -> Handle | pa.T
         return data if columns is None else data.select(columns)
     if isinstance(data, pad.Dataset):
         return data.to_table(columns=None if columns is None else list(column_names(columns, data.schema.names)))
-    table = data if isinstance(data, pa.Table) else _stream(data)
+    table = data if isinstance(data, pa.Table) else _of_arrays(data) or _stream(data)
     chosen = table if columns is None else table.select(list(column_names(columns, table.column_names)))
     # Metadata, such as pandas', describes columns that may not leave; the gateway would refuse it.
     return chosen.replace_schema_metadata(None)
+
+
+def _of_arrays(data: Any) -> pa.Table | None:
+    """Return an array, or arrays by name, as a table; ``None`` for all else. See :func:`ray_gpu.arrays.column_of`."""
+    named = data if isinstance(data, dict) else {ARRAY_COLUMN: data}
+    if not named or not all(isinstance(name, str) and is_array(one) for name, one in named.items()):
+        return None
+    return pa.table({name: column_of(one) for name, one in named.items()})
 
 
 def is_data(value: Any) -> bool:
@@ -288,8 +297,8 @@ def _stream(data: Any) -> pa.Table:
             'make it a table, as in pyarrow.table({"x": data})'
         ) from None
     raise TypeError(
-        f"data must be a zone.read(...) handle, a pyarrow Dataset, or have __arrow_c_stream__ (pyarrow, pandas "
-        f"and polars tables do), not {type(data).__name__}"
+        f"data must be a zone.read(...) handle, a pyarrow Dataset, an array or a dict of arrays, or have "
+        f"__arrow_c_stream__ (pyarrow, pandas and polars tables do), not {type(data).__name__}"
     )
 
 

@@ -6,6 +6,7 @@ name nothing else and the columns' classes are the catalog's.
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -125,6 +126,23 @@ class Handle:
         """Return the rows, inside the zone."""
         _, fds = self.session.ask({"op": "read", "data": self.document()})
         return open_table(fds[0], trusted=True)
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """Return the rows, inside the zone, for whatever reads Arrow streams."""
+        table: Any = self.to_arrow()
+        return table.__arrow_c_stream__(requested_schema)
+
+    def to_pandas(self) -> Any:
+        """Return the rows, inside the zone, as a ``pandas.DataFrame``."""
+        return self.to_arrow().to_pandas()
+
+    def to_polars(self) -> Any:
+        """Return the rows, inside the zone, as a ``polars.DataFrame``.
+
+        Raises:
+            ImportError: Polars is not installed.
+        """
+        return importlib.import_module("polars").from_arrow(self.to_arrow())
 
     def overlap(self, other: Handle, columns: Iterable[str] | None = None) -> int:
         """Return how many rows of *other* have the same values as some row of this one: what leaks between segments.

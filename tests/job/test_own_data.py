@@ -13,6 +13,7 @@ import pyarrow.dataset as pad
 import pytest
 
 from ray_gpu import Batch, gpu_remote
+from ray_gpu.call import as_table
 from zones.errors import UnknownNameError, ValueRefusedError
 
 _COLUMNS: dict[str, Any] = {
@@ -252,3 +253,143 @@ def test_too_many_rows_for_one_batch(open_zone: Any, open_cluster: Any) -> None:
         count.remote(large).result(timeout=90)
 
     assert (len(open_cluster.entries("intent")), len(open_cluster.entries("completion"))) == before
+
+
+TYPES: dict[str, Any] = {
+    "nulls": pa.array([None if n % 3 == 0 else n for n in range(200)]),
+    "all null": pa.nulls(200),
+    "null floats": pa.array([None if n % 3 == 0 else float(n) for n in range(200)]),
+    "small whole": pa.array([n % 100 for n in range(200)], pa.int8()),
+    "half": pa.array(np.arange(200, dtype=np.float16)),
+    "unsigned": pa.array([2**63 + n for n in range(200)], pa.uint64()),
+    "booleans": pa.array([n % 2 == 0 for n in range(200)]),
+    "text": pa.array([f"t{n}" if n % 4 else None for n in range(200)]),
+    "large text": pa.array([f"t{n}" for n in range(200)], pa.large_string()),
+    "bytes": pa.array([bytes([n % 256]) * (n % 5) for n in range(200)]),
+    "fixed bytes": pa.array([bytes([n % 256]) * 7 for n in range(200)], pa.binary(7)),
+    "dates": pa.array(range(200), pa.date32()),
+    "times": pa.array(range(200), pa.time64("ns")),
+    "timestamps": pa.array(range(200), pa.timestamp("ns", "Europe/Berlin")),
+    "durations": pa.array(range(200), pa.duration("ms")),
+    "decimals": pa.array([f"{n}.25" for n in range(200)]).cast(pa.decimal128(20, 2)),
+    "large decimals": pa.array([f"{n}.25" for n in range(200)]).cast(pa.decimal256(50, 2)),
+    "lists": pa.array([list(range(n % 4)) if n % 7 else None for n in range(200)]),
+    "large lists": pa.array([[f"x{n}"] for n in range(200)], pa.large_list(pa.string())),
+    "fixed lists": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(600.0)), 3),
+    "structs": pa.array([{"a": n, "b": [str(n)]} if n % 5 else None for n in range(200)]),
+    "maps": pa.array([[(f"k{n}", n)] for n in range(200)], pa.map_(pa.string(), pa.int64())),
+    "nested": pa.array([[{"a": [n, None]}, None] for n in range(200)]),
+}
+
+
+@gpu_remote(shard_bytes=64 << 10)
+def itself(batch: Batch) -> pa.Table:
+    """Return all rows."""
+    return batch.to_arrow()
+
+
+@pytest.mark.parametrize("rows", [200, 1, 0])
+def test_types_there_and_back(open_zone: Any, rows: int) -> None:
+    """Columns of every type come back as they went, all rows, one and none, in one chunk and in many."""
+    whole = pa.table(TYPES).slice(0, rows)
+    for table in (whole, pa.concat_tables([whole.slice(0, 7), whole.slice(7, 0), whole.slice(7)])):
+        found = itself.options(session=open_zone).map(table)
+        for name in TYPES:
+            assert found[name].to_pylist() == table[name].to_pylist(), name
+            assert found.schema.field(name).type == table.schema.field(name).type, name
+
+
+@pytest.mark.parametrize("columns", [100, 10_000])
+def test_many_columns(open_zone: Any, columns: int) -> None:
+    """A table of very many columns comes back whole."""
+    values: dict[str, Any] = {f"c{n}": np.arange(40.0) + n for n in range(columns)}
+    found = itself.options(session=open_zone).map(pa.table(values))
+
+    assert found.column_names == list(values)
+    assert all(np.array_equal(found[name].to_numpy(), values[name]) for name in values)
+
+
+def test_arrays(open_zone: Any) -> None:
+    """An array, and arrays by name, are data; further dimensions arrive as such, and what comes back has them too."""
+    images = np.arange(300 * 4 * 5, dtype=np.float32).reshape(300, 4, 5)
+    labels = np.arange(300) % 3
+
+    @gpu_remote(session=open_zone)
+    def turned(batch: Batch) -> Any:
+        return batch["array"].transpose(0, 2, 1) + 1
+
+    @gpu_remote(session=open_zone)
+    def sums(batch: Batch) -> Any:
+        return batch["image"].sum((1, 2)) + batch["label"]
+
+    assert np.array_equal(turned.map(images), images.transpose(0, 2, 1) + 1)
+    assert np.array_equal(turned.map(images[::2]), images[::2].transpose(0, 2, 1) + 1)
+    assert np.array_equal(turned.local(images), images.transpose(0, 2, 1) + 1)
+    assert np.array_equal(sums.map({"image": images, "label": labels}), images.sum((1, 2)) + labels)
+
+
+class OfAnotherLibrary:
+    """An array that says what it holds by DLPack alone, as PyTorch's tensors do."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.ndim = array.ndim
+        self.__dlpack__ = array.__dlpack__
+        self.__dlpack_device__ = array.__dlpack_device__
+
+
+def data_of(data: Any) -> Any:
+    """Return what a call makes of its data."""
+    return as_table(data)
+
+
+def test_no_copy_on_the_way_in() -> None:
+    """Arrays and tables become a call's data without a copy; that the addresses differ after one is the control."""
+    array = np.arange(1000.0).reshape(200, 5)
+    values: dict[str, Any] = {"a": array[:, 0].copy()}
+    table: Any = pa.table(values)
+    for data in (array, OfAnotherLibrary(array), {"array": array}):
+        column = data_of(data)["array"].chunk(0)
+        assert column.values.buffers()[1].address == array.ctypes.data
+    assert data_of(table)["a"].chunk(0).buffers()[1].address == table["a"].chunk(0).buffers()[1].address
+    control = data_of(array.copy())["array"].chunk(0)
+    assert control.values.buffers()[1].address != array.ctypes.data
+
+
+def test_no_copy_on_the_way_out(open_zone: Any) -> None:
+    """What comes back is the memory that the gateway shared: no page of it is this process's own."""
+    values: dict[str, Any] = {"mdvis": np.arange(2_000_000.0)}
+    big = pa.table(values)
+    found = double.options(session=open_zone).map(big)
+    table = itself.options(session=open_zone).map(big)
+
+    assert not found.flags.owndata
+    for address in (found.ctypes.data, table["mdvis"].chunk(0).buffers()[1].address):
+        assert mapping_of(address) == "/memfd:ray-gpu"
+    assert mapping_of(found.copy().ctypes.data) != "/memfd:ray-gpu"
+
+
+def mapping_of(address: int) -> str:
+    """Return what this process has mapped at an address."""
+    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        place, *rest = line.split(maxsplit=5)
+        first, last = (int(part, 16) for part in place.split("-"))
+        if first <= address < last:
+            return rest[4].removesuffix(" (deleted)") if len(rest) > 4 else ""
+    return ""
+
+
+def test_handles_of_other_libraries(open_zone: Any, cluster: Any) -> None:
+    """A handle's rows are pandas' and Arrow's where they are asked for, inside the zone."""
+    with cluster.attach("interop") as zone:
+        data = zone.read("breast_cancer", columns=["mean_radius", "target"])
+        table = data.to_arrow()
+        assert pa.table(data).equals(table)
+        assert data.to_pandas().equals(table.to_pandas())
+
+
+@pytest.mark.parametrize("wrong", [np.array([object()]), np.array([1 + 2j])], ids=["objects", "complex"])
+def test_arrays_that_are_no_columns(wrong: Any) -> None:
+    """An array of what Arrow has no numbers for is refused before anything is sent, with what it is."""
+    with pytest.raises(TypeError, match=f"an array of numpy {wrong.dtype} cannot be a column"):
+        as_table({"a": wrong})
