@@ -43,6 +43,11 @@ _HOMES = {
 }  # fmt: skip
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """Add ``%%gpu_remote`` to a notebook; ``%load_ext ray_gpu`` calls this."""
+    shell.register_magics(importlib.import_module("ray_gpu.magic").GpuMagics)
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'ray_gpu' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.dataset as pad
 
+from ray_gpu import cards
 from ray_gpu.arrays import ARRAY_COLUMN, column_of, is_array
 from ray_gpu.handle import Handle, column_names
 from ray_gpu.progress import Progress
@@ -217,6 +218,9 @@ class Call(Generic[R]):
         connection = getattr(self, "_connection", None)
         if connection is not None and not self._done:
             connection.sock.close()
+
+    def _repr_html_(self) -> str:
+        return cards.call(done=self._done, error=self._error, report=self.report)
 
     def __repr__(self) -> str:
         return f"<Call {'done' if self._done else 'running'}>"

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ray_gpu import cards
 from ray_gpu.call import Call, advance_any, gone
 from ray_gpu.handle import Handle
 from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
@@ -24,6 +25,23 @@ from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNam
 _KEPT_CONNECTIONS = 8
 #: Calls that a session has open at once; the next one waits until one of them is done.
 MAX_OPEN_CALLS = 32
+
+
+class Receipts(list[dict[str, Any]]):
+    """What the nodes' custodians signed of a session's leases."""
+
+    def _repr_html_(self) -> str:
+        return cards.receipts(self)
+
+
+class Nodes(list[dict[str, Any]]):
+    """The cluster's nodes."""
+
+    def _repr_html_(self) -> str:
+        return cards.nodes(self)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{node['name']}: {node['gpus_free']:g} of {node['gpus']:g} GPUs free" for node in self)
 
 
 class Session:
@@ -43,7 +61,7 @@ class Session:
         self._secret = self._card.pop("secret")
         #: Digests of the functions that the zone's officer approved, as of now.
         self.approved = frozenset(self._card["approved"])
-        self.receipts: list[dict[str, Any]] = []
+        self.receipts = Receipts()
 
     def _attach(self, token: str, purpose: str) -> dict[str, Any]:
         try:
@@ -112,6 +130,10 @@ class Session:
         reply, _ = self.ask({"op": "status"})
         reply.pop("ok", None)
         return reply
+
+    def nodes(self) -> Nodes:
+        """Return the cluster's nodes, with their labels and GPUs."""
+        return Nodes(self.status()["nodes"])
 
     @property
     def degradations(self) -> list[str]:
@@ -201,7 +223,7 @@ class Session:
         else:
             connection.sock.close()
 
-    def close(self) -> list[dict[str, Any]]:
+    def close(self) -> Receipts:
         """End the session: leases, GPU actors and keys are gone when this returns. Returns the receipts."""
         with self._lock:
             if self._closed:
@@ -213,7 +235,7 @@ class Session:
         with contextlib.suppress(OSError, MalformedMessageError):
             send_message(self._main, {"op": "close"})
             reply, _ = recv_message(self._main)
-            self.receipts = list(reply.get("receipts") or [])
+            self.receipts = Receipts(reply.get("receipts") or [])
         self._main.close()
         return self.receipts
 
@@ -225,6 +247,10 @@ class Session:
 
     def __reduce__(self) -> Any:
         raise TypeError("a session does not leave its process; attach again where you need one")
+
+    def _repr_html_(self) -> str:
+        card = self._card if self._closed else {**self._card, **self.status()}
+        return cards.session(card, level="" if self._closed else self._level(), closed=self._closed)
 
     def __repr__(self) -> str:
         card = self._card

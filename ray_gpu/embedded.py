@@ -233,6 +233,7 @@ class Supervisor:
             memory_bytes=self._plan.gateway_memory_bytes,
             policies=self._plan.policies,
             relay_uid=CAGE_UID + len(GPU_NODES),
+            carrier=self._carrier.value,
             degradations=self._degradations(),
         )
 

@@ -80,6 +80,8 @@ class Settings:
     data_dir: Path
     #: Of this process.
     memory_bytes: int
+    #: How the zone reaches Ray: ``edge`` or ``client``.
+    carrier: str
     ledger: Path
     socket_path: Path
     relay_socket: Path
@@ -291,6 +293,7 @@ class Gateway:
             "zone_degradations": degradations,
             "ledger_key": str(self._signer.key),
             "relay": self._relay.connected,
+            "carrier": self._settings.carrier,
         }
 
     @property

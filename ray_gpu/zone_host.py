@@ -126,6 +126,7 @@ class Service:
             log=self._log,
             policies=config.policies,
             relay_uid=node.CAGE_UID,
+            carrier=Carrier.CLIENT if config.relay else Carrier.EDGE,
             degradations=degradations,
             data_dir=config.data,
             memory_bytes=None if config.memory_mib is None else config.memory_mib << 20,
