@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.dataset as pad
@@ -38,6 +38,17 @@ if TYPE_CHECKING:
     from ray_gpu.client import Session
 
 R = TypeVar("R")
+
+
+class ArrowStream(Protocol):
+    """What pandas, polars and others hand tables over by."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """Return a capsule, as Arrow's PyCapsule interface says."""
+
+
+#: Tables that stand for a batch when they come first.
+Data: TypeAlias = Handle | pa.Table | pad.Dataset | ArrowStream
 
 
 class Call(Generic[R]):

@@ -38,7 +38,7 @@ class GpuMagics(Magics):
 
     _cells = 0
 
-    @cell_magic("gpu_remote")  # type: ignore[untyped-decorator]  # IPython's has no types
+    @cell_magic("gpu_remote")  # type: ignore[arg-type]  # IPython's says that it decorates nothing
     def run(self, line: str, cell: str) -> None:
         """Run the cell on a GPU node.
 

@@ -7,12 +7,12 @@ import json
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from ray_gpu import functions, progress, proposal
 from ray_gpu.arrays import Batch, to_host
 from ray_gpu.attaching import current_session
-from ray_gpu.call import Call, as_table, is_data
+from ray_gpu.call import Call, Data, as_table, is_data
 from ray_gpu.client import Session
 from ray_gpu.handle import Handle
 from ray_gpu.options import FunctionOptions, with_options
@@ -101,6 +101,10 @@ class RemoteFunction(Generic[P, R]):
         """
         return Stream(self._call("stream", data, args, kwargs), ordered=ordered)
 
+    @overload
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
+    @overload
+    def remote(self, data: Data, /, *args: Any, **kwargs: Any) -> Call[R]: ...
     def remote(self, *args: Any, **kwargs: Any) -> Call[R]:
         """Start ``f(*args, **kwargs)`` on one GPU actor and return its future.
 

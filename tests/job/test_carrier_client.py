@@ -111,8 +111,7 @@ def test_no_room(client_cluster: Any, inside: Any) -> None:
         running = slowly.options(session=owner, concurrency=2)
         running.map(data.split(0.01)[0], 0.0)
         # Both leases are in use while this runs, so neither is taken back.
-        calls = [add.options(session=owner).remote, running.map]
-        assert calls[0](1, 2).result(timeout=90) == 3
+        assert add.options(session=owner).remote(1, 2).result(timeout=90) == 3
         busy = _Busy(lambda: running.map(data, 1.0))
         inside.busy_node()
 
