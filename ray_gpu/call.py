@@ -251,11 +251,12 @@ def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
     if "places" not in reply:
         # What a stream ends with: its values came before.
         return None
-    view = open_sealed(fds[0])
+    # Sealed, so nobody can change it any more; and private, so that arrays can be written to as any others.
+    view = open_sealed(fds[0], private=True)
     places = reply["places"]
     if places is None:
-        return values.decode(view)
-    found = [values.decode(view[start:stop]) for start, stop in places]
+        return values.decode(view, zero_copy=True)
+    found = [values.decode(view[start:stop], zero_copy=True) for start, stop in places]
     return found[0] if one else found
 
 

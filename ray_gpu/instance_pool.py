@@ -45,7 +45,8 @@ class InstancePool(LeasePool):
             raise InstanceLostError(
                 "the instance has ended; make another one with .remote(...)", node="", reason="ended"
             )
-        for node, why in self._gone.items():
+        lost = {lease.node: lease.lost for lease in list(self._leases) if lease.lost} if self._made else {}
+        for node, why in {**lost, **self._gone}.items():
             raise InstanceLostError(
                 f"the instance lost its sandbox on {node}, and its state with it ({why}); make another one with "
                 ".remote(...), and give it what you kept of the state",

@@ -166,7 +166,7 @@ class RemoteFunction(Generic[P, R]):
     def _call(
         self, mode: str, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = False
     ) -> Call[Any]:
-        table = None if data is None else as_table(data, self._options.columns)
+        table = as_table(data, self._options.columns) if mode in ("map", "shards", "stream") else None
         session = self._session(table)
         work = self._work(session, whole=whole)
         request = {"op": "call", "mode": mode, "work": work, "arguments": _encode(args, kwargs)}

@@ -46,8 +46,12 @@ def sealed_file(capacity: int, fill: Callable[[memoryview], int]) -> int:
     return fd
 
 
-def open_sealed(fd: int) -> memoryview:
+def open_sealed(fd: int, *, private: bool = False) -> memoryview:
     """Map a memory file that came from another process; closes the descriptor.
+
+    Args:
+        fd: Its descriptor.
+        private: Whether the view may be written to: pages that are become this process's own.
 
     Raises:
         ValueRefusedError: It is not sealed, so its content could still change.
@@ -55,6 +59,8 @@ def open_sealed(fd: int) -> memoryview:
     try:
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _REQUIRED != _REQUIRED:
             raise OSError
+        if private:
+            return memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
         return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
     except OSError:
         raise ValueRefusedError(

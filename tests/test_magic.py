@@ -22,7 +22,6 @@ def shell(cluster: Any) -> Iterator[Any]:
     with cluster.attach("magic") as zone:
         made.user_ns.update(zone=zone, np=np)
         yield made
-    made.atexit_operations()  # type: ignore[no-untyped-call]  # of IPython
     InteractiveShell.clear_instance()
 
 

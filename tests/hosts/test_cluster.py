@@ -639,6 +639,7 @@ def test_rotated_token(zones: BedCluster) -> None:
         refuses(zones, "gpu-2", "if the Ray token was rotated")
 
 
+@pytest.mark.chaos
 def test_down_and_half_up(zones: BedCluster) -> None:
     """`ray down` leaves nothing in the pool. A second `ray up` says which host is missing, and the other serves."""
     zones.down()

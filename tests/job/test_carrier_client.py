@@ -161,6 +161,7 @@ def test_relay_comes_back(client_cluster: Any, inside: Any, wait_until: Callable
     os.geteuid() != 0, reason="needs root: becomes somebody with less. Run as a user, all above does it"
 )
 @pytest.mark.timeout(600)
+@pytest.mark.chaos
 def test_as_a_user() -> None:
     """All of this works without root, and is what somebody without root gets by default."""
     places = [PROJECT, *profile.runtime_paths(), Path(sys.executable).resolve().parents[1]]

@@ -164,7 +164,9 @@ def _lease_keys(state: Path) -> list[str]:
         server.stop()
 
 
-@pytest.mark.parametrize("when", ["Vault", pytest.param("nodes", marks=pytest.mark.chaos), "attached"])
+@pytest.mark.parametrize(
+    "when", ["Vault", *(pytest.param(later, marks=pytest.mark.chaos) for later in ("nodes", "attached"))]
+)
 def test_ctrl_c_in_the_demo(state: Path, when: str, wait_until: Callable[..., None]) -> None:
     """Ctrl-C while the demo starts or runs: it stops all that it started, and its keys are shredded."""
     from ray_gpu.state import Layout

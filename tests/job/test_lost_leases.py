@@ -68,7 +68,7 @@ def _nodes(zone: Any) -> dict[str, str]:
 # -- one part killed in the middle ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["sandbox", "keeper"])
+@pytest.mark.parametrize("part", ["sandbox", pytest.param("keeper", marks=pytest.mark.chaos)])
 def test_process_killed_mid_shard(zone: Any, inside: Any, part: str, in_background: Any) -> None:
     """The shards of a lease whose sandbox or keeper is killed go to another lease; the result is exact, in order."""
     before = _nodes(zone)
@@ -126,7 +126,9 @@ def test_killed_again_and_again(zone: Any, inside: Any, wait_until: Callable[...
     assert add.remote(1, 2).result(timeout=60) == 3
 
 
-@pytest.mark.parametrize("part", ["sandbox", "keeper", "actor"])
+@pytest.mark.parametrize(
+    "part", ["sandbox", *(pytest.param(one, marks=pytest.mark.chaos) for one in ("keeper", "actor"))]
+)
 def test_part_killed_during_a_call(zone: Any, inside: Any, part: str, in_background: Any) -> None:
     """A call on arguments alone is not repeated, since it may have had an effect: the error says to run it again."""
     call = spin.options(concurrency=1).remote(60.0)
@@ -176,6 +178,7 @@ def test_no_retries_of_what_a_function_raises(zone: Any) -> None:
     assert function.remote("").result(timeout=60) == 2
 
 
+@pytest.mark.chaos
 def test_cancelled_between_retries(zone: Any, in_background: Any) -> None:
     """Who gives up while a call waits to be made again does not wait."""
     call = count_and.options(max_retries=100).remote("exit")
@@ -188,7 +191,9 @@ def test_cancelled_between_retries(zone: Any, in_background: Any) -> None:
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("part", ["sandbox", "keeper", "actor"])
+@pytest.mark.parametrize(
+    "part", ["actor", *(pytest.param(one, marks=pytest.mark.chaos) for one in ("keeper", "sandbox"))]
+)
 def test_part_killed_while_idle(zone: Any, inside: Any, wait_until: Callable[..., None], part: str) -> None:
     """A lease that was lost between two calls is replaced: the next call does not notice."""
     before = set(_nodes(zone).values())

@@ -287,6 +287,7 @@ def test_vanished_ledger_stops_everything(services: Any) -> None:
 # -- custodian, relay, gateway ----------------------------------------------------------------------
 
 
+@pytest.mark.chaos
 def test_custodian_killed_mid_map(services: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """A node without its custodian is out: its lease ends with its processes, and the other node carries on."""
     inside = services.inside
