@@ -57,7 +57,7 @@ def receipts(found: Iterable[Mapping[str, Any]]) -> str:
         (
             one["node"],
             one["device"],
-            one["level"],
+            ", ".join(one["degradations"]) or "nothing",
             one["calls"],
             one["shards"],
             f"{one['received_bytes']:,}",
@@ -65,7 +65,7 @@ def receipts(found: Iterable[Mapping[str, Any]]) -> str:
         )
         for one in (dict(signed["receipt"]) for signed in found)
     ]
-    head = ("node", "computed with", "sandbox", "calls", "shards", "bytes received", "ended")
+    head = ("node", "computed with", "missing", "calls", "shards", "bytes received", "ended")
     return table(head, sorted(rows), title="receipts, signed by the nodes' custodians")
 
 

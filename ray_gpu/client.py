@@ -33,6 +33,10 @@ class Receipts(list[dict[str, Any]]):
     def _repr_html_(self) -> str:
         return cards.receipts(self)
 
+    def __repr__(self) -> str:
+        said = (dict(signed["receipt"]) for signed in self)
+        return "\n".join(f"{one['node']}: {one['shards']} shards, {one['exit']}" for one in said) or "no receipts"
+
 
 class Nodes(list[dict[str, Any]]):
     """The cluster's nodes."""

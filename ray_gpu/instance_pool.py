@@ -26,7 +26,13 @@ class InstancePool(LeasePool):
     idle_limit_s = math.inf
 
     def __init__(self, whole: LeasePool) -> None:
-        super().__init__(whole.opener, reclaim=whole.reclaim, ended=whole.ended)
+
+        def reclaim() -> None:
+            # What the session itself does not use comes first.
+            whole.yield_idle(after_s=0.0)
+            whole.reclaim()
+
+        super().__init__(whole.opener, reclaim=reclaim, ended=whole.ended)
         self._made = False
         #: Why a lease is gone since.
         self._gone: dict[str, str] = {}
@@ -79,7 +85,7 @@ class InstancePool(LeasePool):
                 self.check_open()
         return taken
 
-    def yield_idle(self) -> None:
+    def yield_idle(self, after_s: float = math.inf) -> None:
         """Give nothing back: an instance stays until it is ended."""
 
     def others(self, lease: Lease) -> bool:

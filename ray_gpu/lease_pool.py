@@ -309,10 +309,10 @@ class LeasePool:
             self.reclaim()
         return rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without)
 
-    def yield_idle(self) -> None:
-        """Give back the leases that no call has used for a moment: another session has no room."""
+    def yield_idle(self, after_s: float = YIELD_AFTER_S) -> None:
+        """Give back the leases that no call has used for so long: somebody else has no room."""
         now = time.monotonic()
-        self._end([lease for lease in list(self._leases) if now - lease.idle_since > YIELD_AFTER_S])
+        self._end([lease for lease in list(self._leases) if now - lease.idle_since > after_s])
 
     def heartbeat(self) -> None:
         """Keep idle leases alive, and give back those that nobody used for long. Called every few seconds."""
