@@ -41,10 +41,14 @@ def _leases(leases: Iterable[Mapping[str, Any]]) -> str:
 def nodes(found: Iterable[Mapping[str, Any]]) -> str:
     """Return the table of the cluster's nodes."""
     rows = [
-        (one["name"], " ".join(f"{key}={value}" for key, value in sorted(one["labels"].items())), _free(one))
-        for one in sorted(found, key=lambda node: str(node["name"]))
+        (one["name"], _labels(one["labels"]), _free(one)) for one in sorted(found, key=lambda node: str(node["name"]))
     ]
     return table(("node", "labels", "free GPUs"), rows, title="nodes")
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    """Return a node's labels, without those that Ray gives itself."""
+    return " ".join(f"{key}={value}" for key, value in sorted(labels.items()) if not key.startswith("ray.io/"))
 
 
 def _free(node: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(file="ray_gpu/job.py", old="    allowed = session.decide(request, source)\n",
                  new="    allowed = session.decide(request, source)\n"
-                     '    session.leases._opener._relay.request({"op": "ping", "work": request.work.function})\n'),
+                     '    session.leases.opener._relay.request({"op": "ping", "work": request.work.function})\n'),
             Edit(file="ray_gpu/relay.py", old='"ping": lambda _: {},', new='"ping": lambda said: globals().update(kept=said) or {},'),
         ),
         _CANARIES + "test_ray_sees_nothing", r"Hit\(.*== \[\]",
@@ -256,7 +256,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     mutation(
         "second-opinion", "what one node answers is believed",
-        Edit(file="ray_gpu/job.py", old="        if asked is None and self._session.leases.others(lease):\n", new="        if False:\n"),
+        Edit(file="ray_gpu/job.py", old="        if asked is None and self._leases.others(lease):\n", new="        if False:\n"),
         "tests/attack/test_into_zone.py::test_lying_result_on_ray[pickle as the value]", "AnswerRefusedError",
     ),
     mutation(
