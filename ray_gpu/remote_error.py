@@ -35,6 +35,11 @@ def rebuild(error: RemoteFunctionError) -> Exception:
     """
     found = _builtin(error) or error
     found.__cause__ = RemoteTraceback(error.traceback)
+    if isinstance(found, MemoryError) or error.type_name.endswith("OutOfMemoryError"):
+        found.add_note(
+            "The node had too little memory for what the function made of one shard. Send less at once, as in "
+            ".options(shard_bytes=1 << 20), or fewer columns, or have it compute with float32."
+        )
     return found
 
 

@@ -289,3 +289,19 @@ def test_every_builtin_exception_has_an_answer() -> None:
     remaining = {name for name, error in found.items() if isinstance(error, RemoteFunctionError)}
     # These take other arguments than one text, which a sandbox of ours sends.
     assert remaining <= {"ExceptionGroup", "UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin", "hinted"),
+    [
+        ("MemoryError", True, True),
+        ("cupy.cuda.memory.OutOfMemoryError", False, True),
+        ("torch.OutOfMemoryError", False, True),
+        ("ValueError", True, False),
+    ],
+)
+def test_too_little_memory_says_what_to_do(kind: str, *, builtin: bool, hinted: bool) -> None:
+    """An error about memory says how to send less; others say nothing of it."""
+    notes = getattr(rebuild(_remote(kind, "no", ["no"], builtin=builtin)), "__notes__", [])
+
+    assert any("shard_bytes" in note for note in notes) is hinted
