@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ray_gpu.api import gpu_remote
     from ray_gpu.arrays import Batch
     from ray_gpu.attaching import attach
+    from ray_gpu.broadcast import Broadcast
     from ray_gpu.call import Call
     from ray_gpu.client import Session
     from ray_gpu.executor import Executor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Broadcast",
     "Call",
     "Executor",
     "FunctionOptions",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batch": "arrays", "Call": "call", "Executor": "executor", "FunctionOptions": "options", "Handle": "handle",
+    "Batch": "arrays", "Broadcast": "broadcast", "Call": "call", "Executor": "executor", "FunctionOptions": "options", "Handle": "handle",
     "Instance": "remote_class", "RemoteClass": "remote_class", "RemoteFunction": "remote_function", "Session": "client",
     "Stream": "stream", "attach": "attaching",
 }  # fmt: skip

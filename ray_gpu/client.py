@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from ray_gpu import cards
+from ray_gpu.broadcast import Broadcast
 from ray_gpu.call import Call, advance_any, gone
 from ray_gpu.handle import Handle
 from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
@@ -135,6 +136,16 @@ class Session:
         reply.pop("ok", None)
         return reply
 
+    def broadcast(self, value: Any) -> Broadcast:
+        """Return a value as an argument of many calls: each lease is sent it once, whichever calls take it there.
+
+        Policy is asked about it with each call, as about any argument of its size.
+
+        Raises:
+            ValueRefusedError: It is no plain data, or larger than what fits a lease's memory.
+        """
+        return Broadcast(self, value)
+
     def nodes(self) -> Nodes:
         """Return the cluster's nodes, with their labels and GPUs."""
         return Nodes(self.status()["nodes"])
@@ -150,7 +161,7 @@ class Session:
 
     # -- talking to the gateway -----------------------------------------------------------------
 
-    def ask(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    def ask(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> tuple[dict[str, Any], list[int]]:
         """Send one request on a connection of its own and return the reply with its descriptors.
 
         Raises:
@@ -158,9 +169,9 @@ class Session:
             SessionClosedError: The session has ended.
         """
         with self.connection() as connection:
-            send_message(connection.sock, message)
-            reply, fds = connection.receive()
-            return raise_for_error(reply), fds
+            send_message(connection.sock, message, fds)
+            reply, received = connection.receive()
+            return raise_for_error(reply), received
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[Inbox]:

@@ -14,6 +14,7 @@ join              session, secret -> ok: a further connection of the same sessio
 catalog           -> data sets with columns and classes
 read              handle -> rows, columns, and a memory file with the rows, inside the zone
 call              request (see ``ray_gpu.request``) -> events, then the result
+broadcast         a memory file -> ok: calls may name the value in it by its digest
 hold              instance -> ok: it lives as long as this connection, or until it is released
 release           instance -> ok, when its sandboxes are gone
 status            -> session, leases, receipts, nodes
@@ -48,7 +49,7 @@ from ray_gpu.relay_link import RelayLink
 from ray_gpu.request import Mode, Request, parse
 from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
-from ray_gpu.share import INLINE_BYTES, share_encoded, share_table, share_value
+from ray_gpu.share import INLINE_BYTES, open_sealed, share_encoded, share_table, share_value
 from ray_gpu.shares import Shares
 from ray_gpu.staging import Means, fits
 from ray_gpu.watchdog import Watchdog
@@ -452,6 +453,14 @@ class Connection:
         session = self._need_session()
         self._gateway.detach(session)
         self._send({"ok": True, "receipts": session.receipts})
+
+    def _on_broadcast(self, _: dict[str, Any], fds: list[int]) -> None:
+        """Keep a value that calls of this session may name by its digest."""
+        session = self._need_session()
+        if not fds:
+            raise GatewayError("the value's memory file did not come with the request; use ray_gpu's client")
+        session.broadcasts.add(open_sealed(fds.pop()))
+        self._send({"ok": True})
 
     def _on_hold(self, message: dict[str, Any], _: list[int]) -> None:
         """Keep an instance for as long as this connection is open."""

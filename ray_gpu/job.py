@@ -26,6 +26,7 @@ from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.pending import Item, Pending
 from ray_gpu.request import Mode, Options, Request
 from ray_gpu.resident import Resident
+from ray_gpu.sandbox.functions import VALUE
 from ray_gpu.sandbox.memory import SLOT_BYTES
 from ray_gpu.session import Allowed, Session
 from ray_gpu.share import INLINE_BYTES, share_encoded
@@ -290,17 +291,23 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
 
 
 def prepare(session: Session, request: Request, lease: Lease, spending: Spending) -> int:
-    """Send the function unless the lease has it; return the number that it is known by there."""
+    """Send the function and the broadcasts of a call unless the lease has them; return the function's number."""
+    for digest in request.broadcasts:
+        if digest not in lease.functions:
+            _send_once(session, lease, spending, digest, b"".join((VALUE, session.broadcasts.get(digest))))
     known = lease.functions.get(request.work.digest)
-    if known is not None:
-        return known
-    spending.draw(0, lease.wire_bytes(len(request.work.function)))
+    return known or _send_once(session, lease, spending, request.work.digest, request.work.function)
+
+
+def _send_once(session: Session, lease: Lease, spending: Spending, digest: str, sent: bytes) -> int:
+    """Send what a lease keeps until it ends; return the number that it is known by there."""
+    spending.draw(0, lease.wire_bytes(len(sent)))
     number = lease.next_call()
     try:
-        lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), request.work.function)
+        lease.link.send(lease.link.slot(Kind.FUNCTION, call=number), sent)
     except OSError as error:
         raise _lost(session, lease, error) from None
-    lease.functions[request.work.digest] = number
+    lease.functions[digest] = number
     return number
 
 
@@ -678,6 +685,10 @@ class ShardRun:
             (data * 2 if self._terms.padding is Padding.COARSE else data * 9 // 8)
             + lease.wire_bytes(len(self._request.work.function))
             + lease.wire_bytes(len(self._request.arguments))
+            + sum(
+                lease.wire_bytes(len(VALUE) + len(self._session.broadcasts.get(digest)))
+                for digest in self._request.broadcasts
+            )
         )
 
     def _begin(self, lease: Lease, spending: Spending) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from ray_gpu import functions, progress, proposal
 from ray_gpu.arrays import Batch, to_host
 from ray_gpu.attaching import current_session
+from ray_gpu.broadcast import here, taken_out
 from ray_gpu.call import Call, Data, as_table, is_data
 from ray_gpu.client import Session
 from ray_gpu.handle import Handle
@@ -159,6 +160,7 @@ class RemoteFunction(Generic[P, R]):
         found = as_table(data, self._options.columns)
         table = found.to_arrow() if isinstance(found, Handle) else found
         shown = strip(table, keep_categories=self._options.categories or ())
+        args, kwargs = tuple(map(here, args)), {name: here(arg) for name, arg in kwargs.items()}
         result = to_host(self._function(Batch.of_shard(shown), *args, **kwargs))  # type: ignore[arg-type]  # batch comes first
         values.prepare(result)
         return result  # type: ignore[no-any-return]  # the same with NumPy's arrays in place of CuPy's
@@ -169,7 +171,11 @@ class RemoteFunction(Generic[P, R]):
         table = as_table(data, self._options.columns) if mode in ("map", "shards", "stream") else None
         session = self._session(table)
         work = self._work(session, whole=whole)
-        request = {"op": "call", "mode": mode, "work": work, "arguments": _encode(args, kwargs)}
+        args, kwargs, broadcasts = taken_out(args, kwargs, session)
+        arguments = _encode(args, kwargs, broadcasts)
+        request = {"op": "call", "mode": mode, "work": work, "arguments": arguments}
+        if broadcasts:
+            request["broadcasts"] = sorted(set(broadcasts.values()))
         show = progress.Progress(self._name) if table is not None and progress.wanted() else None
         return Call(session, request, table, show=show, one=whole or mode in ("call", "make"))
 
@@ -217,7 +223,7 @@ class RemoteFunction(Generic[P, R]):
         return f"<gpu_remote function {self._name}>"
 
 
-def _encode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+def _encode(args: tuple[Any, ...], kwargs: dict[str, Any], broadcasts: dict[int | str, str]) -> bytes:
     """Encode a call's arguments.
 
     Raises:
@@ -225,7 +231,7 @@ def _encode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     """
     args, kwargs = to_host(args), to_host(kwargs)
     try:
-        return bytes(values.encode([list(args), kwargs]))
+        return bytes(values.encode([list(args), kwargs, *([broadcasts] if broadcasts else [])]))
     except ValueRefusedError:
         for name, value in [*((f"argument {i + 1}", arg) for i, arg in enumerate(args)), *kwargs.items()]:
             try:

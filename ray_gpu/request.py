@@ -106,6 +106,8 @@ class Request:
     arguments: bytes
     #: A catalog handle's document, ``{"memory": true}`` for a memory file, or ``None`` without data.
     data: dict[str, Any] | None
+    #: Digests of the values that arguments name.
+    broadcasts: tuple[str, ...] = ()
 
 
 def parse(message: dict[str, Any]) -> Request:
@@ -130,7 +132,12 @@ def parse(message: dict[str, Any]) -> Request:
         raise ValueError("mode must be map, shards, stream or call")
     if (data is None) != (mode in _ALONE):
         raise ValueError("map, shards and stream need data; call, every and make take none")
-    request = Request(mode=mode, work=_work(work), arguments=arguments, data=data)
+    broadcasts = message.get("broadcasts") or []
+    if not isinstance(broadcasts, list) or not all(isinstance(one, str) for one in broadcasts):
+        raise ValueError("broadcasts must be a list of digests")
+    request = Request(
+        mode=mode, work=_work(work), arguments=arguments, data=data, broadcasts=tuple(dict.fromkeys(broadcasts))
+    )
     if (mode is Mode.EVERY and not request.work.options.instance) or (
         mode is Mode.MAKE and request.work.options.instance
     ):

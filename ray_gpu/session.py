@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ray_gpu.broadcasts import Broadcasts
 from ray_gpu.in_force import InForce
 from ray_gpu.instance_pool import InstancePool
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
@@ -102,13 +103,16 @@ class Session:
         self._allowed: dict[Any, Allowed] = {}
         self._terms: dict[tuple[int, int, int | None], LeaseTerms] = {}
         self._standing: dict[tuple[str, int], Spending] = {}
-        self._functions_seen: set[str] = set()
+        #: Functions and broadcasts that were counted.
+        self._seen: set[str] = set()
         self._small_bytes = 0
         self._closing = False
         self._over = threading.Event()
         self.leases = LeasePool(services.opener, reclaim=lambda: services.reclaim(self), ended=self._lease_ended)
         #: Those of each instance of a stateful class, by its id.
         self._instances: dict[str, InstancePool] = {}
+        #: Values that its calls may name.
+        self.broadcasts = Broadcasts()
         #: What its leases have open after a call.
         self.residents = Residents()
         #: Connections that joined; the gateway counts them.
@@ -182,19 +186,21 @@ class Session:
         return allowed.policy.unfulfilled(allowed.request, missed)
 
     def _count_small_bytes(self, zone: Zone, request: Request) -> frozenset[str]:
-        """Count the function, once, and the arguments towards the session's cap; return their class."""
+        """Count function and broadcasts, once, and the arguments towards the session's cap; return their class."""
+        broadcasts = {digest: len(self.broadcasts.get(digest)) for digest in request.broadcasts}
         with self._lock:
-            new = 0 if request.work.digest in self._functions_seen else len(request.work.function)
+            sizes = {request.work.digest: len(request.work.function), **broadcasts}
+            new = sum(size for digest, size in sizes.items() if digest not in self._seen)
             small = classify(
                 zone,
                 dataset="",
                 columns=None,
-                # The function's own cap holds each time that it is asked for, not only the first time.
+                # The caps of function and arguments hold each time that they are asked for, not only the first time.
                 function_bytes=len(request.work.function),
-                argument_bytes=len(request.arguments),
-                session_bytes=self._small_bytes - (len(request.work.function) - new),
+                argument_bytes=len(request.arguments) + sum(broadcasts.values()),
+                session_bytes=self._small_bytes - (sum(sizes.values()) - new),
             )
-            self._functions_seen.add(request.work.digest)
+            self._seen |= set(sizes)
             self._small_bytes += new + len(request.arguments)
         return small
 

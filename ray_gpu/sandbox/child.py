@@ -25,6 +25,7 @@ whose results the keeper has taken.
 from __future__ import annotations
 
 import gc
+import hashlib
 import io
 import mmap
 import os
@@ -35,7 +36,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_gpu.answers import MAX_TEXT_BYTES, write_outcome
-from ray_gpu.sandbox.functions import load
+from ray_gpu.sandbox.functions import VALUE, load
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
 from ray_gpu.sandbox.raised import describe
@@ -68,6 +69,8 @@ class Sandbox:
         self._memory = memory
         self._output_fd = output_fd
         self._functions: dict[int, Callable[..., Any]] = {}
+        #: Values that were broadcast, by the digest that arguments name them with.
+        self._values: dict[str, Any] = {}
         self._arguments: dict[int, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {}
         #: Bytes that shards which stay open may take, for each arguments.
         self._room: dict[int, int] = {}
@@ -101,8 +104,15 @@ class Sandbox:
         """Do nothing: the slots that any message frees are taken from it first."""
 
     def _on_function(self, message: dict[str, Any]) -> None:
+        sent = bytes(self._payload(message))
         try:
-            self._functions[message["id"]] = load(bytes(self._payload(message)), self._libraries.unpickle)
+            if sent.startswith(VALUE):
+                # Bytes cannot be written to, and so neither can the arrays in them, which many calls get.
+                encoded = memoryview(sent)[len(VALUE) :]
+                digest = hashlib.sha256(encoded).hexdigest()
+                self._values[digest] = self._libraries.decode(encoded, zero_copy=True)
+            else:
+                self._functions[message["id"]] = load(sent, self._libraries.unpickle)
         except BaseException as error:  # noqa: BLE001 - user code; raised again by the call
             self._load_errors[message["id"]] = error
         send_message(self._sock, {"op": "done"})
@@ -127,8 +137,14 @@ class Sandbox:
 
     def _decode_arguments(self, message: dict[str, Any], *, copy: bool) -> tuple[list[Any], dict[str, Any]]:
         payload: Any = self._payload(message)
-        args, kwargs = self._libraries.decode(bytes(payload) if copy else payload)
-        return list(args), dict(kwargs)
+        args, kwargs, *named = self._libraries.decode(bytes(payload) if copy else payload)
+        args, kwargs = list(args), dict(kwargs)
+        for where, digest in (named[0] if named else {}).items():
+            if isinstance(where, int):
+                args[where] = self._values[digest]
+            else:
+                kwargs[where] = self._values[digest]
+        return args, kwargs
 
     def _on_run(self, message: dict[str, Any]) -> None:
         payload = self._payload(message)

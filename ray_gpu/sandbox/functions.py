@@ -13,6 +13,8 @@ from typing import Any
 
 #: First byte of a function in a form that an officer can read. All others are pickled.
 _STABLE = b"S"
+#: What stands before a value that is sent as a function is; its length keeps arrays aligned.
+VALUE = b"V" + bytes(63)
 
 
 def load(sent: bytes, unpickle: Callable[[bytes], Any]) -> Callable[..., Any]:
