@@ -39,9 +39,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batch": "arrays", "Broadcast": "broadcast", "Call": "call", "Executor": "executor", "FunctionOptions": "options", "Handle": "handle",
-    "Instance": "remote_class", "RemoteClass": "remote_class", "RemoteFunction": "remote_function", "Session": "client",
-    "Stream": "stream", "attach": "attaching",
+    "Batch": "arrays", "Broadcast": "broadcast", "Call": "call", "Executor": "executor", "FunctionOptions": "options",
+    "Handle": "handle", "Instance": "remote_class", "RemoteClass": "remote_class", "RemoteFunction": "remote_function",
+    "Session": "client", "Stream": "stream", "attach": "attaching",
 }  # fmt: skip
 
 
