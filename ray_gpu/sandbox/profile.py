@@ -69,12 +69,15 @@ class Profile:
 def sandbox(
     name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...], devices: tuple[Path, ...] = ()
 ) -> Profile:
-    """Return the profile for user code: no network, nothing writable but its own /tmp, and with a GPU /dev/shm."""
+    """Return the profile for user code: no network, nothing writable but its own /tmp, and with a GPU /dev/shm.
+
+    What scikit-learn and SciPy need to work on a GPU's arrays (``array_api_dispatch=True``) is switched on.
+    """
     gpu = bool(devices)
     return Profile(
         name=name, kind="sandbox", uid=uid, memory_bytes=memory_bytes, processes=MAX_PROCESSES, keep_fds=keep_fds,
         bind_ro=cuda_files() if gpu else (), tmpfs={"/tmp": TMP_BYTES, **({"/dev/shm": SHM_BYTES} if gpu else {})},
-        devices=devices, env={**python_env(), **(cuda_env() if gpu else {})},
+        devices=devices, env={**python_env(), "SCIPY_ARRAY_API": "1", **(cuda_env() if gpu else {})},
     )  # fmt: skip
 
 

@@ -394,3 +394,25 @@ def test_arrays_that_are_no_columns(wrong: Any) -> None:
     """An array of what Arrow has no numbers for is refused before anything is sent, with what it is."""
     with pytest.raises(TypeError, match=f"an array of numpy {wrong.dtype} cannot be a column"):
         as_table({"a": wrong})
+
+
+def test_array_api_dispatch(cluster: Any) -> None:
+    """Inside a function scikit-learn works on the batch's own arrays, as it does here."""
+
+    @gpu_remote(columns=["mean_radius", "mean_texture", "mean_area"])
+    def components(batch: Batch) -> Any:
+        import sklearn
+        from sklearn.decomposition import PCA
+
+        with sklearn.config_context(array_api_dispatch=True):
+            return PCA(2, svd_solver="full").fit(batch.matrix()).explained_variance_
+
+    with cluster.attach("interop") as zone:
+        data = zone.read("breast_cancer")
+        assert np.allclose(components.remote(data).result(), np.linalg.eigvalsh(np.cov(matrix(data).T))[:0:-1])
+
+
+def matrix(data: Any) -> Any:
+    """Return the same columns here."""
+    table = data.to_arrow().select(["mean_radius", "mean_texture", "mean_area"])
+    return np.column_stack([column.to_numpy() for column in table.columns])
