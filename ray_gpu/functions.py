@@ -102,8 +102,8 @@ def check_function(function: Any) -> None:
     """
     if isinstance(function, type) or not isinstance(_inner(function), (types.FunctionType, types.BuiltinFunctionType)):
         raise TypeError(
-            f"gpu_remote takes a function, not {_kind(function)}; write `@gpu_remote` above a `def`, and "
-            "options by name, as in `@gpu_remote(num_gpus=0.5)`"
+            f"gpu_remote takes a function or a class of your own, not {_kind(function)}; write `@gpu_remote` above it, "
+            "and options by name, as in `@gpu_remote(num_gpus=0.5)`"
         )
 
 

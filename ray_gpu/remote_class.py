@@ -25,6 +25,8 @@ class RemoteClass(Generic[T]):
     """A class whose instances can live on shared GPUs, or here. Calling it makes one here, as of any class."""
 
     def __init__(self, kind: type[T], options: FunctionOptions) -> None:
+        if kind.__module__ == "builtins":
+            functions.check_function(kind)
         self._kind, self._options = kind, options
         functools.update_wrapper(self, kind, updated=())
 

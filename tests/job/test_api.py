@@ -150,7 +150,8 @@ def test_options_make_another_function() -> None:
         ("num_gpu", "did you mean 'num_gpus'"),
         ("colums", "did you mean 'columns'"),
         ("timeout", "did you mean 'timeout_s'"),
-        ("retries", "options are num_gpus, pool, concurrency"),
+        ("retries", "did you mean 'max_retries'"),
+        ("xyz", "options are num_gpus, pool, concurrency"),
     ],
 )
 def test_unknown_option_names_the_nearest(name: str, hint: str) -> None:
@@ -194,8 +195,8 @@ def test_wrong_option_value(options: dict[str, Any], error: type[Exception], say
 
 @pytest.mark.parametrize("thing", ["shared", 3, int], ids=repr)
 def test_decorating_no_function(thing: Any) -> None:
-    """Options without names, or a class, are answered with the right form."""
-    with pytest.raises(TypeError, match="gpu_remote takes a function"):
+    """Options without names, or a class of Python's own, are answered with the right form."""
+    with pytest.raises(TypeError, match="gpu_remote takes a function or a class of your own"):
         gpu_remote(thing)
 
 
@@ -725,7 +726,7 @@ def test_captured_table_is_refused(zone: Any, visits: Any) -> None:
 
 def test_captured_handle_and_session_are_refused(zone: Any, visits: Any) -> None:
     """A handle or a session in a closure means nothing on a node; the error says how to pass data."""
-    with pytest.raises(FunctionRefusedError, match="pass it as the call's data") as refused:
+    with pytest.raises(FunctionRefusedError, match="pass it as an argument, or as the call's data") as refused:
         gpu_remote(lambda: visits.columns).remote()
     assert refused.value.variable == "visits"
     with pytest.raises(FunctionRefusedError, match="attach again") as refused:
