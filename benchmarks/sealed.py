@@ -32,7 +32,13 @@ FURTHER: dict[str, tuple[dict[str, Any], bool]] = {
     "rows, at most 60 % to a node": ({"shuffle": "rows", "max_node_share": {"percent": 60}}, False),
     "rows, coarse padding": ({"shuffle": "rows", "padding": "coarse"}, False),
     "blocks(16), at most 60 % to a node, coarse padding, 16 shards at least": (
-        {"shuffle": "blocks(16)", "max_node_share": {"percent": 60}, "padding": "coarse", "min_shards": 16},
+        # A window of its own: what nodes are given of the same rows by another shuffle would count in full.
+        {
+            "shuffle": "blocks(16)",
+            "max_node_share": {"percent": 60, "window_s": 43_200},
+            "padding": "coarse",
+            "min_shards": 16,
+        },
         False,
     ),
     "rows, at most 60 % to a node, coarse padding, 16 shards at least": (
