@@ -13,6 +13,16 @@ from zones.errors import InstanceLostError, PlacementError
 from zones.model import Decision
 
 
+def lost_state(node: str, reason: str) -> InstanceLostError:
+    """Return the error for an instance that lost a sandbox."""
+    return InstanceLostError(
+        f"the instance lost its sandbox on {node}, and its state with it ({reason}); make another one with "
+        ".remote(...), and give it what you kept of the state",
+        node=node,
+        reason=reason,
+    )
+
+
 class InstancePool(LeasePool):
     """Leases that were taken while the instance was made, until it ends. Thread-safe.
 
@@ -53,12 +63,7 @@ class InstancePool(LeasePool):
             )
         lost = {lease.node: lease.lost for lease in list(self._leases) if lease.lost} if self._made else {}
         for node, why in {**lost, **self._gone}.items():
-            raise InstanceLostError(
-                f"the instance lost its sandbox on {node}, and its state with it ({why}); make another one with "
-                ".remote(...), and give it what you kept of the state",
-                node=node,
-                reason=why,
-            )
+            raise lost_state(node, why)
 
     def every(self, terms: LeaseTerms, *, check: Callable[[], None]) -> list[Lease]:
         """Return all leases, once each is free."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_gpu.frames import StalledError
-from ray_gpu.instance_pool import InstancePool
+from ray_gpu.instance_pool import InstancePool, lost_state
 from ray_gpu.lease_pool import NO_LEASE
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
@@ -39,7 +39,6 @@ from zones.envelope import HEADER_BYTES, Header, padded_size, sealed_size
 from zones.errors import (
     AnswerRefusedError,
     EnvelopeError,
-    InstanceLostError,
     LeaseLostError,
     ResultTooLargeError,
     RowCountError,
@@ -161,7 +160,7 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
             leases.check_open()
             refused = isinstance(error, AnswerRefusedError)
             if isinstance(leases, InstancePool) and isinstance(error, LeaseLostError):
-                raise _with_state(error, lease) from None
+                raise lost_state(lease.node, error.reason) from None
             if isinstance(error, LeaseLostError) and not lease.lied and retries < request.work.options.max_retries:
                 retries += 1
                 continue
@@ -214,7 +213,7 @@ def _every(session: Session, request: Request, allowed: Allowed, pool: InstanceP
         try:
             return call(session, request, allowed, lease, cancelled)
         except LeaseLostError as error:
-            raise _with_state(error, lease) from None
+            raise lost_state(lease.node, error.reason) from None
         finally:
             pool.give(lease)
 
@@ -232,16 +231,6 @@ def _joined(results: Sequence[Result]) -> Result:
         encoded=[value for result in results for value in result.encoded],
         printed="".join(result.printed for result in results),
         report={"nodes": dict(nodes)},
-    )
-
-
-def _with_state(error: LeaseLostError, lease: Lease) -> InstanceLostError:
-    """Return what a lost lease means for an instance."""
-    return InstanceLostError(
-        f"the instance lost its sandbox on {lease.node}, and its state with it ({error.reason}); make another one with "
-        ".remote(...), and give it what you kept of the state",
-        node=lease.node,
-        reason=error.reason,
     )
 
 
