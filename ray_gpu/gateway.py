@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_gpu import job, source
+from ray_gpu import job, source, staging
 from ray_gpu.handover import take_secret
 from ray_gpu.in_force import InForce
 from ray_gpu.lease_keys import LeaseKeys
@@ -51,7 +51,6 @@ from ray_gpu.sandbox import boundary, harden
 from ray_gpu.session import Session, ZoneServices
 from ray_gpu.share import INLINE_BYTES, open_sealed, share_encoded, share_table, share_value
 from ray_gpu.shares import Shares
-from ray_gpu.staging import Means, fits
 from ray_gpu.watchdog import Watchdog
 from ray_gpu.wire import Inbox, MalformedMessageError, close_fds, error_reply, send_message, unix_listen
 from zones import replaying
@@ -429,13 +428,13 @@ class Connection:
         self._need_session()
         services = self._gateway.services
         data = dict(message.get("data") or {})
-        means = Means(memory_bytes=services.memory_bytes)
-        found = source.from_catalog(services.zone, services.data_dir, data, None, means=means)
+        memory = services.memory_bytes
+        found = source.from_catalog(services.zone, services.data_dir, data, None, memory_bytes=memory)
         reply = {"ok": True, "rows": found.rows, "columns": found.columns}
         if not message.get("rows", True):
             self._send(reply)
             return
-        if not fits(found.table.nbytes, services.memory_bytes):
+        if not staging.fits(found.table.nbytes, services.memory_bytes):
             size = found.table.nbytes
             raise ResultTooLargeError(
                 f"these rows take {size >> 20} MiB, more than the gateway has room to hand out at once; read fewer "
@@ -498,14 +497,15 @@ class Connection:
             if not fds:
                 raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
             return source.from_memory(fds.pop(), options.columns, keep_together=options.keep_together)
-        return source.from_catalog(
-            services.zone,
-            services.data_dir,
-            request.data,
-            options.columns,
-            keep_together=options.keep_together,
-            means=Means(memory_bytes=services.memory_bytes, check=check),
-        )
+        with staging.watched(check):
+            return source.from_catalog(
+                services.zone,
+                services.data_dir,
+                request.data,
+                options.columns,
+                keep_together=options.keep_together,
+                memory_bytes=services.memory_bytes,
+            )
 
     def _reply(self, request: Request, result: job.Result) -> None:
         head = {"ok": True, "printed": result.printed, "report": result.report}

@@ -25,8 +25,6 @@ from zones.errors import UnknownNameError
 from zones.model import Dataset, Zone
 from zones.plan import Index, split_rows
 
-_MACHINE = staging.Means()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -85,7 +83,7 @@ def from_catalog(
     columns: tuple[str, ...] | None,
     *,
     keep_together: str | None = None,
-    means: staging.Means = _MACHINE,
+    memory_bytes: int = staging.machine_bytes(),
 ) -> Source:
     """Resolve a handle's document: ``{"dataset", "columns", "segments", "filter", "split", "then"}``.
 
@@ -111,9 +109,7 @@ def from_catalog(
     # What is kept together is kept so in the whole, which then has to be read.
     known = conditions[0] if keep_together is None else None
     lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
-    opened = data_files.read(
-        dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known, means.memory_bytes
-    )
+    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known, memory_bytes)
     table, numbers, segments = opened.table.select(wanted), opened.numbers, _chosen(dataset, handle.get("segments"))
     division = None if dataset.segments is None else divisions.divided(dataset.segments, handle.get("segments") or ())
     lists = divisions.listings(division) if division and handle.get("segments") else set()
@@ -125,16 +121,14 @@ def from_catalog(
         chosen = opened.table.select(sorted(used)).append_column("", pa.array(places))
         if handle.get("segments") is not None:
             assert division is not None
-            members = _members(
-                zone, replace(dataset, segments=division), data_dir, segments, listed, means.memory_bytes
-            )
+            members = _members(zone, replace(dataset, segments=division), data_dir, segments, listed, memory_bytes)
             chosen = chosen.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
         chosen = filters.apply_filter(chosen, conditions[0])
         if handle.get("split") is not None:
             chosen = _part(chosen, handle["split"])
         chosen = filters.apply_filter(chosen, conditions[1])
         places = chosen.column("").to_numpy()
-        table, numbers = staging.taken(table, places, data_dir, means), numbers[places]
+        table, numbers = staging.taken(table, places, data_dir, memory_bytes), numbers[places]
     return Source(
         dataset=dataset.name,
         table=table,

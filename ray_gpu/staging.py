@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,6 +58,20 @@ def bucket_bytes(memory_bytes: int) -> int:
     return min(memory_bytes // 32, MAX_BUCKET_BYTES)
 
 
+#: Raises when nobody wants any more what is written.
+_check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
+
+
+@contextlib.contextmanager
+def watched(check: Callable[[], None]) -> Iterator[None]:
+    """Inside, whatever this thread writes to disk is given up when *check* raises."""
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
 class Temporary:
     """A nameless file of record batches, written once inside ``with`` and then read.
 
@@ -87,7 +101,9 @@ class Temporary:
 
         Raises:
             DiskSpaceError: There is no room, or the disk fails.
+            ZoneError: What the check of :func:`watched` raises.
         """
+        _check.get()()
         with self._explained("take"):
             self._writer.write_batch(rows)
         self._count += 1
@@ -143,25 +159,13 @@ def mapped(schema: pa.Schema, batches: Iterable[pa.RecordBatch], directory: Path
         return file.mapped()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Means:
-    """What reading data may take."""
-
-    #: Memory of this process.
-    memory_bytes: int = machine_bytes()
-    #: Raises when nobody wants the data any more.
-    check: Callable[[], None] = lambda: None
-
-
-def taken(table: pa.Table, rows: Index, directory: Path, means: Means) -> pa.Table:
+def taken(table: pa.Table, rows: Index, directory: Path, memory_bytes: int) -> pa.Table:
     """Return rows of a table by number, ascending: in memory if they fit, else mapped from a nameless file."""
-    memory_bytes = means.memory_bytes
     if fits(len(rows) * plan.row_bytes(table), memory_bytes):
         return _take(table, rows)
 
     def parts() -> Iterator[pa.RecordBatch]:
         for start, piece in _pieces(table, memory_bytes):
-            means.check()
             edges = np.searchsorted(rows, [start, start + piece.num_rows])
             yield from _take(piece, rows[slice(*edges)] - start).to_batches()
 

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_gpu import data_files, embedded, source, staging
-from ray_gpu.staging import Means
 from zones import plan, shards
 from zones.config import load_zone
 from zones.errors import CallCancelledError, DiskSpaceError
@@ -112,8 +111,8 @@ def test_source_is_read_once(table: pa.Table, tmp_path: Path, monkeypatch: pytes
 def test_rows_by_number(table: pa.Table, tmp_path: Path) -> None:
     """Rows that a filter or segment chose are the same, in memory and mapped from a file."""
     for rows in (np.arange(0), np.arange(3, ROWS, 7), np.arange(ROWS)):
-        kept = staging.taken(table, rows, tmp_path, Means())
-        mapped = staging.taken(table, rows, tmp_path, Means(memory_bytes=MEMORY // 100))
+        kept = staging.taken(table, rows, tmp_path, 1 << 60)
+        mapped = staging.taken(table, rows, tmp_path, MEMORY // 100)
         assert kept.equals(mapped)
         assert mapped.column("whole").to_numpy().tolist() == rows.tolist()
 
@@ -150,7 +149,7 @@ def test_categories_that_differ(tmp_path: Path) -> None:
     assert pa.types.is_dictionary(large.schema.field("a").type)
     rows = np.arange(0, 4500, 7)
     assert (
-        staging.taken(large, rows, tmp_path, Means(memory_bytes=1 << 10)).column("a").to_pylist()
+        staging.taken(large, rows, tmp_path, 1 << 10).column("a").to_pylist()
         == small.column("a").take(rows).to_pylist()
     )
 
@@ -164,7 +163,7 @@ def test_parquet_larger_than_memory(zone: Zone, tmp_path: Path, handle: dict[str
     columns, document = ("c2", "c0"), {"dataset": "wide", **handle}
     small = source.from_catalog(zone, tmp_path, document, columns)
     before = pa.total_allocated_bytes()
-    large = source.from_catalog(zone, tmp_path, document, columns, means=Means(memory_bytes=1 << 16))
+    large = source.from_catalog(zone, tmp_path, document, columns, memory_bytes=1 << 16)
     grown = pa.total_allocated_bytes() - before
 
     assert large.table.equals(small.table)
@@ -250,3 +249,21 @@ def test_cancelled_meanwhile(table: pa.Table, tmp_path: Path) -> None:
     del staged
 
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_given_up_while_it_is_decoded(zone: Zone, tmp_path: Path) -> None:
+    """Who gives up while a large file is decoded, or rows of it are chosen, is not made to wait for all of it."""
+    asked: list[int] = []
+
+    def gave_up_later() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise CallCancelledError("gave up")
+
+    data_files._read.cache_clear()
+    with staging.watched(gave_up_later), pytest.raises(CallCancelledError):
+        source.from_catalog(zone, tmp_path, {"dataset": "wide"}, ("c1",), memory_bytes=1 << 14)
+    assert len(asked) == 3
+    # Nothing of it was kept, and nobody watches any more.
+    assert source.from_catalog(zone, tmp_path, {"dataset": "wide"}, ("c1",), memory_bytes=1 << 14).rows == ROWS
+    data_files._read.cache_clear()
