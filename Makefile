@@ -5,11 +5,12 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint attack chaos client bench adversary bench-tls testbed up down status gpu head lock clean
+.PHONY: help demo test lint site attack chaos client bench adversary bench-tls testbed up down status gpu head lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
 	@echo "make test    every check: lint, types, import contracts, tests"
+	@echo "make site    docs/ as a site, with the API reference: build/site/index.html"
 	@echo "make attack  every attack beside its positive control, every control removed once; writes docs/attacks.md"
 	@echo "make chaos   more ways for processes to end than make test has time for, and a quick benchmark"
 	@echo "make client  the jobs and proofs of make test once more, with zones that reach Ray by its client"
@@ -35,6 +36,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+site: .venv/ready
+	@$(BIN)/python -m mkdocs build --quiet --strict
 
 chaos: .venv/ready
 	@$(BIN)/python -m pytest -m chaos

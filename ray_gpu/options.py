@@ -23,41 +23,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionOptions:
-    """Options of a remote function.
+    """Options of a remote function or class.
+
+    Args:
+        num_gpus: Fraction or number of GPUs for each actor.
+        pool: Pool of GPU nodes; the zone's first one by default.
+        concurrency: GPU actors that work at once; of a class, those that its instances are made on.
+        columns: Columns that leave; by default all that the data has.
+        keep_together: Column whose equal values mark rows that stay in one shard, such as a patient's number. It does
+            not leave unless it is one of *columns*; policy is asked about its class all the same.
+        categories: Columns of categories whose values the function needs: ``batch.to_arrow()`` then has them. By
+            default categories leave as codes alone.
+        resident: Keep shards open in the sandboxes of this session's leases after the call: a further call on the same
+            rows, of this function or another with this option, then sends none of those that are open still. Policy
+            has to allow it.
+        shard_bytes: Size of a shard before padding, bytes.
+        timeout_s: Seconds until the call is stopped; ``None`` means never.
+        max_retries: How often ``f.remote`` on arguments alone is made again, after longer and longer waits, when its
+            node, sandbox or connection was lost in the middle: a function that has effects may then have had them
+            twice. What the function raises is never tried again. Shards of data always go to another node.
+        placement_timeout_s: Seconds to wait for a GPU node with room.
+        session: Session to use; by default the data's, or else the one attached last.
 
     Raises:
         TypeError: A value has another type than its option.
         ValueError: A value is outside of what its option can be.
     """
 
-    #: Fraction or number of GPUs for each actor.
     num_gpus: float = 1.0
-    #: Pool of GPU nodes; the zone's first one by default.
     pool: str = ""
-    #: GPU actors that work at once.
     concurrency: int = 2
-    #: Columns that leave; by default all that the data has.
     columns: tuple[str, ...] | None = None
-    #: Column whose equal values mark rows that stay in one shard, such as a patient's number. It does not leave unless
-    #: it is one of *columns*; policy is asked about its class all the same.
     keep_together: str | None = None
-    #: Columns of categories whose values the function needs: ``batch.to_arrow()`` then has them. By default categories
-    #: leave as codes alone.
     categories: tuple[str, ...] | None = None
-    #: Keep shards open in the sandboxes of this session's leases after the call: a further call on the same rows, of
-    #: this function or another with this option, then sends none of those that are open still. Policy has to allow it.
     resident: bool = False
-    #: Size of a shard before padding, bytes.
     shard_bytes: int = DEFAULT_SHARD_BYTES
-    #: Seconds until the call is stopped; ``None`` means never.
     timeout_s: float | None = None
-    #: How often ``f.remote`` on arguments alone is made again, after longer and longer waits, when its node, sandbox or
-    #: connection was lost in the middle: a function that has effects may then have had them twice. What the function
-    #: raises is never tried again. Shards of data always go to another node.
     max_retries: int = 0
-    #: Seconds to wait for a GPU node with room.
     placement_timeout_s: float = 30.0
-    #: Session to use; by default the data's, or else the one attached last.
     session: Session | None = None
 
     def __post_init__(self) -> None:
