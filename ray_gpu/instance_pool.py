@@ -43,6 +43,8 @@ class InstancePool(LeasePool):
             whole.reclaim()
 
         super().__init__(whole.opener, reclaim=reclaim, ended=whole.ended)
+        self._whole = whole
+        self.distrusted = dict(whole.distrusted)
         self._made = False
         #: Why a lease is gone since.
         self._gone: dict[str, str] = {}
@@ -92,6 +94,11 @@ class InstancePool(LeasePool):
 
     def yield_idle(self, after_s: float = math.inf) -> None:
         """Give nothing back: an instance stays until it is ended."""
+
+    def pass_over(self, node: str, why: str) -> None:
+        """What is held against a node here holds for the session's other calls."""
+        super().pass_over(node, why)
+        self._whole.pass_over(node, why)
 
     def others(self, lease: Lease) -> bool:
         """Nobody else has the state that an answer comes from."""

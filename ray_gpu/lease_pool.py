@@ -276,7 +276,7 @@ class LeasePool:
             if not lease.lied:
                 lease.lied = True
                 self.lies.append({"lease": lease.id, "node": lease.node, "reason": why})
-            self.distrusted = {**self.distrusted, lease.node: why}
+            self.pass_over(lease.node, why)
             same = [other for other in self._leases if other.node == lease.node and other is not lease]
         lease.lost = lease.lost or why
         lease.link.shutdown()
@@ -284,6 +284,10 @@ class LeasePool:
             if other.lock.acquire(blocking=False):
                 other.lost = other.lost or f"another lease of its node lied: {why}"
                 other.lock.release()
+
+    def pass_over(self, node: str, why: str) -> None:
+        """Take no lease of a node from now on, while the pool has others."""
+        self.distrusted = {**self.distrusted, node: why}
 
     def trust(self, node: str) -> None:
         """Take back what was held against a node: another one gave the same answer, so the function is the cause."""
