@@ -53,7 +53,7 @@ def test_further_attempts_tell_nothing(
         before = {pid: len(given(pid)) for pid in (lost, other)}
         with Capture(os.getpid(), tmp_path / "packets") as capture:
             call = in_background(lambda: function.map(data, 0.4))
-            wait_until(lambda: len(given(lost)) > before[lost] + 1, "a second shard on the node that will be lost")
+            wait_until(lambda: len(given(lost)) > before[lost] + 2, "a third shard on the node that will be lost")
             os.kill(lost, signal.SIGSTOP)
             first = given(lost)[before[lost] :]
             os.kill(lost, signal.SIGKILL)
