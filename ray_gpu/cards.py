@@ -34,8 +34,11 @@ def session(status: Mapping[str, Any], *, level: str, closed: bool) -> str:
 
 
 def _leases(leases: Iterable[Mapping[str, Any]]) -> str:
-    rows = [(one["node"], one["device"], one["level"], f"{one['gpu_milli'] / 1000:g}") for one in leases]
-    return table(("node", "computes with", "sandbox", "GPUs"), sorted(rows), title="leases")
+    rows = [
+        (one["node"], one["device"], one["level"], f"{one['gpu_milli'] / 1000:g}", ", ".join(one["differs"]) or "no")
+        for one in leases
+    ]
+    return table(("node", "computes with", "sandbox", "GPUs", "differs from here"), sorted(rows), title="leases")
 
 
 def nodes(found: Iterable[Mapping[str, Any]]) -> str:

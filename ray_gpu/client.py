@@ -18,6 +18,7 @@ from typing import Any
 from ray_gpu import cards
 from ray_gpu.broadcast import Broadcast
 from ray_gpu.call import Call, advance_any, gone
+from ray_gpu.environment import versions
 from ray_gpu.handle import Handle
 from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
 from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ZoneError
@@ -70,7 +71,7 @@ class Session:
 
     def _attach(self, token: str, purpose: str) -> dict[str, Any]:
         try:
-            send_message(self._main, {"op": "attach", "token": token, "purpose": purpose})
+            send_message(self._main, {"op": "attach", "token": token, "purpose": purpose, "versions": versions()})
             reply, _ = recv_message(self._main)
             return raise_for_error(reply)
         except (OSError, MalformedMessageError):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import platform
 import secrets
 import signal
 import socket
@@ -29,9 +28,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from ray_gpu import environment
 from ray_gpu.endpoint import Endpoint
@@ -303,7 +299,7 @@ class Custodian:
                 "environment": grant.environment,
                 "padding": grant.padding.value,
                 "not_after": grant.not_after,
-                "versions": versions(),
+                "versions": environment.versions(),
             },
         )
         ready, _ = recv_message(lease.control)
@@ -395,11 +391,6 @@ def _parse_grant(document: Any) -> Grant:
         return grant
     except (TypeError, ValueError, KeyError, AttributeError):
         raise GrantRefusedError("the grant is malformed; gateway and custodian must be of the same version") from None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide whether zone and node understand each other."""
-    return {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__}
 
 
 def main(argv: list[str]) -> None:

@@ -36,6 +36,16 @@ class Environment:
         return model.digest(self.document())
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that decide whether a notebook and a node understand each other."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("numpy", "pyarrow")}}
+
+
+def minor(python: str) -> str:
+    """Return ``3.11`` of ``3.11.7``: functions travel as bytecode, which is one minor version's."""
+    return ".".join(python.split(".")[:2])
+
+
 def current() -> Environment:
     """Return the environment of this Python. Its sandboxes have the same.
 

@@ -218,14 +218,14 @@ class Gateway:
 
     # -- sessions -------------------------------------------------------------------------------
 
-    def attach(self, token: str, purpose: str) -> Session:
+    def attach(self, token: str, purpose: str, versions: dict[str, str]) -> Session:
         """Open a session for whoever *token* belongs to.
 
         Raises:
             VaultDeniedError: Vault does not know the token, or its owner is not of this zone.
         """
         person = self._vault.whoami(token, self._services.zone.name)
-        session = Session(self._services, person, purpose[:500])
+        session = Session(self._services, person, purpose[:500], versions)
         with self._lock:
             self._sessions[session.id] = session
         return session
@@ -406,7 +406,9 @@ class Connection:
         if self._session is not None:
             raise GatewayError("this connection has a session already; open another connection for another session")
         self._need_no_session()
-        self._session = self._gateway.attach(str(message.get("token")), str(message.get("purpose", "")))
+        said = message.get("versions")
+        versions = {str(name)[:20]: str(one)[:20] for name, one in said.items()} if isinstance(said, dict) else {}
+        self._session = self._gateway.attach(str(message.get("token")), str(message.get("purpose", "")), versions)
         self._owner = True
         self._send({"ok": True, "secret": self._session.secret, **self._gateway.card(self._session)})
 

@@ -372,6 +372,7 @@ class LeasePool:
                 "level": lease.level,
                 "degradations": list(lease.degradations),
                 "gpu_milli": lease.terms.gpu_milli,
+                "versions": dict(lease.versions),
             }
             for lease in list(self._leases)
         ]

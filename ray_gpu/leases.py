@@ -24,6 +24,7 @@ from typing import Any
 
 import msgpack
 
+from ray_gpu.environment import minor
 from ray_gpu.frames import PlainBuffer, SealedSocket
 from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.relay_link import RelayLink
@@ -100,9 +101,22 @@ class LeaseTerms:
     max_lease_s: int
     #: By then it must end in any case, UTC seconds since the epoch.
     ends: int | None = None
+    #: Minor version of the Python whose functions it runs; ``""``: unknown.
+    python: str = ""
 
-    def unfit(self, device: str, environment: str) -> str:
-        """Return why a node with this device and environment cannot have the lease; ``""`` when it can."""
+    def unfit(self, device: str, environment: str, python: str = "") -> str:
+        """Return why a node cannot have the lease; ``""`` when it can.
+
+        Args:
+            device: What it computes with.
+            environment: Digest of what it can import.
+            python: Its version of Python, once that is known.
+        """
+        if python and self.python and minor(python) != self.python:
+            return (
+                f"its Python is {python} and this notebook's {self.python}, whose functions it cannot run; use "
+                f"Python {minor(python)} here, or have its operator give it {self.python}"
+            )
         if self.gpu_kinds is not None and not any(fnmatchcase(device, kind) for kind in self.gpu_kinds):
             return f"its device is {device}, and policy asks for {' or '.join(self.gpu_kinds)}"
         if self.environments is not None and environment not in self.environments:
@@ -128,6 +142,8 @@ class Lease:
     grant: Grant
     #: The connection, as the kernel names it: our address and port, and the node's.
     connection: tuple[str, str]
+    #: Of its Python and of what data travels by, as its keeper says.
+    versions: Mapping[str, str]
     idle_since: float = 0.0
     lost: str = ""
     #: Whether its node or its sandbox sent what none of ours sends; :attr:`lost` says what.
@@ -234,7 +250,7 @@ class LeaseOpener:
             avoid = self.rooms.passed_over(terms.pool, {**distrusted, **unfit})
             if unfit and not unfit.keys() <= avoid.keys():
                 raise PlacementError(
-                    f"no node of pool {terms.pool} has what the zone's policy asks for: {'; '.join(unfit.values())}; "
+                    f"no node of pool {terms.pool} has what this call needs: {'; '.join(unfit.values())}; "
                     "ask the pool's operator for such a node, or the security officer to change zone.yaml",
                     pool=terms.pool,
                     reason="unfit",
@@ -352,10 +368,10 @@ class LeaseOpener:
         data_key, wrapped = self._keys.make(offer.node, lease, grant.digest())
         key = derive_lease_key(data_key, shared, grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
-        link, device, degradations = self._introduce(answer.get("endpoint"), key, grant)
+        link, device, degradations, versions = self._introduce(answer.get("endpoint"), key, grant)
         connection = link.names()
         _check_level(offer.node, degradations, terms)
-        _check_fit(offer.node, device, offer.environment, terms)
+        _check_fit(offer.node, device, offer.environment, terms, versions.get("python", ""))
         return Lease(
             id=lease,
             node=offer.node,
@@ -366,11 +382,14 @@ class LeaseOpener:
             link=link,
             plain=PlainBuffer(terms.padding),
             grant=grant,
+            versions=versions,
             connection=connection,
             idle_since=time.monotonic(),
         )
 
-    def _introduce(self, endpoint: Any, key: LeaseKey, grant: Grant) -> tuple[SealedSocket, str, tuple[str, ...]]:
+    def _introduce(
+        self, endpoint: Any, key: LeaseKey, grant: Grant
+    ) -> tuple[SealedSocket, str, tuple[str, ...], dict[str, str]]:
         """Connect to the keeper and prove that we hold the key; return the link and what the keeper says of itself.
 
         Strangers who crowd the endpoint may push a connection out before it has said its word: then we try again.
@@ -410,8 +429,8 @@ class LeaseOpener:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT_S * 1000)
         return sock
 
-    def _hello(self, link: SealedSocket, grant: Grant) -> tuple[str, tuple[str, ...]]:
-        """Return what the keeper says of itself: its device, and the ids of the controls that it lacks.
+    def _hello(self, link: SealedSocket, grant: Grant) -> tuple[str, tuple[str, ...], dict[str, str]]:
+        """Return what the keeper says of itself: its device, the ids of the controls that it lacks, and its versions.
 
         Raises:
             EnvelopeError: It is no hello of the granted node.
@@ -427,7 +446,13 @@ class LeaseOpener:
         said = tuple(hello.get(name) for name in ("node", "pool", "environment"))
         if not isinstance(degradations, list) or said != (grant.node, grant.pool, grant.environment):
             raise EnvelopeError
-        return str(hello.get("device"))[:80], tuple(str(name)[:40] for name in degradations)
+        versions = hello.get("versions")
+        named = versions.items() if isinstance(versions, dict) else ()
+        return (
+            str(hello.get("device"))[:80],
+            tuple(str(name)[:40] for name in degradations),
+            {str(name)[:20]: str(version)[:20] for name, version in list(named)[:10]},
+        )
 
     def close(self, lease: Lease) -> dict[str, Any] | None:
         """End a lease and return the custodian's verified receipt, or ``None`` when the lease was lost."""
@@ -536,8 +561,8 @@ class _UnfitError(Exception):
         self.node = node
 
 
-def _check_fit(node: str, device: str, environment: str, terms: LeaseTerms) -> None:
-    if why := terms.unfit(device, environment):
+def _check_fit(node: str, device: str, environment: str, terms: LeaseTerms, python: str = "") -> None:
+    if why := terms.unfit(device, environment, python):
         raise _UnfitError(node, why)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ray_gpu.broadcasts import Broadcasts
+from ray_gpu.environment import minor
 from ray_gpu.in_force import InForce
 from ray_gpu.instance_pool import InstancePool
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
@@ -92,8 +93,10 @@ class Allowed:
 class Session:
     """One attach. Thread-safe."""
 
-    def __init__(self, services: ZoneServices, person: Person, purpose: str) -> None:
+    def __init__(self, services: ZoneServices, person: Person, purpose: str, versions: Mapping[str, str]) -> None:
         self.services = services
+        #: Of the notebook's Python and what data travels by; empty when it does not say.
+        self.versions = versions
         self.person = person
         self.purpose = purpose
         self.id = secrets.token_hex(8)
@@ -296,6 +299,7 @@ class Session:
                 environments=obligations.environments,
                 max_lease_s=obligations.max_lease_s,
                 ends=over,
+                python=minor(self.versions.get("python", "")),
             )
         return found
 
@@ -388,6 +392,15 @@ class Session:
         finally:
             self._over.set()
 
+    def _differs(self, versions: Mapping[str, str]) -> list[str]:
+        """Return in which versions a node differs from the notebook."""
+        both = sorted(self.versions.keys() & versions.keys())
+        return [
+            f"{name} {self.versions[name]} here, {versions[name]} there"
+            for name in both
+            if self.versions[name] != versions[name]
+        ]
+
     def status(self) -> dict[str, Any]:
         """Return what a session card shows."""
         return {
@@ -399,7 +412,11 @@ class Session:
             "small_bytes": self._small_bytes,
             "policy_digest": self.services.zone.policy_digest,
             "policy_problem": self.services.in_force.problem,
-            "leases": [lease for pool in self.pools() for lease in pool.status()],
+            "leases": [
+                {**lease, "differs": self._differs(lease["versions"])}
+                for pool in self.pools()
+                for lease in pool.status()
+            ],
             "lies": [lie for pool in self.pools() for lie in pool.lies],
             "receipts": list(self.receipts),
         }
