@@ -7,6 +7,7 @@ memory files, and rebuilds results from plain data; it never unpickles anything 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import weakref
@@ -20,7 +21,9 @@ from ray_gpu.broadcast import Broadcast
 from ray_gpu.call import Call, advance_any, gone
 from ray_gpu.environment import versions
 from ray_gpu.handle import Handle
+from ray_gpu.share import open_sealed, share_value
 from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
+from zones import values
 from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ZoneError
 
 #: Idle connections that a session keeps for its next calls.
@@ -146,6 +149,40 @@ class Session:
             ValueRefusedError: It is no plain data, or larger than what fits a lease's memory.
         """
         return Broadcast(self, value)
+
+    def save(self, name: str, value: Any) -> None:
+        """Keep a value in the zone between sessions, sealed, in place of the one of that name: a model's weights, say.
+
+        It is this person's alone, and no GPU node sees it.
+
+        Raises:
+            ValueRefusedError: It is no plain data, or too large, or *name* is none.
+            VaultError: Vault does not answer.
+        """
+        fd = share_value(value)
+        try:
+            self.ask({"op": "save", "name": name}, (fd,))
+        finally:
+            os.close(fd)
+
+    def load(self, name: str) -> Any:
+        """Return what :meth:`save` kept.
+
+        Raises:
+            UnknownNameError: There is none of that name.
+        """
+        reply, fds = self.ask({"op": "load", "name": name})
+        (start, stop), *_ = reply["places"]
+        return values.decode(open_sealed(fds[0], private=True)[start:stop], zero_copy=True)
+
+    def saved(self) -> list[dict[str, Any]]:
+        """Return name, time and size of what this person keeps in the zone, the newest first."""
+        reply, _ = self.ask({"op": "saved"})
+        return list(reply["saved"])
+
+    def forget(self, name: str) -> None:
+        """Remove what :meth:`save` kept, if it is there."""
+        self.ask({"op": "forget", "name": name})
 
     def nodes(self) -> Nodes:
         """Return the cluster's nodes, with their labels and GPUs."""

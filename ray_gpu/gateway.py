@@ -14,6 +14,10 @@ join              session, secret -> ok: a further connection of the same sessio
 catalog           -> data sets with columns and classes
 read              handle -> rows, columns, and a memory file with the rows, inside the zone
 call              request (see ``ray_gpu.request``) -> events, then the result
+save              name, a memory file -> ok: the value in it is kept, sealed, for this person
+load              name -> a memory file with what was kept
+saved             -> names, times and sizes of what this person keeps
+forget            name -> ok
 broadcast         a memory file -> ok: calls may name the value in it by its digest
 hold              instance -> ok: it lives as long as this connection, or until it is released
 release           instance -> ok, when its sandboxes are gone
@@ -41,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu import job, source, staging
+from ray_gpu.checkpoints import Checkpoints
 from ray_gpu.handover import take_secret
 from ray_gpu.in_force import InForce
 from ray_gpu.lease_keys import LeaseKeys
@@ -124,6 +129,7 @@ class Gateway:
             print(f"the ledger was repaired: {json.dumps(repair)}", file=sys.stderr)  # noqa: T201 - its log
         ledger.append(replaying.entry(in_force.policy))
         # After the ledger, whose lock says that no other gateway uses these directories.
+        self.checkpoints = Checkpoints(self._vault, zone.name, settings.ledger.parent / "checkpoints")
         self._keys = LeaseKeys(self._vault, zone.name, settings.ledger.parent / "lease-keys")
         self._services = ZoneServices(
             in_force=in_force,
@@ -454,6 +460,38 @@ class Connection:
         session = self._need_session()
         self._gateway.detach(session)
         self._send({"ok": True, "receipts": session.receipts})
+
+    def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Keep a value for this person, sealed, in the zone."""
+        session = self._need_session()
+        if not fds:
+            raise GatewayError("the value's memory file did not come with the request; use ray_gpu's client")
+        encoded = open_sealed(fds.pop())
+        if not staging.fits(len(encoded), self._gateway.services.memory_bytes):
+            raise ResultTooLargeError(
+                f"a checkpoint of {len(encoded) >> 20} MiB is more than the gateway has room for; save its parts",
+                size_bytes=len(encoded),
+                limit_bytes=self._gateway.services.memory_bytes // 4,
+            )
+        self._gateway.checkpoints.save(session.person.name, str(message.get("name")), encoded)
+        self._send({"ok": True})
+
+    def _on_load(self, message: dict[str, Any], _: list[int]) -> None:
+        """Hand out what this person saved."""
+        session = self._need_session()
+        found = self._gateway.checkpoints.load(session.person.name, str(message.get("name")))
+        fd, places = share_encoded([memoryview(found)])
+        try:
+            self._send({"ok": True, "places": places}, (fd,))
+        finally:
+            os.close(fd)
+
+    def _on_saved(self, _: dict[str, Any], __: list[int]) -> None:
+        self._send({"ok": True, "saved": self._gateway.checkpoints.saved(self._need_session().person.name)})
+
+    def _on_forget(self, message: dict[str, Any], _: list[int]) -> None:
+        self._gateway.checkpoints.forget(self._need_session().person.name, str(message.get("name")))
+        self._send({"ok": True})
 
     def _on_broadcast(self, _: dict[str, Any], fds: list[int]) -> None:
         """Keep a value that calls of this session may name by its digest."""

@@ -250,6 +250,22 @@ def test_gateway_cannot_unwrap_or_weaken(installed: Installed) -> None:
     installed.gateway.call("POST", new, **fine)
 
 
+def test_gateway_unwraps_checkpoints_alone(installed: Installed) -> None:
+    """What a zone's people keep its gateway wraps and unwraps, for the same context alone; no other zone's does."""
+    other = "ab" * 32
+    key, wrapped = installed.gateway.checkpoint_key("clinic", GRANT)
+
+    assert installed.gateway.unwrap_checkpoint("clinic", GRANT, wrapped) == key
+    assert installed.gateway.checkpoint_key("clinic", GRANT)[0] != key
+    assert "checkpoints" not in installed.gateway.lease_keys("clinic")
+    with pytest.raises(VaultDeniedError):
+        installed.gateway.unwrap_checkpoint("clinic", other, wrapped)
+    with pytest.raises(VaultDeniedError):
+        installed.gateway.checkpoint_key("trading", GRANT)
+    with pytest.raises(VaultDeniedError):
+        installed.gpu_1.unwrap_checkpoint("clinic", GRANT, wrapped)
+
+
 def test_custodian_only_unwraps(installed: Installed) -> None:
     """A custodian makes, lists, shreds and wraps nothing, not even under its own name; the gateway does."""
     lease, _, _ = _open(installed.gateway)

@@ -39,6 +39,8 @@ _TIMEOUT_S = (3.0, 10.0)
 MOST_SKEW_S = 5.0
 #: ``<random>-<not_after>``: what :func:`lease_name` makes.
 _LEASE_PATTERN = re.compile(r"[0-9a-f]{16,24}-([0-9]{1,12})")
+#: Key of what a zone's people keep; every other one of a zone's mount is a lease's.
+_CHECKPOINTS = "checkpoints"
 #: Policy that a person's login carries, one per zone.
 _PERSON_POLICY = "person-{zone}"
 
@@ -288,6 +290,30 @@ class Vault:
         answer = self.call("POST", path, context=_context(grant_digest), ciphertext=wrapped)
         return _key_bytes(_at(answer, "data", "plaintext"))
 
+    def checkpoint_key(self, zone: str, context: str) -> tuple[bytes, str]:
+        """Return 32 fresh bytes and the same bytes wrapped under the zone's key for checkpoints, made if need be.
+
+        Args:
+            context: What they are for, 64 hexadecimal digits; it takes the same to unwrap them.
+
+        Raises:
+            VaultDeniedError: Not this zone's gateway.
+        """
+        mount = zone_mount(zone)
+        self.call("POST", f"{mount}/keys/{_CHECKPOINTS}", type="aes256-gcm96", derived=True)
+        answer = self.call("POST", f"{mount}/datakey/plaintext/{_CHECKPOINTS}", context=_context(context), bits=256)
+        return _key_bytes(_at(answer, "data", "plaintext")), str(_at(answer, "data", "ciphertext"))
+
+    def unwrap_checkpoint(self, zone: str, context: str, wrapped: str) -> bytes:
+        """Return the 32 bytes that :meth:`checkpoint_key` wrapped.
+
+        Raises:
+            VaultDeniedError: Another context, changed bytes, or not this zone's gateway.
+        """
+        path = f"{zone_mount(zone)}/decrypt/{_CHECKPOINTS}"
+        answer = self.call("POST", path, context=_context(context), ciphertext=wrapped)
+        return _key_bytes(_at(answer, "data", "plaintext"))
+
     def shred(self, zone: str, node: str, lease: str) -> None:
         """Destroy a lease key. A key that is gone already is no error.
 
@@ -307,13 +333,13 @@ class Vault:
                 raise
 
     def lease_keys(self, zone: str) -> list[str]:
-        """Return the names ``<node>.<lease>`` of every key of a zone.
+        """Return the names ``<node>.<lease>`` of every lease key of a zone.
 
         Raises:
             VaultDeniedError: Not this zone's gateway.
         """
         answer = self.call("LIST", f"{zone_mount(zone)}/keys")
-        return [str(name) for name in answer.get("data", {}).get("keys", [])]
+        return [str(name) for name in answer.get("data", {}).get("keys", []) if name != _CHECKPOINTS]
 
     def prune(self, zone: str, now: int) -> list[str]:
         """Shred every key whose lease has expired; return their names. Keys not named by this project stay.

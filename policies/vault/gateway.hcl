@@ -1,5 +1,6 @@
 # What the gateway of zone ${zone} may do. It makes, lists and shreds lease keys and asks for data keys.
-# It has no path to "decrypt", "export" or "backup": only the node that a lease is for can unwrap.
+# It has no path to "export" or "backup", and to "decrypt" for its people's checkpoints alone: only the node that a
+# lease is for can unwrap that.
 
 path "zone-${zone}/keys" {
   capabilities = ["list"]
@@ -24,6 +25,11 @@ path "zone-${zone}/keys/+/config" {
 }
 
 path "zone-${zone}/datakey/plaintext/+" {
+  capabilities = ["update"]
+}
+
+# What people keep in the zone. Its key is made like a lease's, and has no node in its name.
+path "zone-${zone}/decrypt/checkpoints" {
   capabilities = ["update"]
 }
 
