@@ -29,6 +29,7 @@ close             -> ok, when every lease has ended and every key is shredded
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hmac
 import json
@@ -523,13 +524,15 @@ class Connection:
         watchdog = self._gateway.watchdog
         watchdog.watch(self._sock, request.work.options.timeout_s, cancelled)
         try:
-            found = self._source(request, fds, cancelled.check)
+            found = self._source(session, request, fds, cancelled)
             result = job.run(session, request, found, self._send, cancelled)
         finally:
             watchdog.leave(cancelled)
         self._reply(request, result)
 
-    def _source(self, request: Request, fds: list[int], check: Callable[[], None]) -> source.Source | None:
+    def _source(
+        self, session: Session, request: Request, fds: list[int], cancelled: job.Cancel
+    ) -> source.Source | None:
         if request.data is None:
             return None
         services, options = self._gateway.services, request.work.options
@@ -537,15 +540,21 @@ class Connection:
             if not fds:
                 raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
             return source.from_memory(fds.pop(), options.columns, keep_together=options.keep_together)
+        handle, columns, together = request.data, options.columns, options.keep_together
+        where = services.zone, services.data_dir
+
+        @functools.cache
+        def foreseen() -> None:
+            session.foresee(request, source.described(*where, handle, columns, keep_together=together))
+
+        def check() -> None:
+            cancelled.check()
+            # Before the first byte of large data is put on the zone's disk: for what policy refuses, none is.
+            foreseen()
+
         with staging.watched(check):
-            return source.from_catalog(
-                services.zone,
-                services.data_dir,
-                request.data,
-                options.columns,
-                keep_together=options.keep_together,
-                memory_bytes=services.memory_bytes,
-            )
+            memory = services.memory_bytes
+            return source.from_catalog(*where, handle, columns, keep_together=together, memory_bytes=memory)
 
     def _reply(self, request: Request, result: job.Result) -> None:
         head = {"ok": True, "printed": result.printed, "report": result.report}

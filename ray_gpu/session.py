@@ -210,22 +210,8 @@ class Session:
     def _ask(
         self, policy: Policy, request: Request, source: Source | None, pool: str, small: frozenset[str]
     ) -> Allowed:
-        """Ask policy about every byte: what leaves, what was filtered on, the function and its arguments."""
-        zone = policy.zone
-        columns = {*source.columns, *source.filter_columns} if source else set()
-        question = EgressRequest(
-            zone=zone.name,
-            pool=pool,
-            person=self.person.name,
-            groups=self.person.groups,
-            purpose=self.purpose,
-            dataset=source.dataset if source else "",
-            columns=frozenset(source.columns) if source else ARGUMENTS,
-            classes=small | set(labels(zone, source.dataset, columns).values()) if source else small,
-            segments=source.segments if source else frozenset(),
-            function_digest=request.work.digest,
-            function_reviewed=request.work.digest in zone.approved,
-        )
+        """Ask policy, and write its answer down."""
+        zone, question = policy.zone, self._question(policy, request, source, pool, small)
         decision = policy.decide(question)
         rows = source.rows if source else 0
         egress = Egress(
@@ -243,6 +229,44 @@ class Session:
             raise policy.refusal(question, decision, labels(zone, source.dataset, source.columns) if source else None)
         digest = egress.dataset_digest
         return Allowed(policy=policy, request=question, decision=decision, dataset_digest=digest, entry=entry)
+
+    def foresee(self, request: Request, about: Source) -> None:
+        """Raise, and write down, what policy refuses of a call whose rows are not read yet; say nothing if it allows.
+
+        Raises:
+            EgressDeniedError: Policy refuses; the ledger has no rows of it, for nobody counted them.
+            LedgerUnavailableError: The answer could not be written down.
+        """
+        policy = self.services.policy
+        pool = request.work.options.pool or (policy.zone.pools[0] if policy.zone.pools else "")
+        small = self._count_small_bytes(policy.zone, request)
+        with self._lock:
+            # Counted when it is decided.
+            self._small_bytes -= len(request.arguments)
+        if pool in policy.zone.pools:
+            question = self._question(policy, request, about, pool, small)
+            if not policy.decide(question).allowed:
+                self._ask(policy, request, about, pool, small)
+
+    def _question(
+        self, policy: Policy, request: Request, source: Source | None, pool: str, small: frozenset[str]
+    ) -> EgressRequest:
+        """Return what policy is asked: about every byte, what leaves, what was filtered on, function and arguments."""
+        zone = policy.zone
+        columns = {*source.columns, *source.filter_columns} if source else set()
+        return EgressRequest(
+            zone=zone.name,
+            pool=pool,
+            person=self.person.name,
+            groups=self.person.groups,
+            purpose=self.purpose,
+            dataset=source.dataset if source else "",
+            columns=frozenset(source.columns) if source else ARGUMENTS,
+            classes=small | set(labels(zone, source.dataset, columns).values()) if source else small,
+            segments=source.segments if source else frozenset(),
+            function_digest=request.work.digest,
+            function_reviewed=request.work.digest in zone.approved,
+        )
 
     # -- budgets --------------------------------------------------------------------------------
 

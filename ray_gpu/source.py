@@ -96,32 +96,21 @@ def from_catalog(
         ValueError: Filter or split is malformed.
         ConfigError: The data set's file is missing, or lacks a column of the catalog.
     """
-    dataset = zone.datasets.get(str(handle.get("dataset")))
-    if dataset is None:
-        raise UnknownNameError.of("dataset", str(handle.get("dataset")), zone.datasets)
-    wanted = _columns(dataset, handle.get("columns"), columns)
+    found = described(zone, data_dir, handle, columns, keep_together=keep_together)
+    dataset, wanted, used = zone.datasets[found.dataset], found.columns, sorted(found.filter_columns)
     conditions = [handle.get("filter"), handle.get("then")]
-    names = list(dataset.columns)
-    used = set().union(*(filters.filter_columns(item, names) for item in conditions if item is not None))
-    if keep_together is not None:
-        _check_column(dataset, keep_together)
-        used.add(keep_together)
     # What is kept together is kept so in the whole, which then has to be read.
     known = conditions[0] if keep_together is None else None
-    lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
-    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *sorted(used)])), known, memory_bytes)
-    table, numbers, segments = opened.table.select(wanted), opened.numbers, _chosen(dataset, handle.get("segments"))
-    division = None if dataset.segments is None else divisions.divided(dataset.segments, handle.get("segments") or ())
-    lists = divisions.listings(division) if division and handle.get("segments") else set()
-    listed = {name: _listed(zone, data_dir, name) for name in sorted(lists)}
+    opened = data_files.read(dataset, data_dir, tuple(dict.fromkeys([*wanted, *used])), known, memory_bytes)
+    table, numbers = opened.table.select(wanted), opened.numbers
     if any(handle.get(key) is not None for key in ("segments", "filter", "split", "then")):
         numbers = np.arange(table.num_rows) if numbers is None else numbers
         # Only what rows are chosen by, with the place of each under a name that no column of a catalog has.
         places = np.arange(table.num_rows)
-        chosen = opened.table.select(sorted(used)).append_column("", pa.array(places))
+        chosen = opened.table.select(used).append_column("", pa.array(places))
         if handle.get("segments") is not None:
-            assert division is not None
-            members = _members(zone, replace(dataset, segments=division), data_dir, segments, listed, memory_bytes)
+            divided = replace(dataset, segments=_division(dataset, handle["segments"]))
+            members = _members(zone, divided, data_dir, found.segments, found.listed, memory_bytes)
             chosen = chosen.filter(pa.array(np.isin(numbers, members, assume_unique=True)))
         chosen = filters.apply_filter(chosen, conditions[0])
         if handle.get("split") is not None:
@@ -129,18 +118,52 @@ def from_catalog(
         chosen = filters.apply_filter(chosen, conditions[1])
         places = chosen.column("").to_numpy()
         table, numbers = staging.taken(table, places, data_dir, memory_bytes), numbers[places]
-    return Source(
-        dataset=dataset.name,
+    return replace(
+        found,
         table=table,
         digest=opened.digest,
-        filter_columns=frozenset(used),
-        segments=segments,
-        lineage=lineage,
-        listed=listed,
         of_rows=opened.of_rows,
         numbers=numbers,
         groups=None if keep_together is None else _groups(opened.table.column(keep_together)),
     )
+
+
+def described(
+    zone: Zone,
+    data_dir: Path,
+    handle: dict[str, Any],
+    columns: tuple[str, ...] | None,
+    *,
+    keep_together: str | None = None,
+) -> Source:
+    """Return what :func:`from_catalog` would, without a row: all that policy is asked about. Raises as that."""
+    dataset = zone.datasets.get(str(handle.get("dataset")))
+    if dataset is None:
+        raise UnknownNameError.of("dataset", str(handle.get("dataset")), zone.datasets)
+    wanted = _columns(dataset, handle.get("columns"), columns)
+    names = list(dataset.columns)
+    conditions = [handle.get("filter"), handle.get("then")]
+    used = set().union(*(filters.filter_columns(item, names) for item in conditions if item is not None))
+    if keep_together is not None:
+        _check_column(dataset, keep_together)
+        used.add(keep_together)
+    lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
+    division = _division(dataset, handle.get("segments"))
+    lists = divisions.listings(division) if division and handle.get("segments") else set()
+    return Source(
+        dataset=dataset.name,
+        table=pa.table({name: pa.nulls(0) for name in wanted}),
+        digest=data_files.digest(dataset, data_dir),
+        filter_columns=frozenset(used),
+        segments=_chosen(dataset, handle.get("segments")),
+        lineage=lineage,
+        listed={name: _listed(zone, data_dir, name) for name in sorted(lists)},
+        of_rows=0,
+    )
+
+
+def _division(dataset: Dataset, wanted: Any) -> Any:
+    return None if dataset.segments is None else divisions.divided(dataset.segments, wanted or ())
 
 
 def _chosen(dataset: Dataset, wanted: Any) -> frozenset[str]:

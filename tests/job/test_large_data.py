@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from ray_gpu import embedded, gpu_remote
 from ray_gpu.sandbox import cgroup
 from ray_gpu.state import Layout
 from zones.config import load_zone
-from zones.errors import ResultTooLargeError
+from zones.errors import EgressDeniedError, ResultTooLargeError
 
 pytestmark = pytest.mark.skipif(cgroup.hierarchy() is None, reason="this host has no control group to cap memory with")
 
@@ -95,6 +96,37 @@ def test_rows_for_people(small: Any, group: cgroup.Cgroup) -> None:
             data.to_arrow()
         assert data.select(COLUMNS[:1]).to_arrow().num_rows == ROWS
     assert group.processes() == before
+
+
+@pytest.mark.parametrize("name", ["breast_cancer_resampled", "breast_cancer"], ids=["arrow", "parquet"])
+def test_nothing_is_written_for_what_is_refused(small: Any, group: cgroup.Cgroup, name: str) -> None:
+    """What policy refuses is refused before large data is decoded to the disk; what it allows is the control."""
+
+    def written() -> int:
+        (pid,) = group.processes()[-1:]
+        fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines())
+        return int(fields["wchar"])
+
+    forget_decoded(small)
+    with small.attach() as session:
+        function = number.options(session=session)
+        kept = session.read(name).filter([COLUMNS[0], "<", ROWS - 1])
+        before = written()
+        with pytest.raises(EgressDeniedError):
+            function.map_reduce(kept, len, bytes(70_000))
+        refused = written() - before
+        before = written()
+        assert function.map_reduce(kept, len) > 1
+        allowed = written() - before
+
+    assert refused < 4 << 20
+    assert allowed > MEMORY
+
+
+def forget_decoded(small: Any) -> None:
+    """Touch the data sets' files, so that what was decoded of them is not used again."""
+    for path in Layout(small.state).data("clinic").iterdir():
+        os.utime(path)
 
 
 def test_control_memory_is_too_small(small: Any) -> None:
