@@ -148,6 +148,7 @@ def described(
         _check_column(dataset, keep_together)
         used.add(keep_together)
     lineage = data_files.checked_lineage(zone.datasets, data_dir, dataset.name)
+    segments = _chosen(dataset, handle.get("segments"))
     division = _division(dataset, handle.get("segments"))
     lists = divisions.listings(division) if division and handle.get("segments") else set()
     return Source(
@@ -155,7 +156,7 @@ def described(
         table=pa.table({name: pa.nulls(0) for name in wanted}),
         digest=data_files.digest(dataset, data_dir),
         filter_columns=frozenset(used),
-        segments=_chosen(dataset, handle.get("segments")),
+        segments=segments,
         lineage=lineage,
         listed={name: _listed(zone, data_dir, name) for name in sorted(lists)},
         of_rows=0,
