@@ -52,5 +52,7 @@ def load_ipython_extension(shell: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'ray_gpu' has no attribute {name!r}")
+        meant = {"get": "call.result()", "init": "ray_gpu.attach(...)", "remote": "@ray_gpu.gpu_remote"}
+        hint = f"; write {meant[name]}" if name in meant else ""
+        raise AttributeError(f"module 'ray_gpu' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(f"ray_gpu.{_HOMES.get(name, 'api')}"), name)

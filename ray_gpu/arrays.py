@@ -161,6 +161,11 @@ class Batch:
             self._arrays[column] = self.xp.asarray(self._host_array(column))
         return self._arrays[column]
 
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what a batch has not.
+        column = not name.startswith("_") and name in self._table.column_names
+        raise AttributeError(f"a batch has no attribute {name!r}" + (f'; write batch["{name}"]' if column else ""))
+
     def matrix(self, columns: list[str] | None = None, dtype: Any = None) -> Any:
         """Return the named columns (default: all) as one array ``dtype[rows, columns]``, ``float64`` by default.
 

@@ -26,7 +26,7 @@ class Broadcast:
         self._session = session
         #: The value, here in the zone.
         self.value = value
-        ready = values.prepare(to_host(value))
+        ready = values.prepare(to_host(value), what="the value to broadcast")
         digest = hashlib.sha256()
 
         def fill(view: memoryview) -> int:

@@ -159,7 +159,7 @@ class Session:
             ValueRefusedError: It is no plain data, or too large, or *name* is none.
             VaultError: Vault does not answer.
         """
-        fd = share_value(value)
+        fd = share_value(value, what="the value to save")
         try:
             self.ask({"op": "save", "name": name}, (fd,))
         finally:
@@ -183,6 +183,12 @@ class Session:
     def forget(self, name: str) -> None:
         """Remove what :meth:`save` kept, if it is there."""
         self.ask({"op": "forget", "name": name})
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what a session has not.
+        meant = {"put": "broadcast or .save", "store": "save", "write": "save", "dump": "save", "get": "load"}
+        hint = f"; use .{meant[name]}" if name in meant else ""
+        raise AttributeError(f"a session has no attribute {name!r}{hint}")
 
     def nodes(self) -> Nodes:
         """Return the cluster's nodes, with their labels and GPUs."""

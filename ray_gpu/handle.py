@@ -7,6 +7,7 @@ name nothing else and the columns' classes are the catalog's.
 from __future__ import annotations
 
 import importlib
+import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,12 @@ from zones.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from ray_gpu.client import Session
+
+#: What people look for who take a handle for its rows.
+_NAMES_ROWS = (
+    "it names rows, which a call reads. For mini-batches slice the batch inside the function, or split the handle; "
+    ".to_arrow() and .to_pandas() give the rows here, in the zone"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +100,8 @@ class Handle:
             ValueError: Fractions are not above 0 or sum to more than 1, or the handle is a part already.
             TypeError: A fraction or the seed is no number.
         """
+        if not all(isinstance(part, numbers.Real) for part in fractions):
+            raise TypeError("split takes fractions one by one, as in split(0.6, 0.2)")
         shares, seed = tuple(float(part) for part in fractions), operator.index(seed)
         # Asked this way round, so that what is not a number is refused too.
         if not shares or not all(part > 0 for part in shares) or not sum(shares) <= 1 + 1e-9:
@@ -160,6 +169,15 @@ class Handle:
         seen, asked = (map(repr, handle.select(names).to_arrow().to_pylist()) for handle in (self, other))
         known = set(seen)
         return sum(row in known for row in asked)
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what a handle has not.
+        hint = "" if name.startswith("_") else f"; {_NAMES_ROWS}"
+        raise AttributeError(f"a handle has no attribute {name!r}{hint}")
+
+    def __getitem__(self, place: object) -> Any:
+        """Refuse: there are no rows here."""
+        raise TypeError(f"a handle cannot be indexed; {_NAMES_ROWS}")
 
     def __len__(self) -> int:
         reply, _ = self.session.ask({"op": "read", "data": self.document(), "rows": False})

@@ -32,9 +32,13 @@ class Progress:
         """Take a ``progress`` event: rows done, of how many, bytes sent."""
         if event.get("event") == "lost":
             self.clear()
-            self._stream.write(
-                f"{self._name}: lost node {event.get('node')} ({event.get('reason')}); its shards go to another lease\n"
+            node, reason = event.get("node"), str(event.get("reason"))
+            what = (
+                f"asking another node than {node}"
+                if reason.startswith("its answer was refused")
+                else f"lost node {node}"
             )
+            self._stream.write(f"{self._name}: {what} ({reason}); its shards go to another lease\n")
             return
         if event.get("event") != "progress":
             return

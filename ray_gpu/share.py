@@ -81,9 +81,9 @@ def open_table(fd: int, *, trusted: bool) -> pa.Table:
     return shards.read_ipc(open_sealed(fd), trusted=trusted)
 
 
-def share_value(value: Any) -> int:
+def share_value(value: Any, *, what: str = "result") -> int:
     """Return a sealed memory file that holds an encoded value."""
-    ready = values.prepare(value)
+    ready = values.prepare(value, what=what)
     return sealed_file(ready.size_bytes, ready.write_into)
 
 

@@ -64,12 +64,16 @@ class Encoded:
         return at
 
 
-def prepare(value: Any) -> Encoded:
+def prepare(value: Any, *, what: str = "result") -> Encoded:
     """Check *value* and lay out its encoding.
 
     Subclasses of the built-in containers, strings and numbers arrive as their base class; Arrow metadata is dropped;
     a date and time with a zone arrives with the zone's offset, and without ``fold``. ``CuPy`` arrays are
     the caller's to convert.
+
+    Args:
+        value: Any value.
+        what: What messages call it.
 
     Raises:
         ValueRefusedError: A part is not plain data. The message names its type and place, as in
@@ -77,12 +81,12 @@ def prepare(value: Any) -> Encoded:
     """
     writer = _Writer()
     try:
-        skeleton = pack(writer.node(value, "result", 0))
+        skeleton = pack(writer.node(value, what, 0))
     except (UnicodeEncodeError, OverflowError, ValueError):
-        raise ValueRefusedError("result holds text that is not valid Unicode, or is too long; encode it") from None
+        raise ValueRefusedError(f"{what} holds text that is not valid Unicode, or is too long; encode it") from None
     if len(skeleton) > MAX_SKELETON_BYTES:
         raise ValueRefusedError(
-            f"result takes {len(skeleton)} bytes outside of arrays, above {MAX_SKELETON_BYTES}; return NumPy arrays"
+            f"{what} takes {len(skeleton)} bytes outside of arrays, above {MAX_SKELETON_BYTES}; return NumPy arrays"
         )
     size = HEADER.size + len(skeleton)
     for length, _ in writer.buffers:
@@ -142,8 +146,8 @@ class _Writer:
             return self._arrow(value, path)
         kind = type(value)
         raise ValueRefusedError(
-            f"{path} is a {kind.__module__}.{kind.__qualname__}, which is not data; "
-            "return arrays, tables, numbers, text, or lists and dicts of them"
+            f"{path} is a {kind.__module__}.{kind.__qualname__}, which is not data: arrays, tables, numbers, text, and "
+            "lists and dicts of them are; of a model keep its arrays, such as coef_"
         )
 
     def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> Iterator[Any]:

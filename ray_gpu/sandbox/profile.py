@@ -71,13 +71,15 @@ def sandbox(
 ) -> Profile:
     """Return the profile for user code: no network, nothing writable but its own /tmp, and with a GPU /dev/shm.
 
-    What scikit-learn and SciPy need to work on a GPU's arrays (``array_api_dispatch=True``) is switched on.
+    What scikit-learn and SciPy need to work on a GPU's arrays (``array_api_dispatch=True``) is switched on; joblib's
+    processes, for which there is no place, are off.
     """
     gpu = bool(devices)
     return Profile(
         name=name, kind="sandbox", uid=uid, memory_bytes=memory_bytes, processes=MAX_PROCESSES, keep_fds=keep_fds,
         bind_ro=cuda_files() if gpu else (), tmpfs={"/tmp": TMP_BYTES, **({"/dev/shm": SHM_BYTES} if gpu else {})},
-        devices=devices, env={**python_env(), "SCIPY_ARRAY_API": "1", **(cuda_env() if gpu else {})},
+        devices=devices,
+        env={**python_env(), "SCIPY_ARRAY_API": "1", "JOBLIB_MULTIPROCESSING": "0", **(cuda_env() if gpu else {})},
     )  # fmt: skip
 
 
