@@ -148,7 +148,7 @@ def test_error_comes_back_as_its_own_type(executed: Callable[[str], Any]) -> Non
 
 
 def test_ledger_has_the_session(executed: Callable[[str], Any], cluster: Any) -> None:
-    """What the first notebook shows as sent is what the ledger has: all rows as often as they were sent, and a refusal."""
+    """What the first notebook shows as sent is what the ledger has: rows as often as they went, and a refusal."""
     executed("01_quickstart")
     entries = cluster.entries()
     first = max(i for i, entry in enumerate(entries) if entry.get("purpose") == "quickstart" and "groups" not in entry)
