@@ -279,4 +279,4 @@ def test_lying_hello(opener: LeaseOpener, lie: str) -> None:
 
 def test_honest_hello(opener: LeaseOpener) -> None:
     """The same program, without its lie, is believed."""
-    assert introduced(opener, "no lie") == ("none", ())
+    assert introduced(opener, "no lie") == ("none", (), {})

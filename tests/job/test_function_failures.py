@@ -184,7 +184,7 @@ class Bare(BaseException):
         (StopIteration(5), StopIteration, "5"),
         (KeyboardInterrupt(), RemoteFunctionError, "KeyboardInterrupt"),
         (GeneratorExit(), RemoteFunctionError, "GeneratorExit"),
-        (MemoryError(), MemoryError, "^$"),
+        (MemoryError(), MemoryError, "^\nThe node had too little memory"),
         (TimeoutError("the function's own"), TimeoutError, "the function's own"),
         (ConnectionResetError("the function's own"), ConnectionResetError, "the function's own"),
         (ExceptionGroup("several", [ValueError("one")]), ExceptionGroup, "several"),
