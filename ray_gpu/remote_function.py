@@ -235,9 +235,11 @@ def _encode(args: tuple[Any, ...], kwargs: dict[str, Any], broadcasts: dict[int 
     except ValueRefusedError:
         for name, value in [*((f"argument {i + 1}", arg) for i, arg in enumerate(args)), *kwargs.items()]:
             try:
-                values.prepare(value, what=name)
+                values.prepare(value, what="it")
             except ValueRefusedError as error:
+                what = f"{type(value).__module__.partition('.')[0]} {type(value).__name__}"
                 raise ValueRefusedError(
-                    f"it cannot be sent: {error.message}. A handle or a large table is the call's first argument"
+                    f"{name} ({what}) cannot be sent: {error.message}; a handle or a large table is the call's first "
+                    "argument"
                 ) from None
         raise

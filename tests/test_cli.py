@@ -256,6 +256,7 @@ def test_status(up: object, run: Run) -> None:
     assert_names_stand_in(status)
 
 
+@pytest.mark.chaos
 def test_demo_uses_a_running_cluster(up: object, run: Run) -> None:
     """A demo beside a running cluster uses it and leaves it running."""
     demo = run("demo", "--rows", str(ROWS), columns=120)

@@ -445,6 +445,7 @@ def rogue(world: World, code: str, *arguments: str) -> str:
     return answers[0]
 
 
+@pytest.mark.chaos
 def test_end() -> None:
     """Without its relay a cluster loses its actors and the zone's node; stopping it leaves no process."""
     with running(subnet=42) as world:

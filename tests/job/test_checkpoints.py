@@ -115,7 +115,7 @@ def trained(zone: Any, weights: Any, epochs: int) -> Any:
     """Train for some epochs."""
     data = zone.read("breast_cancer")
     for _ in range(epochs):
-        parts = slope.options(session=zone).map_reduce(data, list, weights)
+        parts = slope.options(session=zone, concurrency=1).map_reduce(data, list, weights)
         weights = weights - 0.5 * sum(part["slope"] for part in parts) / sum(part["rows"] for part in parts)
     return weights
 

@@ -98,7 +98,13 @@ def test_rows_for_people(small: Any, group: cgroup.Cgroup) -> None:
     assert group.processes() == before
 
 
-@pytest.mark.parametrize("name", ["breast_cancer_resampled", "breast_cancer"], ids=["arrow", "parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("breast_cancer_resampled", id="arrow", marks=pytest.mark.chaos),
+        pytest.param("breast_cancer", id="parquet"),
+    ],
+)
 def test_nothing_is_written_for_what_is_refused(small: Any, group: cgroup.Cgroup, name: str) -> None:
     """What policy refuses is refused before large data is decoded to the disk; what it allows is the control."""
 

@@ -328,6 +328,7 @@ def test_relay_killed(services: Any, wait_until: Callable[..., None]) -> None:
     services.restart()
 
 
+@pytest.mark.chaos
 def test_gateway_killed_mid_call(services: Any, wait_until: Callable[..., None], in_background: Any) -> None:
     """A killed gateway ends its calls and leases; the next one writes down what may have left and shreds the keys."""
     inside = services.inside
