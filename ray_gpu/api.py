@@ -32,9 +32,8 @@ def gpu_remote(function: Any = None, **options: Any) -> Any:
         ValueError: A value that the option cannot have.
     """
     made = with_options(FunctionOptions(), options)
-    return (
-        Decorator(made, given=frozenset(options)) if function is None else Decorator(made, frozenset(options))(function)
-    )
+    decorator = Decorator(made, frozenset(options))
+    return decorator if function is None else decorator(function)
 
 
 class Decorator:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
 from ray_gpu.arrays import to_host
-from ray_gpu.share import sealed_file
-from zones import values
+from ray_gpu.share import share_value
 from zones.errors import ValueRefusedError
 
 if TYPE_CHECKING:
@@ -26,22 +24,14 @@ class Broadcast:
         self._session = session
         #: The value, here in the zone.
         self.value = value
-        ready = values.prepare(to_host(value), what="the value to broadcast")
-        digest = hashlib.sha256()
-
-        def fill(view: memoryview) -> int:
-            ready.write_into(view[: ready.size_bytes])
-            digest.update(view[: ready.size_bytes])
-            return ready.size_bytes
-
-        fd = sealed_file(ready.size_bytes, fill)
+        fd = share_value(to_host(value), what="the value to broadcast")
         try:
-            session.ask({"op": "broadcast"}, (fd,))
+            reply, _ = session.ask({"op": "broadcast"}, (fd,))
         finally:
             os.close(fd)
         #: SHA-256 of the encoded value, hexadecimal.
-        self.digest = digest.hexdigest()
-        self.size_bytes = ready.size_bytes
+        self.digest = str(reply["digest"])
+        self.size_bytes = int(reply["bytes"])
 
     def __reduce__(self) -> Any:
         raise TypeError("a broadcast is an argument of a call of its session, and does not travel inside a function")

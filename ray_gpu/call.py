@@ -180,7 +180,7 @@ class Call(Generic[R]):
             self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
             return
         if reply.get("event") == "part":
-            self._parts.append((int(reply["shard"]), _value(reply, fds, one=True)))
+            self._parts.append((int(reply["shard"]), value_of(reply, fds, one=True)))
         elif "event" in reply:
             self._event(reply)
         else:
@@ -192,7 +192,7 @@ class Call(Generic[R]):
         try:
             raise_for_error(reply)
             self.report = dict(reply.get("report") or {})
-            self._value = _value(reply, fds, one=self._one)
+            self._value = value_of(reply, fds, one=self._one)
         except RemoteFunctionError as remote:
             reply = remote.fields
             error = rebuild(remote)
@@ -245,7 +245,8 @@ def _ended_by_us() -> CallCancelledError:
     return CallCancelledError("the call was stopped and its sandbox with it; run it again if you need its result")
 
 
-def _value(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
+def value_of(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
+    """Return the value, or the values, that a reply of the gateway's brings; ``None`` where it brings none."""
     if "inline" in reply:
         return values.decode(reply["inline"])
     if "places" not in reply:

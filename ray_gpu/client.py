@@ -18,12 +18,11 @@ from typing import Any
 
 from ray_gpu import cards
 from ray_gpu.broadcast import Broadcast
-from ray_gpu.call import Call, advance_any, gone
+from ray_gpu.call import Call, advance_any, gone, value_of
 from ray_gpu.environment import versions
 from ray_gpu.handle import Handle
-from ray_gpu.share import open_sealed, share_value
+from ray_gpu.share import share_value
 from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, recv_message, send_message, unix_connect
-from zones import values
 from zones.errors import GatewayUnavailableError, SessionClosedError, UnknownNameError, ZoneError
 
 #: Idle connections that a session keeps for its next calls.
@@ -172,8 +171,7 @@ class Session:
             UnknownNameError: There is none of that name.
         """
         reply, fds = self.ask({"op": "load", "name": name})
-        (start, stop), *_ = reply["places"]
-        return values.decode(open_sealed(fds[0], private=True)[start:stop], zero_copy=True)
+        return value_of(reply, fds, one=True)
 
     def saved(self) -> list[dict[str, Any]]:
         """Return name, time and size of what this person keeps in the zone, the newest first."""

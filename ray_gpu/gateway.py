@@ -18,7 +18,7 @@ save              name, a memory file -> ok: the value in it is kept, sealed, fo
 load              name -> a memory file with what was kept
 saved             -> names, times and sizes of what this person keeps
 forget            name -> ok
-broadcast         a memory file -> ok: calls may name the value in it by its digest
+broadcast         a memory file -> digest, bytes: calls may name the value in it by its digest
 hold              instance -> ok: it lives as long as this connection, or until it is released
 release           instance -> ok, when its sandboxes are gone
 status            -> session, leases, receipts, nodes
@@ -465,9 +465,7 @@ class Connection:
     def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
         """Keep a value for this person, sealed, in the zone."""
         session = self._need_session()
-        if not fds:
-            raise GatewayError("the value's memory file did not come with the request; use ray_gpu's client")
-        encoded = open_sealed(fds.pop())
+        encoded = open_sealed(_memory_file(fds, "value"))
         if not staging.fits(len(encoded), self._gateway.services.memory_bytes):
             raise ResultTooLargeError(
                 f"a checkpoint of {len(encoded) >> 20} MiB is more than the gateway has room for; save its parts",
@@ -497,10 +495,8 @@ class Connection:
     def _on_broadcast(self, _: dict[str, Any], fds: list[int]) -> None:
         """Keep a value that calls of this session may name by its digest."""
         session = self._need_session()
-        if not fds:
-            raise GatewayError("the value's memory file did not come with the request; use ray_gpu's client")
-        session.broadcasts.add(open_sealed(fds.pop()))
-        self._send({"ok": True})
+        encoded = open_sealed(_memory_file(fds, "value"))
+        self._send({"ok": True, "digest": session.broadcasts.add(encoded), "bytes": len(encoded)})
 
     def _on_hold(self, message: dict[str, Any], _: list[int]) -> None:
         """Keep an instance for as long as this connection is open."""
@@ -537,9 +533,7 @@ class Connection:
             return None
         services, options = self._gateway.services, request.work.options
         if request.data.get("memory"):
-            if not fds:
-                raise GatewayError("the data's memory file did not come with the request; use ray_gpu's client")
-            return source.from_memory(fds.pop(), options.columns, keep_together=options.keep_together)
+            return source.from_memory(_memory_file(fds, "data"), options.columns, keep_together=options.keep_together)
         handle, columns, together = request.data, options.columns, options.keep_together
         where = services.zone, services.data_dir
 
@@ -572,6 +566,17 @@ class Connection:
             self._send({**head, "places": places}, (fd,))
         finally:
             os.close(fd)
+
+
+def _memory_file(fds: list[int], what: str) -> int:
+    """Take the memory file that came with a request.
+
+    Raises:
+        GatewayError: None did.
+    """
+    if not fds:
+        raise GatewayError(f"the {what}'s memory file did not come with the request; use ray_gpu's client")
+    return fds.pop()
 
 
 def main(argv: list[str]) -> None:

@@ -135,7 +135,7 @@ class Session:
         self.leases.check_open()
         policy = self.services.policy
         zone = policy.zone
-        pool = request.work.options.pool or (zone.pools[0] if zone.pools else "")
+        pool = _pool(request, zone)
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
         small = self._count_small_bytes(zone, request)
@@ -238,7 +238,7 @@ class Session:
             LedgerUnavailableError: The answer could not be written down.
         """
         policy = self.services.policy
-        pool = request.work.options.pool or (policy.zone.pools[0] if policy.zone.pools else "")
+        pool = _pool(request, policy.zone)
         small = self._count_small_bytes(policy.zone, request)
         with self._lock:
             # Counted when it is decided.
@@ -444,3 +444,8 @@ class Session:
             "lies": [lie for pool in self.pools() for lie in pool.lies],
             "receipts": list(self.receipts),
         }
+
+
+def _pool(request: Request, zone: Zone) -> str:
+    """Return the pool that a call is for: the zone's first one unless it names another."""
+    return request.work.options.pool or (zone.pools[0] if zone.pools else "")

@@ -255,9 +255,8 @@ class Staged:
         bucket_of_row = np.empty(self._plan.rows, np.uint16 if len(self._buckets) < 1 << 16 else np.uint32)
         for shard, bucket in enumerate(self._bucket_of):
             bucket_of_row[self._plan.row_index(shard)] = bucket
-        with Temporary(self._directory, self._table.schema, apart=True) as file:
+        with watched(self._check), Temporary(self._directory, self._table.schema, apart=True) as file:
             for start, piece in _pieces(self._table, self._memory_bytes):
-                self._check()
                 buckets = bucket_of_row[start : start + piece.num_rows]
                 order = np.argsort(buckets, kind="stable")
                 (moved,) = _take(piece, order).to_batches()

@@ -17,7 +17,7 @@ from ray_gpu.cli.names import Command, policies_option, state_option, zone_optio
 from ray_gpu.cli.node import gateway, node
 from ray_gpu.cli.policy import policy
 from ray_gpu.cli.vault import vault
-from ray_gpu.state import Layout
+from ray_gpu.state import Layout, default_state_dir
 from zones.errors import LedgerCorruptError, LedgerUnavailableError, ZoneError
 from zones.model import Carrier
 
@@ -91,8 +91,6 @@ def up(state: Path, zone: str, policies: Path | None, base_port: int | None, car
     console.print(f"[green]up[/]: zone [bold]{zone}[/], Ray at {document['address']}, computes with: {show.device()}")
     console.print(show.degraded_line(ids), soft_wrap=True)
     console.print(show.meanings(ids))
-    from ray_gpu.state import default_state_dir  # noqa: PLC0415 - as above
-
     if state != default_state_dir():
         console.print(f"Before that: [bold]export RAY_GPU_STATE={state}[/]", soft_wrap=True)
     console.print(f"In Python: [bold]with ray_gpu.attach({zone!r}) as zone: ...[/]   Stop it: [bold]ray-gpu down[/]")
