@@ -53,6 +53,7 @@ import numpy as np
 shared = mmap.mmap(int(sys.argv[1]), 0)
 start, cells, first, second = (int(text) for text in sys.argv[2:])
 view = np.frombuffer(shared, np.uint64, cells, start)
+view[:] = first
 print("flipping", flush=True)
 while True:
     view[:] = second
