@@ -58,7 +58,7 @@ def travels(module: Any) -> bool:
     path = getattr(module, "__file__", None)
     name = getattr(module, "__name__", None)
     # A module under another name than its own cannot be registered, and is no module that a function names.
-    return isinstance(path, str) and sys.modules.get(str(name)) is module and name != "__main__" and _own(path)
+    return isinstance(path, str) and sys.modules.get(str(name)) is module and name != "__main__" and own(path)
 
 
 def _installed() -> tuple[str, ...]:
@@ -73,7 +73,8 @@ _INSTALLED = _installed()
 
 
 @functools.lru_cache(maxsize=16384)
-def _own(path: str) -> bool:
+def own(path: str) -> bool:
+    """Tell whether a file is the user's own, which no node has: of neither Python, its packages nor ray_gpu."""
     return not (path.startswith(_INSTALLED) or os.path.realpath(path).startswith(_INSTALLED))
 
 

@@ -20,7 +20,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = ""
 
 
 def session(status: Mapping[str, Any], *, level: str, closed: bool) -> str:
-    """Return a session's card: whose it is, how it is confined, and its leases."""
+    """Return a session's card: whose it is, how it is confined, what functions can import, and its leases."""
     rows = [
         ("zone", status["zone"]),
         ("person", status["person"]),
@@ -30,7 +30,18 @@ def session(status: Mapping[str, Any], *, level: str, closed: bool) -> str:
         ("pools", ", ".join(status["pools"])),
     ]
     leases = status["leases"]
-    return table((), rows, title="session") + (_leases(leases) if leases and not closed else "")
+    more = _environments(status["environments"]) + (_leases(leases) if leases else "")
+    return table((), rows, title="session") + ("" if closed else more)
+
+
+def _environments(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the environments that are known, or nothing where none is."""
+    rows = [
+        (one["name"], one["digest"][:12], ", ".join(one["nodes"]), ", ".join(one["differs"]) or "no")
+        for one in environments
+    ]
+    head = ("name", "digest", "seen on", "differs from here")
+    return table(head, sorted(rows), title="environments") if rows else ""
 
 
 def _leases(leases: Iterable[Mapping[str, Any]]) -> str:

@@ -31,6 +31,7 @@ from typing import Any
 
 from ray_gpu import environment
 from ray_gpu.endpoint import Endpoint
+from ray_gpu.environment_store import Store
 from ray_gpu.handover import take_secret
 from ray_gpu.sandbox import boundary, harden, memory
 from ray_gpu.sandbox.scrub import Tenancy
@@ -69,6 +70,8 @@ class NodeSettings:
     #: The node's own address, and the ports there for data.
     address: str
     endpoint_ports: range
+    #: Where its operator published environments (:mod:`ray_gpu.environment_store`).
+    environments: Path
     #: Ids of the controls that this node lacks around its sandboxes.
     degradations: tuple[str, ...] = ()
 
@@ -100,7 +103,8 @@ class Custodian:
         self._vault = vault
         self._policy = policy
         self._boot = secrets.token_hex(16)
-        self._environment = environment.current().digest
+        self._own = environment.current()
+        self._published = Store(settings.environments)
         self._tenancy = Tenancy(boundary.gpu_devices())
         stand_in = () if boundary.gpu_devices() else ("numpy-stand-in",)
         self._degradations = (*boundary.degradations(), *stand_in, *settings.degradations)
@@ -166,7 +170,7 @@ class Custodian:
             exchange_key=key.public_hex,
             degradations=self._degradations,
             device=boundary.device_hint(),
-            environment=self._environment,
+            environments=self._environments(),
         )
         with self._lock:
             if lease in self._used or lease in self._offers:
@@ -204,6 +208,9 @@ class Custodian:
         running.endpoint.serve(lambda fd: send_message(running.control, {"op": "connection"}, [fd]))
         return {"device": running.device, "offer": offer.document(), "endpoint": running.endpoint.address}
 
+    def _environments(self) -> tuple[str, ...]:
+        return (self._own.digest, *self._published.digests())
+
     def _take_offer(self, lease: str, grant: Grant) -> tuple[Offer, ExchangeKey]:
         """Use up the offer of *lease*; whatever follows, it cannot be used again."""
         found = self._offers.pop(lease, None)
@@ -218,8 +225,8 @@ class Custodian:
         settings, now = self._settings, int(time.time())
         if grant.node != settings.node or grant.pool != settings.pool:
             raise GrantRefusedError("the grant names another node or pool; ask for a new lease")
-        if grant.environment != self._environment:
-            raise GrantRefusedError("the grant names another environment than this node's; ask for a new lease")
+        if grant.environment not in self._environments():
+            raise GrantRefusedError("the grant names an environment that this node does not have; ask for a new lease")
         if not now < grant.not_after <= now + MAX_LEASE_S:
             raise GrantRefusedError("the grant's time is over or too long; check both hosts' clocks")
         missing = set(self._degradations) - set(grant.accepted_degradations)
@@ -264,11 +271,17 @@ class Custodian:
         return lease
 
     def _launch(self, grant: Grant, uid: int, endpoint: Endpoint, scrubbed: str) -> Lease:
+        own = grant.environment == self._own.digest
+        site = None if own else self._published.site(grant.environment)
         control, keeper_control = socket.socketpair()
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
         sandbox = boundary.launch_sandbox(
-            uid=uid, memory_bytes=grant.memory_bytes, name=grant.lease, sock_fd=sandbox_side.fileno(), memory_fd=slots
+            uid=uid,
+            memory_bytes=grant.memory_bytes,
+            name=grant.lease,
+            fds=(sandbox_side.fileno(), slots),
+            site=site,
         )
         keeper = boundary.launch_keeper(
             uid=uid + 1,
@@ -285,6 +298,8 @@ class Custodian:
     def _introduce(self, lease: Lease, key: LeaseKey) -> str:
         """Give the keeper its key and wait until it and the sandbox are ready; return the device's name."""
         grant = lease.grant
+        own = grant.environment == self._own.digest
+        contents = self._own if own else self._published.environment(grant.environment)
         lease.control.settimeout(START_TIMEOUT_S)
         send_message(
             lease.control,
@@ -299,7 +314,7 @@ class Custodian:
                 "environment": grant.environment,
                 "padding": grant.padding.value,
                 "not_after": grant.not_after,
-                "versions": environment.versions(),
+                "contents": contents.document(),
             },
         )
         ready, _ = recv_message(lease.control)
@@ -418,6 +433,7 @@ def main(argv: list[str]) -> None:
         actor_uid=document["actor_uid"],
         address=document["address"],
         endpoint_ports=range(lowest, highest + 1),
+        environments=Path(document["environments"]),
         degradations=tuple(document.get("degradations", ())),
     )
     custodian = Custodian(settings, identity=identity, vault=vault, policy=policy)

@@ -1,4 +1,4 @@
-"""What a sandbox on this host can import: Python and the installed distributions, and one digest of it.
+"""What a sandbox on this host can import: Python and the installed distributions.
 
 Zones name environments by digest (``environments`` in zone.yaml); offers, hellos, receipts and the ledger carry it.
 Metadata of distributions is read; nothing is imported.
@@ -9,51 +9,58 @@ from __future__ import annotations
 import platform
 import re
 import site
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sysconfig
+from collections.abc import Iterable
 from importlib import metadata
-from typing import Any
+from pathlib import Path
 
-from zones import model
+from zones.environments import Environment
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Environment:
-    """A Python with its packages."""
-
-    #: Version of Python, such as ``3.11.7``.
-    python: str
-    #: Distribution to version; names normalised as on package indexes.
-    packages: Mapping[str, str]
-
-    def document(self) -> dict[str, Any]:
-        """Return what the digest is over."""
-        return {"python": self.python, "packages": dict(sorted(self.packages.items()))}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical document, 64 hexadecimal digits."""
-        return model.digest(self.document())
+#: What data and functions travel by. Every environment has them; a notebook says its own when it attaches.
+TRAVEL = ("numpy", "pyarrow")
 
 
 def versions() -> dict[str, str]:
     """Return the versions that decide whether a notebook and a node understand each other."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("numpy", "pyarrow")}}
-
-
-def minor(python: str) -> str:
-    """Return ``3.11`` of ``3.11.7``: functions travel as bytecode, which is one minor version's."""
-    return ".".join(python.split(".")[:2])
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in TRAVEL}}
 
 
 def current() -> Environment:
-    """Return the environment of this Python. Its sandboxes have the same.
+    """Return the environment of this Python. Its sandboxes have the same, unless another is asked for.
 
     Only this Python's own directories count. What a process adds to its path, as setuptools does where it is imported,
     its sandboxes do not have.
     """
-    found: dict[str, str] = {}
-    for distribution in metadata.distributions(path=site.getsitepackages()):
+    return found(site.getsitepackages(), python=platform.python_version())
+
+
+def found(directories: Iterable[str | Path], *, python: str, files: str = "") -> Environment:
+    """Return the environment of a Python that imports from *directories*."""
+    packages: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    for distribution in metadata.distributions(path=list(map(str, directories))):
+        name = normalised(distribution.name)
         # The first of a name is the one that an import finds.
-        found.setdefault(re.sub(r"[-_.]+", "-", distribution.name).lower(), distribution.version)
-    return Environment(python=platform.python_version(), packages=found)
+        if packages.setdefault(name, distribution.version) == distribution.version:
+            for module in _modules(distribution):
+                modules.setdefault(module, name)
+    return Environment(
+        python=python, platform=sysconfig.get_platform(), packages=packages, modules=modules, files=files
+    )
+
+
+def normalised(name: str) -> str:
+    """Return a distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _modules(distribution: metadata.Distribution) -> set[str]:
+    """Return the top-level modules of a distribution."""
+    listed = {path.parts[0].partition(".")[0] for path in distribution.files or () if _is_code(path)}
+    # An editable one lists what finds its modules, and names them here.
+    listed |= set((distribution.read_text("top_level.txt") or "").split())
+    return {name for name in listed if name.isidentifier() and not name.startswith("__")}
+
+
+def _is_code(path: metadata.PackagePath) -> bool:
+    return path.suffix in (".py", ".so") and not path.parts[0].endswith((".dist-info", ".data"))

@@ -13,18 +13,20 @@ import io
 import sys
 import threading
 import types
-from collections.abc import Callable, Collection
-from typing import Any
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_gpu import proposal
-from ray_gpu.captured import PLAIN, children, reached, travels, unchanged
+from ray_gpu import own_modules, proposal
+from ray_gpu.captured import PLAIN, by_reference, children, reached, travels, unchanged
 from ray_gpu.request import MAX_FUNCTION_BYTES
 from zones.errors import FunctionRefusedError
+from zones.model import canonical
 
 #: How deep a refusal is traced to the attribute or item that is its cause.
 _MAX_DEPTH = 8
@@ -40,27 +42,53 @@ _DATA_PROTOCOLS = (
 )
 #: Types of data without such attributes. An expression may hold the values that it looks for.
 _HOLDERS = (array.array, memoryview, pa.Buffer, pc.Expression)
+#: First byte of a function with the source of modules before it. No pickle begins with it.
+MODULES = b"M"
+#: Types of what a pickle may name.
+_NAMED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 #: ``cloudpickle`` keeps the modules that it sends by value in one list for the whole process.
 _registering = threading.Lock()
 
 
 class PackedFunction:
-    """A function with its bytes, which are made anew when what the function captures has changed."""
+    """A function with its bytes, which are made anew when what the function captures has changed.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    Args:
+        function: The function.
+        modules: Modules of the user's own that are sent with it, see :mod:`ray_gpu.own_modules`.
+    """
+
+    def __init__(self, function: Callable[..., Any], modules: Sequence[types.ModuleType] = ()) -> None:
+        self._function, self._modules = function, modules
         self._captured: list[Any] | None = None
-        self._bytes = b""
+        self._sources: dict[str, tuple[bool, str]] = {}
+        self._made: Packed | None = None
         self._stable: dict[str, bytes] | None = None
 
     def __bytes__(self) -> bytes:
+        return self.packed().sent
+
+    def packed(self) -> Packed:
+        """Return the function's bytes, and which modules a node must have for it.
+
+        Raises:
+            FunctionRefusedError: See :func:`pack`.
+        """
         self._look()
-        if not self._bytes:
-            self._bytes = pack(self._function)
-        return self._bytes
+        if self._modules:
+            # As they are now: what was written into a file since is wanted.
+            found = own_modules.sources(self._modules)
+            if found != self._sources:
+                self._sources, self._made = found, None
+        if self._made is None:
+            self._made = pack_with(self._function, self._sources)
+        return self._made
 
     def approved(self, digests: Collection[str]) -> bytes | None:
         """Return what is sent of the function if that is approved: if one of *digests* is its SHA-256."""
+        if self._modules:
+            # Nobody has read these.
+            return None
         self._look()
         if self._stable is None:
             self._stable = {proposal.digest(form): proposal.packed(form) for form in proposal.proposals(self._function)}
@@ -70,11 +98,28 @@ class PackedFunction:
         """Forget what was made of the function if what it captures has changed."""
         captured = reached(self._function)
         if self._captured is None or not unchanged(self._captured, captured):
-            self._bytes, self._stable, self._captured = b"", None, captured
+            self._made, self._stable, self._captured = None, None, captured
+
+
+class Packed(NamedTuple):
+    """What is sent of a function."""
+
+    sent: bytes
+    #: Modules that a node must have, each with its version here; ``""`` where that is not known.
+    imports: list[tuple[str, str]]
 
 
 def pack(function: Callable[..., Any]) -> bytes:
+    """Return the pickled function, with everything it needs that is not an installed module; see :func:`pack_with`."""
+    return pack_with(function, {}).sent
+
+
+def pack_with(function: Callable[..., Any], sources: Mapping[str, tuple[bool, str]]) -> Packed:
     """Return the pickled function, with everything it needs that is not an installed module.
+
+    Args:
+        function: The function.
+        sources: Modules that go along as source, so that they can be imported; others that it names go by value.
 
     Raises:
         FunctionRefusedError: It captures a table or an array, captures something that cannot be pickled,
@@ -82,16 +127,21 @@ def pack(function: Callable[..., Any]) -> bytes:
         TypeError: *function* is no Python function, method or ``functools.partial`` of one.
     """
     check_function(function)
-    with _by_value():
+    named: set[str] = set()
+    sent = {own_modules.top(name) for name in sources}
+    with _by_value(sent):
         try:
-            packed = _dumps(function)
+            packed = _dumps(function, named)
         except _DataFoundError as found:
             raise _holds_data(function, found) from None
         except Exception as error:  # noqa: BLE001 - objects raise what they like when they are pickled
             raise _cannot_pickle(function, error) from None
+        if sources:
+            texts = zlib.compress(canonical(sources))
+            packed = b"".join((MODULES, len(texts).to_bytes(8, "big"), texts, packed))
         if len(packed) > MAX_FUNCTION_BYTES:
-            raise _too_large(function, len(packed))
-    return packed
+            raise _too_large(function, len(packed), sources)
+    return Packed(packed, own_modules.imports(_inner(function), named, sent))
 
 
 def check_function(function: Any) -> None:
@@ -128,10 +178,18 @@ class _DataFoundError(Exception):
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
+    def __init__(self, file: io.BytesIO, named: set[str]) -> None:
+        super().__init__(file)
+        #: Modules that the pickle names.
+        self._named = named
+
     def persistent_id(self, value: Any) -> None:
         """Look at *value*, which is about to be written; always says that it has no other name."""
         if type(value) not in PLAIN and _is_data(value):
             raise _DataFoundError(value)
+        if isinstance(value, _NAMED) and by_reference(value):
+            module = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+            self._named.add(own_modules.top(str(module)))
 
 
 def _is_data(value: Any) -> bool:
@@ -157,18 +215,25 @@ def _is_one_number(value: Any) -> bool:
     return getattr(value, "shape", None) == () and isinstance(dtype, np.dtype) and dtype.kind not in "OV"
 
 
-def _dumps(value: Any) -> bytes:
+def _dumps(value: Any, named: set[str] | None = None) -> bytes:
     file = io.BytesIO()
-    _Pickler(file).dump(value)
+    _Pickler(file, set() if named is None else named).dump(value)
     return file.getvalue()
 
 
 class _by_value:  # noqa: N801 - reads as what it does: `with _by_value():`
-    """Inside, functions and classes of the user's own modules are sent by value: no node could import them."""
+    """Inside, functions and classes of the user's own modules are sent by value: no node could import them.
+
+    Those of *sent*, top-level modules whose source goes along, are sent by name.
+    """
+
+    def __init__(self, sent: Collection[str]) -> None:
+        self._sent = sent
 
     def __enter__(self) -> None:
         _registering.acquire()
-        self._modules = [module for module in list(sys.modules.values()) if travels(module)]
+        found = [module for module in list(sys.modules.values()) if travels(module)]
+        self._modules = [module for module in found if own_modules.top(module.__name__) not in self._sent]
         for module in self._modules:
             cloudpickle.register_pickle_by_value(module)
 
@@ -200,8 +265,9 @@ def _cannot_pickle(function: Callable[..., Any], cause: Exception) -> FunctionRe
     )
 
 
-def _too_large(function: Callable[..., Any], size: int) -> FunctionRefusedError:
+def _too_large(function: Callable[..., Any], size: int, sources: Mapping[str, Any]) -> FunctionRefusedError:
     sizes = {name: len(_dumps(value)) for name, value in children(_inner(function))}
+    sizes |= {name: len(zlib.compress(canonical(source))) for name, source in sources.items()}
     largest = max(sizes, key=lambda name: sizes[name], default=None)
     blame = f"; the largest part is {largest} with {sizes[largest]} bytes" if largest else ""
     return FunctionRefusedError(

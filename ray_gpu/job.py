@@ -281,11 +281,14 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
 
 def prepare(session: Session, request: Request, lease: Lease, spending: Spending) -> int:
     """Send the function and the broadcasts of a call unless the lease has them; return the function's number."""
+    if request.work.digest not in lease.functions:
+        session.check_imports(request, lease)
     for digest in request.broadcasts:
         if digest not in lease.functions:
             _send_once(session, lease, spending, digest, b"".join((VALUE, session.broadcasts.get(digest))))
-    known = lease.functions.get(request.work.digest)
-    return known or _send_once(session, lease, spending, request.work.digest, request.work.function)
+    if known := lease.functions.get(request.work.digest):
+        return known
+    return _send_once(session, lease, spending, request.work.digest, request.work.function)
 
 
 def _send_once(session: Session, lease: Lease, spending: Spending, digest: str, sent: bytes) -> int:

@@ -136,7 +136,7 @@ class Keeper:
     def _serve(self, link: SealedSocket) -> None:
         self._link = link
         link.settimeout(SILENCE_LIMIT_S)
-        said = ("node", "pool", "degradations", "device", "environment", "versions")
+        said = ("node", "pool", "degradations", "device", "environment", "contents")
         hello = {name: self._start[name] for name in said}
         link.send(link.slot(Kind.HELLO, call=0), msgpack.packb(hello))
         threading.Thread(target=self._write_results, args=(link,), daemon=True).start()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ray_gpu.leases import HEARTBEAT_S, Lease, LeaseOpener, LeaseTerms
 from ray_gpu.request import Options
+from zones.environments import Environment
 from zones.errors import (
     ClusterError,
     GrantRefusedError,
@@ -362,18 +363,21 @@ class LeasePool:
         for thread in [*ending, *self._finishing]:
             thread.join(FINISH_TIMEOUT_S)
 
-    def status(self) -> list[dict[str, Any]]:
-        """Return what a session card shows of each lease."""
+    def status(self) -> list[tuple[dict[str, Any], Environment]]:
+        """Return what a session card shows of each lease, and what can be imported there."""
         return [
-            {
-                "lease": lease.id,
-                "node": lease.node,
-                "device": lease.device,
-                "level": lease.level,
-                "degradations": list(lease.degradations),
-                "gpu_milli": lease.terms.gpu_milli,
-                "versions": dict(lease.versions),
-            }
+            (
+                {
+                    "lease": lease.id,
+                    "node": lease.node,
+                    "device": lease.device,
+                    "level": lease.level,
+                    "degradations": list(lease.degradations),
+                    "gpu_milli": lease.terms.gpu_milli,
+                    "environment": lease.contents.digest,
+                },
+                lease.contents,
+            )
             for lease in list(self._leases)
         ]
 

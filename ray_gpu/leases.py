@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -24,13 +24,13 @@ from typing import Any
 
 import msgpack
 
-from ray_gpu.environment import minor
 from ray_gpu.frames import PlainBuffer, SealedSocket
 from ray_gpu.lease_keys import LeaseKeys
 from ray_gpu.relay_link import RelayLink
 from ray_gpu.rooms import Rooms
 from zones.config import endpoint_allowed
 from zones.envelope import HEADER_BYTES, LeaseKey, padded_size, sealed_size
+from zones.environments import Environment, minor
 from zones.errors import (
     ClusterError,
     EnvelopeError,
@@ -78,6 +78,8 @@ RECEIPT_FIELDS = {
 }
 #: A connection that takes no bytes, or acknowledges none, for so long is lost, seconds.
 STALL_LIMIT_S = 20
+#: The fields of an offer that are no text.
+_LISTS = ("degradations", "environments")
 #: What a keeper says of itself, and a custodian's receipt, have no more bytes.
 MAX_DOCUMENT_BYTES = 64 << 10
 #: Memory limit of keeper and sandbox together, bytes.
@@ -98,18 +100,25 @@ class LeaseTerms:
     #: See :class:`zones.model.Obligations`.
     gpu_kinds: tuple[str, ...] | None = None
     environments: frozenset[str] | None = None
+    #: Digest of the environment that the function asks for; ``""``: whichever fits.
+    environment: str = ""
     max_lease_s: int
     #: By then it must end in any case, UTC seconds since the epoch.
     ends: int | None = None
     #: Minor version of the Python whose functions it runs; ``""``: unknown.
     python: str = ""
 
-    def unfit(self, device: str, environment: str, python: str = "") -> str:
+    def choice(self, environments: Sequence[str]) -> str:
+        """Return which of a node's environments to take; ``""`` where none will do."""
+        fits = (one for one in environments if self.environments is None or one in self.environments)
+        return next((one for one in fits if self.environment in ("", one)), "")
+
+    def unfit(self, device: str, environments: Sequence[str], python: str = "") -> str:
         """Return why a node cannot have the lease; ``""`` when it can.
 
         Args:
             device: What it computes with.
-            environment: Digest of what it can import.
+            environments: Digests of what it can import.
             python: Its version of Python, once that is known.
         """
         if python and self.python and minor(python) != self.python:
@@ -119,9 +128,14 @@ class LeaseTerms:
             )
         if self.gpu_kinds is not None and not any(fnmatchcase(device, kind) for kind in self.gpu_kinds):
             return f"its device is {device}, and policy asks for {' or '.join(self.gpu_kinds)}"
-        if self.environments is not None and environment not in self.environments:
-            return f"its environment {environment[:12]} is none that policy names"
-        return ""
+        if self.choice(environments):
+            return ""
+        if self.environment in ("", *environments):
+            return f"its environment {', '.join(one[:12] for one in environments)} is none that policy names"
+        return (
+            f"it does not have the environment {self.environment[:12]}; its operator publishes it there with "
+            "`ray-gpu env build`"
+        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -142,8 +156,8 @@ class Lease:
     grant: Grant
     #: The connection, as the kernel names it: our address and port, and the node's.
     connection: tuple[str, str]
-    #: Of its Python and of what data travels by, as its keeper says.
-    versions: Mapping[str, str]
+    #: What its functions can import, as its keeper says; its digest is the grant's.
+    contents: Environment
     idle_since: float = 0.0
     lost: str = ""
     #: Whether its node or its sandbox sent what none of ours sends; :attr:`lost` says what.
@@ -213,6 +227,8 @@ class LeaseOpener:
         self._relay = relay
         self._node_ca = node_ca
         self._degradations = degradations
+        #: What nodes said of environments, by node and digest.
+        self.contents: dict[tuple[str, str], Environment] = {}
         #: What the relay says of the nodes' room.
         self.rooms = Rooms(relay)
 
@@ -316,7 +332,7 @@ class LeaseOpener:
         if offer.pool != terms.pool:
             raise GrantRefusedError(f"node {offer.node} is of pool {offer.pool}, not {terms.pool}; see cluster labels")
         _check_level(offer.node, (*self._degradations, *offer.degradations), terms)
-        _check_fit(offer.node, offer.device, offer.environment, terms)
+        _check_fit(offer.node, offer.device, offer.environments, terms)
         return offer
 
     def _believed_offer(self, lease: str, answer: dict[str, Any]) -> Offer:
@@ -355,7 +371,7 @@ class LeaseOpener:
             exchange_key=exchange.public_hex,
             accepted_degradations=terms.accepted_degradations,
             padding=terms.padding,
-            environment=offer.environment,
+            environment=terms.choice(offer.environments),
             gpu_milli=terms.gpu_milli,
             memory_bytes=terms.memory_bytes,
             policy_digest=decision.policy_digest,
@@ -368,10 +384,11 @@ class LeaseOpener:
         data_key, wrapped = self._keys.make(offer.node, lease, grant.digest())
         key = derive_lease_key(data_key, shared, grant.digest())
         answer = self._relay.request({"op": "grant", "lease": lease, "grant": grant.document(), "wrapped": wrapped})
-        link, device, degradations, versions = self._introduce(answer.get("endpoint"), key, grant)
+        link, device, degradations, contents = self._introduce(answer.get("endpoint"), key, grant)
+        self.contents = {**self.contents, (offer.node, grant.environment): contents}
         connection = link.names()
         _check_level(offer.node, degradations, terms)
-        _check_fit(offer.node, device, offer.environment, terms, versions.get("python", ""))
+        _check_fit(offer.node, device, offer.environments, terms, contents.python)
         return Lease(
             id=lease,
             node=offer.node,
@@ -382,14 +399,14 @@ class LeaseOpener:
             link=link,
             plain=PlainBuffer(terms.padding),
             grant=grant,
-            versions=versions,
+            contents=contents,
             connection=connection,
             idle_since=time.monotonic(),
         )
 
     def _introduce(
         self, endpoint: Any, key: LeaseKey, grant: Grant
-    ) -> tuple[SealedSocket, str, tuple[str, ...], dict[str, str]]:
+    ) -> tuple[SealedSocket, str, tuple[str, ...], Environment]:
         """Connect to the keeper and prove that we hold the key; return the link and what the keeper says of itself.
 
         Strangers who crowd the endpoint may push a connection out before it has said its word: then we try again.
@@ -429,8 +446,8 @@ class LeaseOpener:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT_S * 1000)
         return sock
 
-    def _hello(self, link: SealedSocket, grant: Grant) -> tuple[str, tuple[str, ...], dict[str, str]]:
-        """Return what the keeper says of itself: its device, the ids of the controls that it lacks, and its versions.
+    def _hello(self, link: SealedSocket, grant: Grant) -> tuple[str, tuple[str, ...], Environment]:
+        """Return what the keeper says of itself: its device, the ids of the controls that it lacks, and its contents.
 
         Raises:
             EnvelopeError: It is no hello of the granted node.
@@ -446,13 +463,14 @@ class LeaseOpener:
         said = tuple(hello.get(name) for name in ("node", "pool", "environment"))
         if not isinstance(degradations, list) or said != (grant.node, grant.pool, grant.environment):
             raise EnvelopeError
-        versions = hello.get("versions")
-        named = versions.items() if isinstance(versions, dict) else ()
-        return (
-            str(hello.get("device"))[:80],
-            tuple(str(name)[:40] for name in degradations),
-            {str(name)[:20]: str(version)[:20] for name, version in list(named)[:10]},
-        )
+        try:
+            contents = Environment.parse(hello.get("contents"))
+        except ValueError:
+            raise EnvelopeError from None
+        # The digest is of the granted terms: what it was granted for cannot be described as something else.
+        if contents.digest != grant.environment:
+            raise EnvelopeError
+        return str(hello.get("device"))[:80], tuple(str(name)[:40] for name in degradations), contents
 
     def close(self, lease: Lease) -> dict[str, Any] | None:
         """End a lease and return the custodian's verified receipt, or ``None`` when the lease was lost."""
@@ -544,7 +562,8 @@ def _parse_offer(document: Any) -> Offer:
     try:
         fields = dict(document)
         fields["degradations"] = tuple(str(item)[:40] for item in fields["degradations"])
-        if any(type(value) is not str for name, value in fields.items() if name != "degradations"):
+        fields["environments"] = tuple(str(item)[:64] for item in fields["environments"])
+        if any(type(value) is not str for name, value in fields.items() if name not in _LISTS):
             raise TypeError("an offer's fields are text")
         offer = Offer(**fields)
         check_id(offer.node, what="node")
@@ -561,8 +580,8 @@ class _UnfitError(Exception):
         self.node = node
 
 
-def _check_fit(node: str, device: str, environment: str, terms: LeaseTerms, python: str = "") -> None:
-    if why := terms.unfit(device, environment, python):
+def _check_fit(node: str, device: str, environments: Sequence[str], terms: LeaseTerms, python: str = "") -> None:
+    if why := terms.unfit(device, environments, python):
         raise _UnfitError(node, why)
 
 

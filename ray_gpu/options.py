@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ray_gpu.handle import column_names
@@ -43,6 +44,10 @@ class FunctionOptions:
             node, sandbox or connection was lost in the middle: a function that has effects may then have had them
             twice. What the function raises is never tried again. Shards of data always go to another node.
         placement_timeout_s: Seconds to wait for a GPU node with room.
+        environment: What the function can import: the name of an environment that the zone knows, or the digest of one
+            that the nodes' operator published; by default the nodes' own Python.
+        modules: Modules of your own that the function imports while it runs, such as ``[mymodule]``, with all modules
+            of their packages. Their source is sent with the function. What the function names itself, goes without.
         session: Session to use; by default the data's, or else the one attached last.
 
     Raises:
@@ -61,11 +66,17 @@ class FunctionOptions:
     timeout_s: float | None = None
     max_retries: int = 0
     placement_timeout_s: float = 30.0
+    environment: str = ""
+    modules: tuple[ModuleType, ...] = ()
     session: Session | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pool, str):
             raise TypeError(f'pool is a name, as in pool="shared", not {self.pool!r}')
+        if not isinstance(self.environment, str):
+            raise TypeError(f'environment is a name or a digest, as in environment="torch", not {self.environment!r}')
+        if not all(isinstance(module, ModuleType) for module in self.modules):
+            raise TypeError(f"modules is a list of modules, as in modules=[mymodule], not {self.modules!r}")
         if not isinstance(self.keep_together, (str, type(None))):
             raise TypeError(f'keep_together is a column, as in keep_together="patient", not {self.keep_together!r}')
         if not isinstance(self.resident, bool):
@@ -94,6 +105,7 @@ class FunctionOptions:
             "max_retries": self.max_retries,
             "timeout_s": self.timeout_s,
             "placement_timeout_s": self.placement_timeout_s,
+            "environment": self.environment,
         }
 
 
@@ -110,7 +122,10 @@ def with_options(base: FunctionOptions, changes: dict[str, Any]) -> FunctionOpti
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
             raise TypeError(f"gpu_remote has no option {name!r}; {hint}")
-    listed = {name: column_names(changes[name]) for name in ("columns", "categories") if changes.get(name) is not None}
+    given = [name for name in ("columns", "categories") if changes.get(name) is not None]
+    listed: dict[str, Any] = {name: column_names(changes[name]) for name in given}
+    if isinstance(changes.get("modules"), list):
+        listed["modules"] = tuple(changes["modules"])
     return replace(base, **changes | listed)
 
 

@@ -40,7 +40,7 @@ class RemoteFunction(Generic[P, R]):
         functions.check_function(function)
         self._function = function
         self._options = options
-        self._packed = functions.PackedFunction(function)
+        self._packed = functions.PackedFunction(function, options.modules)
         self._name = name or functions.name_of(function)
         self._instance = instance
         #: Function, whether it gets all rows at once, and both packed with the options.
@@ -197,9 +197,10 @@ class RemoteFunction(Generic[P, R]):
 
     def _work(self, session: Session, *, whole: bool) -> bytes:
         """Return what to run and how, packed; the same bytes as last time when nothing of it has changed."""
-        function = (session.approved and self._packed.approved(session.approved)) or bytes(self._packed)
+        approved = session.approved and self._packed.approved(session.approved)
+        function, imports = (approved, []) if approved else self._packed.packed()
         if (function, whole) != self._packed_work[:2]:
-            options = {**self._options.document(), "whole": whole, "instance": self._instance}
+            options = {**self._options.document(), "whole": whole, "instance": self._instance, "imports": imports}
             packed = pack_work(function, self._name, options)
             self._packed_work = function, whole, packed
         return self._packed_work[2]

@@ -25,6 +25,8 @@ MAX_ARGUMENT_BYTES = 768 << 10
 MIN_SHARD_BYTES, DEFAULT_SHARD_BYTES, MAX_SHARD_BYTES = 64 << 10, 4 << 20, 32 << 20
 
 
+#: Modules that a notebook may say a function imports.
+MAX_IMPORTS = 256
 #: GPU actors that one call may use at once.
 MAX_CONCURRENCY = 64
 #: Most times that a call is made again.
@@ -83,6 +85,10 @@ class Options:
     resident: bool = False
     #: Id of an instance, where the function runs; "": wherever there is room.
     instance: str = ""
+    #: Environment that the function runs in, by its name in the zone or its digest; "": whichever fits.
+    environment: str = ""
+    #: Top-level modules that the function certainly imports, each with its version in the notebook, "" if not known.
+    imports: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,11 +194,11 @@ def _options(given: dict[str, Any]) -> Options:
             f"the gateway knows no option {sorted(map(str, unknown))[0][:40]!r}; use one version of ray_gpu"
         )
     columns = {name: _columns(name, given.get(name)) for name in ("columns", "categories")}
-    options = Options(**{**given, **columns})
+    options = Options(**{**given, **columns, "imports": _imports(given.get("imports", []))})
     if not isinstance(options.keep_together, (str, type(None))):
         raise ValueError("keep_together must be the name of a column")
-    if not type(options.pool) is type(options.instance) is str:
-        raise ValueError("pool must be a name, and instance an id")
+    if not type(options.pool) is type(options.instance) is type(options.environment) is str:
+        raise ValueError("pool and environment must be names, and instance an id")
     if not type(options.whole) is type(options.resident) is bool:
         raise ValueError("whole and resident must be booleans")
     if not _whole(options.gpu_milli, 1, 64_000):
@@ -216,6 +222,14 @@ def _columns(option: str, given: Any) -> tuple[str, ...] | None:
     if not given or len(set(given)) < len(given):
         raise ValueError(f"{option} must name at least one column, and each of them once")
     return tuple(given)
+
+
+def _imports(given: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(given, list) or len(given) > MAX_IMPORTS:
+        raise ValueError(f"imports must be a list of {MAX_IMPORTS} at most")
+    if not all(isinstance(one, list) and [type(text) for text in one] == [str] * 2 for one in given):
+        raise ValueError("an import is a module and a version")
+    return tuple((module[:100], version[:100]) for module, version in given)
 
 
 def _whole(value: Any, least: int, most: int) -> bool:

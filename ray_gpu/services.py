@@ -77,7 +77,7 @@ def start_custodian(
     """
     socket_dir, settings_file = layout.custodian_dir(node), layout.node(node) / "settings.json"
     socket_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
-    own = {"node": node, "socket": str(socket_dir / CUSTODIAN_SOCKET)}
+    own = {"node": node, "socket": str(socket_dir / CUSTODIAN_SOCKET), "environments": str(layout.environments)}
     write_private(settings_file, {**own, **login.settings(), **settings})
     return spawn([sys.executable, "-m", "ray_gpu.custodian", str(settings_file)], log=log, secret=login.secret_id)
 

@@ -7,6 +7,7 @@ between calls (:mod:`ray_gpu.lease_pool`). Caps on small bytes are counted here,
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ray_gpu.broadcasts import Broadcasts
-from ray_gpu.environment import minor
 from ray_gpu.in_force import InForce
 from ray_gpu.instance_pool import InstancePool
 from ray_gpu.lease_pool import FINISH_TIMEOUT_S, LeasePool
@@ -27,8 +27,10 @@ from ray_gpu.shares import Shares
 from ray_gpu.sharing import Sharing
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
+from zones.environments import Environment, minor
 from zones.errors import (
     EgressDeniedError,
+    FunctionRefusedError,
     InstanceLostError,
     LedgerError,
     SessionClosedError,
@@ -95,8 +97,8 @@ class Session:
 
     def __init__(self, services: ZoneServices, person: Person, purpose: str, versions: Mapping[str, str]) -> None:
         self.services = services
-        #: Of the notebook's Python and what data travels by; empty when it does not say.
-        self.versions = versions
+        #: Of the notebook's Python, of what data travels by, and of what functions import; empty when it does not say.
+        self.versions = dict(versions)
         self.person = person
         self.purpose = purpose
         self.id = secrets.token_hex(8)
@@ -104,7 +106,7 @@ class Session:
         self.began = datetime.now(UTC)
         self._lock = threading.Lock()
         self._allowed: dict[Any, Allowed] = {}
-        self._terms: dict[tuple[int, int, int | None], LeaseTerms] = {}
+        self._terms: dict[tuple[int, int, int | None, str], LeaseTerms] = {}
         self._standing: dict[tuple[str, int], Spending] = {}
         #: Functions and broadcasts that were counted.
         self._seen: set[str] = set()
@@ -170,6 +172,7 @@ class Session:
             resident=options.resident and source is not None,
             rows=source.rows if source else None,
             most_shards=1 if options.whole or source is None else max(1, -(-source.rows // obligations.block_rows)),
+            environment=_environment(request, allowed.policy.zone),
         )
         if missed := unmet(obligations, call):
             raise self.refuse(allowed, missed)
@@ -310,7 +313,8 @@ class Session:
         """Return what leases a call needs."""
         obligations = allowed.decision.obligations
         over = ends(obligations, began=self.began, now=datetime.now(UTC))
-        key = (allowed.entry, request.work.options.gpu_milli, over)
+        environment = _environment(request, allowed.policy.zone)
+        key = (allowed.entry, request.work.options.gpu_milli, over, environment)
         found = self._terms.get(key)
         if found is None:
             found = self._terms[key] = LeaseTerms(
@@ -321,6 +325,7 @@ class Session:
                 reviewed=allowed.request.function_reviewed,
                 gpu_kinds=obligations.gpu_kinds,
                 environments=obligations.environments,
+                environment=environment,
                 max_lease_s=obligations.max_lease_s,
                 ends=over,
                 python=minor(self.versions.get("python", "")),
@@ -416,13 +421,40 @@ class Session:
         finally:
             self._over.set()
 
-    def _differs(self, versions: Mapping[str, str]) -> list[str]:
-        """Return in which versions a node differs from the notebook."""
-        both = sorted(self.versions.keys() & versions.keys())
+    def check_imports(self, request: Request, lease: Lease) -> None:
+        """Raise if a lease lacks a module that a call's function imports: it would fail there, once it has the data.
+
+        Raises:
+            FunctionRefusedError: It does.
+        """
+        work, there = request.work, lease.contents
+        if missing := [module for module, _ in work.options.imports if module not in there.modules]:
+            raise FunctionRefusedError(
+                f"{work.name} imports {', '.join(missing)}, and {lease.node} has no such module in the environment "
+                f"{there.digest[:12]}; nothing of the call left the zone. Use another with environment=..., or have "
+                "the nodes' operator build one that has it (`ray-gpu env build`)",
+                variable=missing[0],
+            )
+        self.versions |= dict(work.options.imports)
+
+    def _differs(self, contents: Environment) -> list[str]:
+        """Return in which versions an environment differs from the notebook."""
+        there = contents.versions()
+        # Published ones are for any Python of their minor version.
+        here = {**self.versions, "python": _cut(self.versions.get("python", ""), like=contents.python)}
+        both = [name for name in sorted(here.keys() & there.keys()) if here[name] and there[name]]
+        return [f"{name} {here[name]} here, {there[name]} there" for name in both if here[name] != there[name]]
+
+    def _environments(self) -> list[dict[str, Any]]:
+        """Return what is known of environments, and in what they differ from the notebook: before anything leaves."""
+        found = {one.digest: (name, one) for name, one in self.services.zone.environments.items()}
+        nodes: dict[str, list[str]] = {}
+        for (node, digest), one in sorted(self.services.opener.contents.items()):
+            found.setdefault(digest, ("", one))
+            nodes.setdefault(digest, []).append(node)
         return [
-            f"{name} {self.versions[name]} here, {versions[name]} there"
-            for name in both
-            if self.versions[name] != versions[name]
+            {"name": name, "digest": digest, "nodes": nodes.get(digest, []), "differs": self._differs(one)}
+            for digest, (name, one) in found.items()
         ]
 
     def status(self) -> dict[str, Any]:
@@ -437,13 +469,33 @@ class Session:
             "policy_digest": self.services.zone.policy_digest,
             "policy_problem": self.services.in_force.problem,
             "leases": [
-                {**lease, "differs": self._differs(lease["versions"])}
+                {**lease, "differs": self._differs(contents)}
                 for pool in self.pools()
-                for lease in pool.status()
+                for lease, contents in pool.status()
             ],
+            "environments": self._environments(),
             "lies": [lie for pool in self.pools() for lie in pool.lies],
             "receipts": list(self.receipts),
         }
+
+
+def _cut(version: str, *, like: str) -> str:
+    """Return ``3.11`` of ``3.11.7`` if the other version says no more."""
+    return ".".join(version.split(".")[: len(like.split("."))])
+
+
+def _environment(request: Request, zone: Zone) -> str:
+    """Return the digest of the environment that a call asks for; ``""`` where it asks for none.
+
+    Raises:
+        UnknownNameError: The zone knows no such name.
+    """
+    name = request.work.options.environment
+    if not name or re.fullmatch("[0-9a-f]{64}", name):
+        return name
+    if name not in zone.environments:
+        raise UnknownNameError.of("environment", name, zone.environments)
+    return zone.environments[name].digest
 
 
 def _pool(request: Request, zone: Zone) -> str:

@@ -48,6 +48,11 @@ class Layout:
         """Login of the person who started the cluster, private."""
         return self.root / "person.json"
 
+    @property
+    def environments(self) -> Path:
+        """What this host's operator published for sandboxes (:mod:`ray_gpu.environment_store`)."""
+        return self.root / "environments"
+
     def zone(self, name: str) -> Path:
         """A zone's directory."""
         return self.root / "zones" / name

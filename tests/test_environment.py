@@ -6,8 +6,10 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 
 from ray_gpu import environment
 from ray_gpu.cli.main import cli
-from ray_gpu.environment import Environment
+from zones.environments import Environment
 
 
 def test_current() -> None:
@@ -27,6 +29,9 @@ def test_current() -> None:
     assert found.python == platform.python_version()
     assert found.packages["pyarrow"] == pa.__version__ == metadata.version("pyarrow")
     assert found.packages["scikit-learn"] == metadata.version("scikit_learn")
+    assert {name: found.modules[name] for name in ("sklearn", "PIL", "ray_gpu", "zones", "_pytest")} == {
+        "sklearn": "scikit-learn", "PIL": "pillow", "ray_gpu": "ray-gpu", "zones": "ray-gpu", "_pytest": "pytest"
+    }  # fmt: skip
     assert done.stdout.strip() == found.digest
 
 
@@ -42,17 +47,32 @@ def test_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_digest_follows_every_part() -> None:
-    """Another Python, another version, one distribution more or less: another digest. The order says nothing."""
-    base = Environment(python="3.11.7", packages={"a": "1", "b": "2"})
+    """Whatever is another, the digest is; but for the order. A document gives the environment again."""
+    base = Environment(
+        python="3.11.7", platform="linux-x86_64", packages={"a": "1", "b": "2"}, modules={"a": "a", "b_": "b"}
+    )
     others = [
-        Environment(python="3.11.8", packages=base.packages),
-        Environment(python="3.11.7", packages={"a": "1", "b": "2.0"}),
-        Environment(python="3.11.7", packages={"a": "1"}),
-        Environment(python="3.11.7", packages={"a": "1", "b": "2", "c": "3"}),
+        replace(base, python="3.11.8"),
+        replace(base, platform="linux-aarch64"),
+        replace(base, packages={"a": "1", "b": "2.0"}),
+        replace(base, packages={"a": "1"}),
+        replace(base, packages={"a": "1", "b": "2", "c": "3"}),
+        replace(base, modules={"a": "a", "b_": "a"}),
+        replace(base, files="0" * 64),
     ]
 
-    assert len({base.digest, *(other.digest for other in others)}) == 5
-    assert Environment(python="3.11.7", packages={"b": "2", "a": "1"}).digest == base.digest
+    assert len({base.digest, *(other.digest for other in others)}) == 8
+    assert replace(base, packages={"b": "2", "a": "1"}).digest == base.digest
+    assert Environment.parse(json.loads(json.dumps(base.document()))) == base
+
+
+@pytest.mark.parametrize(
+    "change", [{"python": 3}, {"packages": []}, {"packages": {"a": 1}}, {"more": ""}, {"modules": None}]
+)
+def test_no_document(change: dict[str, Any]) -> None:
+    """What is no document of an environment is refused."""
+    with pytest.raises(ValueError, match="an environment's"):
+        Environment.parse({**environment.current().document(), **change})
 
 
 def test_command() -> None:
@@ -62,4 +82,4 @@ def test_command() -> None:
 
     assert text.output.startswith(f"{found.digest}  Python {found.python}")
     assert f"  pyarrow {pa.__version__}\n" in text.output
-    assert json.loads(document.output) == {"digest": found.digest, **found.document()}
+    assert Environment.parse(json.loads(document.output)) == found

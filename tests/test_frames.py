@@ -108,7 +108,7 @@ def keeper_side(sockets: tuple[socket.socket, socket.socket], monkeypatch: pytes
     os.close(fd)
     start = {
         "key": KEY, "grant_digest": GRANT, "lease": LEASE, "node": "gpu-1", "pool": "shared",
-        "degradations": [], "device": "none", "environment": "", "padding": "fine", "versions": {},
+        "degradations": [], "device": "none", "environment": "", "padding": "fine", "contents": {},
     }  # fmt: skip
     before = set(threading.enumerate())
     keeper = Keeper(start, custodian, inside, slots)
@@ -431,7 +431,7 @@ def test_strangers_at_the_keeper(sockets: tuple[socket.socket, socket.socket], m
     monkeypatch.setattr(keeper_module, "leave", lambda *_, **__: None)
     start = {
         "key": KEY, "grant_digest": GRANT, "lease": LEASE, "node": "gpu-1", "pool": "shared",
-        "degradations": [], "device": "none", "environment": "", "padding": "fine", "versions": {},
+        "degradations": [], "device": "none", "environment": "", "padding": "fine", "contents": {},
     }  # fmt: skip
     custodian, inside = socket.socketpair()
     before = set(threading.enumerate())

@@ -29,7 +29,7 @@ def test_offer_says_what_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(boundary, "gpu_devices", lambda: devices)
     settings = NodeSettings(
         node="gpu-1", pool="shared", gpu_milli=1000, socket_path=tmp_path / "s", uid_base=61200, uid_count=2,
-        actor_uid=61001, address="192.0.2.11", endpoint_ports=range(1, 2),
+        actor_uid=61001, address="192.0.2.11", endpoint_ports=range(1, 2), environments=tmp_path / "environments",
     )  # fmt: skip
     identity = NodeIdentity.enrol("gpu-1", Anybody())
     custodian = Custodian(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from zones.approvals import approved
 from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
+from zones.environments import Environment
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
 from zones.hours import Hours
 from zones.model import (
@@ -45,7 +47,7 @@ from zones.steps import ROW_COLUMN, STEPS_FILE, Step, parse
 
 SCHEMA_FILE = "schema.cedarschema"
 
-_APPROVED = "approved"
+_APPROVED, _ENVIRONMENTS = "approved", "environments"
 #: Formats that a gateway can map into memory or stream.
 _DATA_SUFFIXES = frozenset({".arrow", ".feather", ".parquet"})
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -82,14 +84,19 @@ def load_zone(policies_dir: Path, name: str) -> Zone:
     zone = _zone(name, zone_document, zone_file, datasets, files_digest(files))
     officers = _officers(zone_document, zone_file.officers)
     approved, disapproved = _approved(name, folder, officers, files)
-    return replace(zone, officers=officers, approved=approved, disapproved=disapproved)
+    environments = _environments(folder, files)
+    return replace(zone, officers=officers, approved=approved, disapproved=disapproved, environments=environments)
 
 
 def zone_paths(policies_dir: Path, name: str) -> list[str]:
     """Return the files that describe a zone, relative to the policies directory, but for its pools' files."""
-    approvals = [f"{name}/{_APPROVED}/{path.name}" for path in (policies_dir / name / _APPROVED).glob("*.note")]
+    more = [
+        f"{name}/{part}/{path.name}"
+        for part, pattern in ((_APPROVED, "*.note"), (_ENVIRONMENTS, "*.json"))
+        for path in (policies_dir / name / part).glob(pattern)
+    ]
     steps = [steps_path(name)] if (policies_dir / steps_path(name)).exists() else []
-    return [f"{name}/zone.yaml", f"{name}/catalog.yaml", egress_path(name), SCHEMA_FILE, *steps, *sorted(approvals)]
+    return [f"{name}/zone.yaml", f"{name}/catalog.yaml", egress_path(name), SCHEMA_FILE, *steps, *sorted(more)]
 
 
 def approval_path(name: str, function: str) -> str:
@@ -513,6 +520,21 @@ def _approved(
                 continue
             found[approval.function] = approval.name
     return found, tuple(not_held)
+
+
+def _environments(folder: Path, files: Mapping[str, bytes]) -> dict[str, Environment]:
+    """Return the published environments that the zone knows, by the names of their files."""
+    found = {}
+    for path, content in files.items():
+        if path.endswith(".json"):
+            name, file = PurePosixPath(path).stem, str(folder.parent / path)
+            try:
+                found[check_id(name, what="name of an environment")] = Environment.parse(json.loads(content))
+            except ValueError as problem:
+                raise ConfigError(
+                    f"{file}: {problem}; copy the environment.json that `ray-gpu env build` wrote", file=file
+                ) from None
+    return found
 
 
 def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset]) -> list[ObligationRule]:

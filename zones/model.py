@@ -13,10 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zones.hours import Hours
 from zones.note import VerifierKey
+
+if TYPE_CHECKING:
+    from zones.environments import Environment
 
 #: Node, zone, pool and lease ids. No dots: Vault policies glob on ``<node>.*``.
 ID_PATTERN = re.compile(r"[a-z0-9-]{1,40}")
@@ -244,6 +247,8 @@ class Zone:
     approved: Mapping[str, str] = field(default_factory=dict)
     #: Files below ``approved/`` that approve nothing, and why: ``file: reason``.
     disapproved: Sequence[str] = ()
+    #: Published environments that the zone knows by a name.
+    environments: Mapping[str, Environment] = field(default_factory=dict)
     #: ``None`` where zone.yaml says nothing: ``edge``, but for embedded clusters without root.
     carrier: Carrier | None = None
 
@@ -336,8 +341,9 @@ class Offer:
     degradations: tuple[str, ...]
     #: What computes: ``"NVIDIA H100"`` or ``"numpy stand-in"``.
     device: str
-    #: Digest of what its sandboxes can import (:mod:`ray_gpu.environment`), 64 hexadecimal digits.
-    environment: str
+    #: Digests of what its sandboxes can import (:mod:`zones.environments`): the node's own Python first, then what its
+    #: operator published.
+    environments: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
         """Return the fields as JSON types, for :func:`canonical`."""
@@ -358,7 +364,7 @@ class Grant:
     accepted_degradations: tuple[str, ...]
     #: Of everything that is sent under the lease, either way.
     padding: Padding
-    #: That of the offer: what sandbox and function run in.
+    #: One of the offer's: what the function runs in.
     environment: str
     #: Thousandths of a GPU, so that canonical bytes need no float.
     gpu_milli: int

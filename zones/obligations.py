@@ -29,6 +29,8 @@ class Facts:
     #: Rows that it sends, and at most how many shards they make; ``None`` where no table is sent.
     rows: int | None
     most_shards: int = 0
+    #: Digest of the environment that it asks for; ``""``: whichever fits.
+    environment: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,9 @@ def unmet(obligations: Obligations, call: Facts) -> list[Unmet]:
     if call.resident and not obligations.resident_shards:
         reason = "no shard stays open in a sandbox after its call"
         found.append(Unmet("resident_shards", reason, "call without resident=True"))
+    if call.environment and obligations.environments is not None and call.environment not in obligations.environments:
+        reason = f"functions run in environments that policy names, and {call.environment[:12]} is none of them"
+        found.append(Unmet("environments", reason, "call without environment=..., or with another"))
     if call.rows is not None:
         found += _about_rows(obligations, call.rows, call.most_shards)
     return found

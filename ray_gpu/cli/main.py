@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from ray_gpu.cli.audit import audit
 from ray_gpu.cli.data import data
 from ray_gpu.cli.doctor import doctor
+from ray_gpu.cli.env import env
 from ray_gpu.cli.names import Command, policies_option, state_option, zone_option
 from ray_gpu.cli.node import gateway, node
 from ray_gpu.cli.policy import policy
@@ -185,24 +185,10 @@ def check(cluster: Path, hosts: Path | None) -> None:
     console.print(f"[green]ok[/]: {cluster}", soft_wrap=True)
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
-def env(*, as_json: bool) -> None:
-    """Show what sandboxes on this host can import, and the digest by which zone.yaml names that (`environments`)."""
-    from ray_gpu import environment  # noqa: PLC0415 - imports what only this command needs
-
-    found = environment.current()
-    if as_json:
-        click.echo(json.dumps({"digest": found.digest, **found.document()}))
-        return
-    click.echo(f"{found.digest}  Python {found.python}, {len(found.packages)} distributions")
-    for name, version in sorted(found.packages.items()):
-        click.echo(f"  {name} {version}")
-
-
 cli.add_command(audit)
 cli.add_command(data)
 cli.add_command(doctor)
+cli.add_command(env)
 cli.add_command(node)
 cli.add_command(gateway)
 cli.add_command(policy)

@@ -226,7 +226,7 @@ def _start(
 def _surroundings(profile: Profile, mode: Mode) -> str:
     """Return what the child is told, see :class:`Surroundings`."""
     plain = mode == "none"
-    shown = [*profiles.SYSTEM, *profiles.SYSTEM_FILES, *profiles.runtime_paths(), *profile.bind_ro]
+    shown = [*profiles.SYSTEM, *profiles.SYSTEM_FILES, *profile.readable()]
     # Python lists what a package is in to find it. bubblewrap shows of it nothing but what is shown anyway.
     shown += profiles.package_roots() if profile.kind == "cage" and not plain else []
     shown += [Path("/proc") / name for name in _OWN_PROC] if plain else [Path("/proc"), Path("/dev")]
@@ -282,7 +282,13 @@ def _serve_starts() -> None:
 
 
 def launch_sandbox(
-    *, uid: int, memory_bytes: int, name: str, sock_fd: int, memory_fd: int, devices: tuple[Path, ...] | None = None
+    *,
+    uid: int,
+    memory_bytes: int,
+    name: str,
+    fds: tuple[int, int],
+    devices: tuple[Path, ...] | None = None,
+    site: Path | None = None,
 ) -> Confined:
     """Start one lease's sandbox: ``ray_gpu.sandbox.child`` with its socket and its shared memory.
 
@@ -290,15 +296,17 @@ def launch_sandbox(
         uid: Of this lease alone; unused without root.
         memory_bytes: Cap on its memory.
         name: The lease.
-        sock_fd: Its end of the socket to the keeper.
-        memory_fd: Memory that it shares with the keeper.
+        fds: Its end of the socket to the keeper, and the memory that it shares with the keeper.
         devices: GPU device nodes it may use; by default all of this host's.
+        site: Directory of the packages that it has, of a published environment; by default this Python's own.
     """
     profile = profiles.sandbox(
-        name, uid=uid, memory_bytes=memory_bytes, keep_fds=(sock_fd, memory_fd),
-        devices=gpu_devices() if devices is None else devices,
+        name, uid=uid, memory_bytes=memory_bytes, keep_fds=fds,
+        devices=gpu_devices() if devices is None else devices, site=site,
     )  # fmt: skip
-    return launch([sys.executable, "-P", "-m", "ray_gpu.sandbox.child", str(sock_fd), str(memory_fd)], profile)
+    # What Python has of the distribution's own packages is no part of a published environment either.
+    python = [sys.executable] if site is None else [sys._base_executable, "-S"]  # type: ignore[attr-defined]  # CPython's
+    return launch([*python, "-P", "-m", "ray_gpu.sandbox.child", *map(str, fds)], profile)
 
 
 def launch_keeper(*, uid: int, name: str, control_fd: int, sandbox_fd: int, memory_fd: int) -> Confined:

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ray_gpu.sandbox.profile import SYSTEM, SYSTEM_FILES, Profile, runtime_paths
+from ray_gpu.sandbox.profile import SYSTEM, SYSTEM_FILES, Profile
 
 #: The first release with ``--size`` and ``--disable-userns``.
 OLDEST = (0, 8)
@@ -100,7 +100,7 @@ def _shared_memory(profile: Profile) -> Iterator[str]:
 
 
 def _binds(profile: Profile) -> Iterator[str]:
-    read = (*runtime_paths(), *profile.bind_ro)
+    read = profile.readable()
     yield from _parents((*read, *(inside for _, inside in profile.bind_rw)))
     for path in read:
         yield from ("--ro-bind-try", str(path), str(path))

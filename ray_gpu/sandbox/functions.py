@@ -1,18 +1,29 @@
-"""Makes a function out of what was sent of it. Runs in the sandbox alone; the forms are ``ray_gpu.proposal``'s."""
+"""Makes a function out of what was sent of it. Runs in the sandbox alone; the forms are ``ray_gpu.proposal``'s.
+
+Modules of the user's own that were sent along are imported from memory.
+"""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import importlib
+import importlib.abc
+import importlib.machinery
 import json
+import linecache
 import operator
-from collections.abc import Callable
+import sys
+import types
+import zlib
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
 #: First byte of a function in a form that an officer can read. All others are pickled.
 _STABLE = b"S"
+#: First byte of a function with the source of modules before it, ``ray_gpu.functions.MODULES``.
+_MODULES = b"M"
 #: What stands before a value that is sent as a function is; its length keeps arrays aligned.
 VALUE = b"V" + bytes(63)
 
@@ -24,10 +35,57 @@ def load(sent: bytes, unpickle: Callable[[bytes], Any]) -> Callable[..., Any]:
         ImportError: It is a distribution's, and not of the version that is installed here.
         Exception: Whatever its own code raises while it is loaded.
     """
+    if sent[:1] == _MODULES:
+        end = 9 + int.from_bytes(sent[1:9], "big")
+        _sent.take(json.loads(zlib.decompress(sent[9:end])))
+        sent = sent[end:]
     if sent[:1] != _STABLE:
         return unpickle(sent)  # type: ignore[no-any-return]  # the notebook pickled a function
     document = json.loads(sent[1:])
     return _named(document) if document["form"] == "named" else _compiled(document)
+
+
+class _SentModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds and loads modules whose source was sent."""
+
+    def __init__(self) -> None:
+        #: Of each module, whether it is a package, and its source.
+        self._sources: dict[str, tuple[bool, str]] = {}
+
+    def take(self, sources: dict[str, tuple[bool, str]]) -> None:
+        """Add *sources*. Modules that are there with another source are imported anew, with all of their packages."""
+        tops = {name.partition(".")[0] for name in sources}
+        known = {name: source for name, source in self._sources.items() if name.partition(".")[0] in tops}
+        if known != sources:
+            for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+                del sys.modules[name]
+            self._sources = {name: source for name, source in self._sources.items() if name not in known} | sources
+        if self not in sys.meta_path:
+            # Before what is installed, as in the notebook.
+            sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec of a module that was sent."""
+        if fullname not in self._sources:
+            return None
+        return importlib.machinery.ModuleSpec(
+            fullname, self, origin=f"<{fullname}>", is_package=self._sources[fullname][0]
+        )
+
+    def get_source(self, fullname: str) -> str:
+        """Return a module's source."""
+        return self._sources[fullname][1]
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        """Return a module's code, whose lines tracebacks then show."""
+        source, file = self.get_source(fullname), f"<{fullname}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        return compile(source, file, "exec", dont_inherit=True)
+
+
+_sent = _SentModules()
 
 
 def _named(document: dict[str, Any]) -> Callable[..., Any]:

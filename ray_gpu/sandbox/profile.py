@@ -47,6 +47,8 @@ class Profile:
     gid: int | None = None
     #: Whether it stays in the host's network namespace.
     network: bool = False
+    #: Directory of packages that takes the place of this Python's own, which are not there then.
+    site: Path | None = None
     #: Paths shown read-only, at the same place, on top of the system and :func:`runtime_paths`.
     bind_ro: tuple[Path, ...] = ()
     #: Host path and place inside, writable. Without bubblewrap both must be the same.
@@ -65,21 +67,33 @@ class Profile:
     #: Its whole environment. Never a secret: the launcher's command line shows it.
     env: Mapping[str, str] = field(default_factory=dict)
 
+    def readable(self) -> tuple[Path, ...]:
+        """Return what it may read besides the system."""
+        packages = () if self.site is None else (self.site,)
+        return (*runtime_paths(packages=self.site is None), *packages, *self.bind_ro)
+
 
 def sandbox(
-    name: str, *, uid: int | None, memory_bytes: int | None, keep_fds: tuple[int, ...], devices: tuple[Path, ...] = ()
+    name: str,
+    *,
+    uid: int | None,
+    memory_bytes: int | None,
+    keep_fds: tuple[int, ...],
+    devices: tuple[Path, ...] = (),
+    site: Path | None = None,
 ) -> Profile:
     """Return the profile for user code: no network, nothing writable but its own /tmp, and with a GPU /dev/shm.
 
-    What scikit-learn and SciPy need to work on a GPU's arrays (``array_api_dispatch=True``) is switched on; joblib's
-    processes, for which there is no place, are off.
+    With *site*, the packages of that directory are there and no others. What scikit-learn and SciPy need to work on a
+    GPU's arrays (``array_api_dispatch=True``) is switched on; joblib's processes, for which there is no place, are off.
     """
     gpu = bool(devices)
+    tmpfs = {"/tmp": TMP_BYTES, **({"/dev/shm": SHM_BYTES} if gpu else {})}
     return Profile(
         name=name, kind="sandbox", uid=uid, memory_bytes=memory_bytes, processes=MAX_PROCESSES, keep_fds=keep_fds,
-        bind_ro=cuda_files() if gpu else (), tmpfs={"/tmp": TMP_BYTES, **({"/dev/shm": SHM_BYTES} if gpu else {})},
+        site=site, bind_ro=cuda_files() if gpu else (), tmpfs=tmpfs,
         devices=devices,
-        env={**python_env(), "SCIPY_ARRAY_API": "1", "JOBLIB_MULTIPROCESSING": "0", **(cuda_env() if gpu else {})},
+        env={**python_env(site), "SCIPY_ARRAY_API": "1", "JOBLIB_MULTIPROCESSING": "0", **(cuda_env() if gpu else {})},
     )  # fmt: skip
 
 
@@ -141,10 +155,14 @@ def package_roots() -> tuple[Path, ...]:
 
 
 @functools.cache
-def runtime_paths() -> tuple[Path, ...]:
-    """Return what to show read-only so that this Python, its environment and this project run."""
+def runtime_paths(*, packages: bool = True) -> tuple[Path, ...]:
+    """Return what to show read-only so that this Python, its environment and this project run.
+
+    Without *packages*, those that are installed in the environment are left out.
+    """
     python = Path(sys.executable).resolve().parents[1]
-    wanted = [Path(sys.base_prefix), Path(sys.base_prefix).resolve(), python, Path(sys.prefix), *package_paths()]
+    wanted = [Path(sys.base_prefix), Path(sys.base_prefix).resolve(), python, *package_paths()]
+    wanted += [Path(sys.prefix)] if packages else []
     outside = [p for p in dict.fromkeys(wanted) if not p.is_relative_to("/usr") and p != Path("/")]
     return tuple(p for p in outside if not any(p != other and p.is_relative_to(other) for other in outside))
 
@@ -161,13 +179,15 @@ def cuda_env() -> dict[str, str]:
     return {**found, "CUDA_PATH": str(CUDA_TOOLKIT)} if CUDA_TOOLKIT.is_dir() else found
 
 
-def python_env() -> dict[str, str]:
-    """Return the environment of a confined Python."""
+def python_env(site: Path | None = None) -> dict[str, str]:
+    """Return the environment of a confined Python; with *site*, of one that imports from there."""
+    # Of this project's directories nothing but its packages is shown where another's are imported.
+    places = package_roots() if site is None else (site, *dict.fromkeys(path.parent for path in package_paths()))
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
-        "PYTHONPATH": ":".join(map(str, package_roots())),
+        "PYTHONPATH": ":".join(map(str, places)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
         # Leases share a node's cores; a library that takes them all for one spins against the others.

@@ -21,7 +21,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from ray_gpu import custodian
+from ray_gpu import custodian, environment
 from ray_gpu.endpoint import Endpoint
 from ray_gpu.frames import SealedSocket
 from tests.proofs.forging import answer_bytes, bombs, forgeries
@@ -31,6 +31,8 @@ from zones.errors import ZoneError
 from zones.keys import derive_lease_key
 from zones.model import Direction, Grant, Kind, Slot, canonical
 
+#: What this node's sandboxes can import.
+CONTENTS = environment.current()
 OK = {"status": "ok", "printed": ""}
 #: How often a byte comes of a message that never ends, seconds.
 TRICKLE_S = 0.5
@@ -76,7 +78,7 @@ class Liar:
 
     def _hello(self) -> None:
         honest = {
-            "node": self.grant.node, "pool": self.grant.pool, "device": "none", "versions": {},
+            "node": self.grant.node, "pool": self.grant.pool, "device": "none", "contents": CONTENTS.document(),
             "environment": self.grant.environment,
             "degradations": list(self.grant.accepted_degradations),
         }  # fmt: skip
@@ -86,6 +88,8 @@ class Liar:
             "hello without fields": msgpack.packb({}),
             "hello of another node": msgpack.packb({**honest, "node": "gpu-2"}),
             "hello with a number for its lacks": msgpack.packb({**honest, "degradations": 7}),
+            "hello with other contents": msgpack.packb({**honest, "contents": {**CONTENTS.document(), "packages": {}}}),
+            "hello with contents that are none": msgpack.packb({**honest, "contents": {"python": ["3"]}}),
             "hello nested deeply": b"\x81\xa1a" + b"\x91" * 10_000 + b"\xc0",
             "hello with an extension": msgpack.packb({**honest, "device": msgpack.ExtType(1, b"x")}),
             "hello of 32 MiB": msgpack.packb({**honest, "device": "x" * (32 << 20)}),

@@ -102,7 +102,7 @@ class Lease:
         send_message(self.sandbox, {"op": "ready", "device": "none", "missing": []})
         start = {
             "key": KEY, "grant_digest": GRANT, "lease": LEASE, "node": "gpu-1", "pool": "shared", "degradations": [],
-            "not_after": int(time.time()) + 600, "versions": {}, "environment": "", "padding": "fine",
+            "not_after": int(time.time()) + 600, "contents": {}, "environment": "", "padding": "fine",
         }  # fmt: skip
         send_message(custodian, start)
         assert recv_message(custodian)[0]["op"] == "ready"

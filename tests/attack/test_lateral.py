@@ -406,7 +406,8 @@ class Asked:
         self.not_after = int(time.time()) + 300
         self.lease = lease_name(secrets.token_bytes(8), self.not_after)
         offered = self.ask(op="offer")["offer"]
-        self.offer = Offer(**{**offered, "degradations": tuple(offered["degradations"])})
+        lists = {name: tuple(offered[name]) for name in ("degradations", "environments")}
+        self.offer = Offer(**{**offered, **lists})
 
     def terms(self, **changes: Any) -> Grant:
         """Return terms that answer the offer."""
@@ -414,7 +415,7 @@ class Asked:
             "zone": "clinic", "lease": self.lease, "node": GPU, "pool": "shared",
             "offer_digest": digest(self.offer.document()), "exchange_key": ExchangeKey().public_hex,
             "accepted_degradations": self.offer.degradations, "padding": Padding.FINE,
-            "environment": self.offer.environment, "gpu_milli": 1, "memory_bytes": 1 << 30,
+            "environment": self.offer.environments[0], "gpu_milli": 1, "memory_bytes": 1 << 30,
             "policy_digest": "0" * 64, "not_after": self.not_after,
         }  # fmt: skip
         return Grant(**{**fields, **changes})

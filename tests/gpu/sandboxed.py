@@ -39,7 +39,7 @@ class Sandbox:
         self._sock, theirs = socket.socketpair()
         self._memory = memory.SlotMap(mmap.mmap(slots, 0))
         self.process = boundary.launch_sandbox(
-            uid=UID, memory_bytes=MEMORY_BYTES, name="gpu-test", sock_fd=theirs.fileno(), memory_fd=slots,
+            uid=UID, memory_bytes=MEMORY_BYTES, name="gpu-test", fds=(theirs.fileno(), slots),
             devices=boundary.gpu_devices() if gpu else (),
         )  # fmt: skip
         theirs.close()

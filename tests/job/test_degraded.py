@@ -397,7 +397,7 @@ class _Lease:
         else:
             self._sandbox.close()
             self._processes.append(boundary.launch_sandbox(
-                uid=61014, memory_bytes=1 << 30, name="hello", sock_fd=sandbox_side.fileno(), memory_fd=slots
+                uid=61014, memory_bytes=1 << 30, name="hello", fds=(sandbox_side.fileno(), slots)
             ))  # fmt: skip
         for sock in (keeper_control, keeper_side, sandbox_side):
             sock.close()
@@ -405,7 +405,7 @@ class _Lease:
         self._control.settimeout(30)
         send_message(self._control, {
             "key": self._key.bytes, "lease": "hello", "grant_digest": "0" * 64, "node": "gpu-1", "pool": "shared",
-            "degradations": ["no-cgroup"], "not_after": int(time.time()) + 60, "versions": {},
+            "degradations": ["no-cgroup"], "not_after": int(time.time()) + 60, "contents": {},
             "environment": "", "padding": "fine",
         })  # fmt: skip
         self.ready, _ = recv_message(self._control)

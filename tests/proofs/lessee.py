@@ -60,7 +60,8 @@ class Lessee:
     def offer(self, actor: socket.socket | None = None) -> Offer:
         """Ask for an offer."""
         document = call(actor or self.actor, {"op": "offer", "lease": self.lease})["offer"]
-        return Offer(**{**document, "degradations": tuple(document["degradations"])})
+        lists = {name: tuple(document[name]) for name in ("degradations", "environments")}
+        return Offer(**{**document, **lists})
 
     def terms(self, offer: Offer, **changes: Any) -> Grant:
         """Return the terms that answer an offer."""
@@ -68,7 +69,7 @@ class Lessee:
             "zone": self._attacked.zone, "lease": self.lease, "node": offer.node, "pool": offer.pool,
             "offer_digest": digest(offer.document()), "exchange_key": self._exchange.public_hex,
             "accepted_degradations": offer.degradations, "padding": Padding.FINE,
-            "environment": offer.environment, "gpu_milli": 1, "memory_bytes": 1 << 30,
+            "environment": offer.environments[0], "gpu_milli": 1, "memory_bytes": 1 << 30,
             "policy_digest": "0" * 64, "not_after": self.not_after,
         }  # fmt: skip
         return Grant(**{**fields, **changes})
