@@ -37,7 +37,7 @@ from ray_gpu.sandbox import boundary, harden, memory
 from ray_gpu.sandbox.scrub import Tenancy
 from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
-from zones.errors import GrantRefusedError, SandboxLevelError, ZoneError
+from zones.errors import ConfigError, GrantRefusedError, SandboxLevelError, ZoneError
 from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
 from zones.model import Grant, Offer, Padding, canonical, check_id, controls_held, digest
 from zones.policy import PoolPolicy
@@ -271,8 +271,7 @@ class Custodian:
         return lease
 
     def _launch(self, grant: Grant, uid: int, endpoint: Endpoint, scrubbed: str) -> Lease:
-        own = grant.environment == self._own.digest
-        site = None if own else self._published.site(grant.environment)
+        site = self._site(grant.environment)
         control, keeper_control = socket.socketpair()
         keeper_side, sandbox_side = socket.socketpair()
         slots = memory.create()
@@ -294,6 +293,22 @@ class Custodian:
             sock.close()
         os.close(slots)
         return Lease(grant=grant, keeper=keeper, sandbox=sandbox, control=control, endpoint=endpoint, scrub=scrubbed)
+
+    def _site(self, digest: str) -> Path | None:
+        """Return where a published environment's packages are, compared with what was built; ``None`` for the own.
+
+        Raises:
+            GrantRefusedError: They were changed, or are gone.
+        """
+        try:
+            return None if digest == self._own.digest else self._published.site(digest)
+        except ConfigError as error:
+            sys.stderr.write(f"environment {digest} is not served: {error.message}\n")
+            sys.stderr.flush()
+            raise GrantRefusedError(
+                f"node {self._settings.node} does not serve the environment {digest[:12]}: it is not as it was built; "
+                "ask the pool's operator (`ray-gpu env list` there says why)"
+            ) from None
 
     def _introduce(self, lease: Lease, key: LeaseKey) -> str:
         """Give the keeper its key and wait until it and the sandbox are ready; return the device's name."""

@@ -256,6 +256,7 @@ def _named(error: ZoneError, lease: Lease) -> ZoneError:
 def call(session: Session, request: Request, allowed: Allowed, lease: Lease, cancelled: Cancel) -> Result:
     """Run a function once on arguments alone: one sealed message out, one back."""
     cancelled.watch(lease)
+    session.check_imports(request, lease)
     spending = session.standing(allowed, lease)
     number = prepare(session, request, lease, spending)
     spending.draw(1, lease.wire_bytes(len(request.arguments)))
@@ -281,8 +282,6 @@ def call(session: Session, request: Request, allowed: Allowed, lease: Lease, can
 
 def prepare(session: Session, request: Request, lease: Lease, spending: Spending) -> int:
     """Send the function and the broadcasts of a call unless the lease has them; return the function's number."""
-    if request.work.digest not in lease.functions:
-        session.check_imports(request, lease)
     for digest in request.broadcasts:
         if digest not in lease.functions:
             _send_once(session, lease, spending, digest, b"".join((VALUE, session.broadcasts.get(digest))))
@@ -640,6 +639,7 @@ class ShardRun:
     def _serve(self, lease: Lease) -> None:
         """Send shards, at most ``IN_FLIGHT`` at once, and take results, until nothing is pending."""
         self._cancelled.watch(lease)
+        self._session.check_imports(self._request, lease)
         spending = self._session.spending(
             self._allowed, lease, rows=self._plan.rows, calls=1, bytes_=self._most_bytes(lease)
         )

@@ -428,6 +428,8 @@ class Session:
             FunctionRefusedError: It does.
         """
         work, there = request.work, lease.contents
+        if work.digest in lease.functions:
+            return
         if missing := [module for module, _ in work.options.imports if module not in there.modules]:
             raise FunctionRefusedError(
                 f"{work.name} imports {', '.join(missing)}, and {lease.node} has no such module in the environment "

@@ -1,0 +1,184 @@
+"""Functions run in the environment that they ask for, if policy allows it, and see nothing else; what lacks is told."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_gpu import gpu_remote
+from ray_gpu.environment_store import NEEDED, Store
+from ray_gpu.state import Layout
+from tests.job.test_obligations import PLACE, World
+from tests.published import EXTRA, lock
+from zones.environments import Environment
+from zones.errors import EgressDeniedError, FunctionRefusedError, GrantRefusedError, PlacementError, UnknownNameError
+
+
+@gpu_remote
+def distributions(probe: str) -> dict[str, Any]:
+    """Return what can be imported, and what is in the way of changing it."""
+    import importlib.util
+    import os
+    import sys
+
+    spec = importlib.util.find_spec("numpy")
+    place = os.path.dirname(os.path.dirname(spec.origin)) if spec and spec.origin else ""
+    try:
+        with open(os.path.join(place, "planted.py"), "w", encoding="utf-8") as file:
+            file.write(probe)
+        planted = "written"
+    except OSError as error:
+        planted = type(error).__name__
+    names = ["toolz", "hvac", "ray", "sklearn", "pip", "numpy", "ray_gpu"]
+    seen = sorted(name for name in os.listdir(place) if name.endswith(".dist-info"))
+    found = [name for name in names if importlib.util.find_spec(name)]
+    return {"found": found, "planted": planted, "seen": seen, "prefix": sys.prefix, "site": "site" in sys.modules}
+
+
+@gpu_remote
+def first_of(rows: list[int]) -> int:
+    """Use a package that the nodes' own Python has not."""
+    import toolz
+
+    return int(toolz.first(rows))
+
+
+@gpu_remote(columns=["mdvis"])
+def counted(batch: Any) -> int:
+    """The same on data."""
+    import toolz
+
+    return int(toolz.count(batch["mdvis"]))
+
+
+@pytest.fixture(scope="module")
+def world(start_cluster: Callable[..., Any], copy_policies: Callable[..., Path]) -> Iterator[World]:
+    """A cluster with a place for obligations in its zone.yaml."""
+    policies = copy_policies({"clinic/zone.yaml": ("shuffle: rows", f"shuffle: rows\n{PLACE}")})
+    with start_cluster(policies=policies) as cluster:
+        yield World(cluster)
+
+
+@pytest.fixture(scope="module")
+def published(world: World, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment that the operator publishes while the cluster runs."""
+    store = Store(Layout(world.cluster.state).environments)
+    return store.build(lock(tmp_path_factory.mktemp("lock") / "lock.txt"))
+
+
+def test_runs_there(world: World, published: Environment) -> None:
+    """A function sees the packages of the environment that it asked for and no others, and cannot add to them."""
+    with world.cluster.attach() as session:
+        own = distributions.options(session=session).remote("").result()
+        there = distributions.options(session=session, environment=published.digest).remote("").result()
+        assert first_of.options(session=session, environment=published.digest).remote([5, 6]).result() == 5
+        (lease,) = [one for one in session.status()["leases"] if one["environment"] == published.digest]
+        assert lease["differs"] == []
+
+    # The nodes' own Python has all that this one has, and not what was published: each probe finds what is there.
+    assert own["found"] == ["hvac", "ray", "sklearn", "pip", "numpy", "ray_gpu"]
+    assert there["found"] == [EXTRA, "numpy", "ray_gpu"]
+    assert len(there["seen"]) == len(published.packages)
+    assert there["planted"] == own["planted"] == "OSError"
+    assert world.cluster.entries("intent")[-1]["environment_digest"] == published.digest
+    receipts = [entry["receipt"]["receipt"]["environment"] for entry in world.cluster.entries("lease-end")]
+    assert published.digest in receipts
+
+
+def test_lacks_a_module(world: World, published: Environment) -> None:
+    """What a function imports, and its environment has not, is told before anything of it, or of its data, leaves."""
+    before = world.cluster.entries()[-1]["seq"]
+    with world.cluster.attach() as session:
+        data = session.read("randhie", columns=["mdvis"])
+        with pytest.raises(
+            FunctionRefusedError, match=r"counted imports toolz, and gpu-\d has no such module in .*env"
+        ):
+            counted.options(session=session).map_reduce(data, sum)
+        with pytest.raises(FunctionRefusedError, match=r"first_of imports toolz.*nothing of the call left"):
+            first_of.options(session=session).remote([1]).result()
+        assert not [entry for entry in world.cluster.entries("intent") if entry["seq"] > before]
+        # Control: where it is, both run.
+        there = {"session": session, "environment": published.digest}
+        assert counted.options(**there).map_reduce(data, sum) == 20190
+    assert [entry for entry in world.cluster.entries("intent") if entry["seq"] > before]
+
+
+def test_by_name(world: World, published: Environment) -> None:
+    """The zone gives environments names; a session shows them, and how they differ, before anything leaves."""
+    folder = world.file.parent / "environments"
+    folder.mkdir()
+    shutil.copy(Layout(world.cluster.state).environments / published.digest / "environment.json", folder / "small.json")
+    try:
+        world.demand("max_rows: 1000000")
+        with world.cluster.attach() as session:
+            found = {one["name"]: one for one in session.status()["environments"]}
+            assert (found["small"]["digest"], found["small"]["differs"]) == (published.digest, [])
+            assert "small" in session._repr_html_()
+            assert first_of.options(session=session, environment="small").remote([7]).result() == 7
+            with pytest.raises(UnknownNameError, match=r"no environment 'smal' \(did you mean 'small'\?\)"):
+                first_of.options(session=session, environment="smal").remote([7]).result()
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_differences_are_listed(world: World, published: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a notebook has in another version than an environment that is known is listed when it attaches."""
+    from ray_gpu.environment import versions
+
+    with world.cluster.attach() as session:
+        first_of.options(session=session, environment=published.digest).remote([1]).result()
+    other = {**versions(), "numpy": "1.99", "python": "3.99.7"}
+    monkeypatch.setattr("ray_gpu.client.versions", lambda: other)
+    before = world.cluster.entries()[-1]["seq"]
+    with world.cluster.attach() as session:
+        found = {one["digest"]: one for one in session.status()["environments"]}
+        said = found[published.digest]
+        assert said["nodes"]
+        assert said["differs"] == [
+            f"numpy 1.99 here, {versions()['numpy']} there", f"python 3.99 here, {published.python} there"
+        ]  # fmt: skip
+        assert "python 3.99 here" in session._repr_html_()
+    assert not [entry for entry in world.cluster.entries("intent") if entry["seq"] > before]
+
+
+def test_policy_names_another(world: World, published: Environment) -> None:
+    """Where policy names environments, asking for another one is refused, and the one that it names is taken."""
+    world.demand(f'environments: ["{"0" * 64}"]')
+    with world.cluster.attach() as session:
+        asks = first_of.options(session=session, environment=published.digest)
+        with pytest.raises(EgressDeniedError, match=rf"{published.digest[:12]} is none of them"):
+            asks.remote([1]).result()
+        assert world.cluster.entries("refusal")[-1]["obligations"] == ["environments"]
+    world.demand(f'environments: ["{"0" * 64}", "{published.digest}"]')
+    with world.cluster.attach() as session:
+        # Of those that a node has, the one that policy names, whatever its own Python has.
+        assert first_of.options(session=session).remote([1]).result() == 1
+    world.demand("max_rows: 1000000")
+
+
+def test_not_there(world: World) -> None:
+    """What no node has is told for each node, and who can change it."""
+    with world.cluster.attach() as session, pytest.raises(PlacementError, match="does not have the environment 0000"):
+        first_of.options(session=session, environment="0" * 64).remote([1]).result()
+
+
+def test_changed_is_not_served(world: World, tmp_path: Path) -> None:
+    """Packages that somebody changed after they were built are not run; as they were, they are."""
+    root = Layout(world.cluster.state).environments
+    # Another one than the tests': a custodian compares what it serves once.
+    found = Store(root).build(lock(tmp_path / "lock.txt", [*NEEDED, "tzdata"]))
+    path = root / found.digest / "site" / EXTRA / "functoolz.py"
+    path.chmod(0o644)
+    text = path.read_bytes()
+    path.write_bytes(text + b"\n")
+    with world.cluster.attach() as session:
+        asks = first_of.options(session=session, environment=found.digest)
+        with pytest.raises(GrantRefusedError, match=r"is not as it was built.*`ray-gpu env list`"):
+            asks.remote([1]).result()
+        path.write_bytes(text)
+        path.chmod(0o444)
+        assert asks.remote([1]).result() == 1
