@@ -43,7 +43,7 @@ def store(built: Path, tmp_path: Path) -> Store:
 
 
 def test_what_it_is(built: Path) -> None:
-    """It has what the lock names, for Pythons of this minor version, a document that proves itself, and all read-only."""
+    """It has what the lock names, for Pythons of this minor version; its document proves itself; all is read-only."""
     store = Store(Layout(built).environments)
     (digest,) = store.digests()
     found, site = store.environment(digest), store.site(digest)
