@@ -19,7 +19,7 @@ from ray_gpu.captured import own, travels
 from zones.errors import FunctionRefusedError
 
 #: In every sandbox, whatever its environment.
-_EVERYWHERE = frozenset({*sys.stdlib_module_names, "ray_gpu", "zones", "__main__"})
+_EVERYWHERE = frozenset({*sys.stdlib_module_names, "ray_gpu", "zones", "cloudpickle", "__main__"})
 #: Instructions after which the rest of a function may not be reached.
 _ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "RETURN_GENERATOR"})
 #: What is no Python and has code all the same.

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import io
 import mmap
 import os
@@ -35,8 +36,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import ray_gpu
 from ray_gpu.answers import MAX_TEXT_BYTES, write_outcome
-from ray_gpu.sandbox.functions import VALUE, load
+from ray_gpu.sandbox.functions import VALUE, decorator, load
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
 from ray_gpu.sandbox.raised import describe
@@ -53,6 +55,9 @@ class _Libraries:
         from ray_gpu import arrays  # noqa: PLC0415 - after hardening
         from zones import ipc, values  # noqa: PLC0415 - after hardening
 
+        if importlib.util.find_spec("hvac") is None:
+            # Modules of the user's own may well write it above a function that they are sent for.
+            vars(ray_gpu)["gpu_remote"] = decorator
         self.unpickle = cloudpickle.loads
         self.batch, self.to_host, self.device = arrays.Batch.of_shard, arrays.to_host, arrays.device
         self.read_ipc = ipc.read_ipc

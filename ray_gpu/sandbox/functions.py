@@ -88,6 +88,11 @@ class _SentModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 _sent = _SentModules()
 
 
+def decorator(function: Any = None, **options: Any) -> Any:
+    """Return the function itself: what ``@gpu_remote`` is where an environment lacks what a notebook needs."""
+    return (lambda wrapped: wrapped) if function is None else function
+
+
 def _named(document: dict[str, Any]) -> Callable[..., Any]:
     name, wanted = document["distribution"], document["version"]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,21 @@ def test_runs_there(world: World, published: Environment) -> None:
     assert world.cluster.entries("intent")[-1]["environment_digest"] == published.digest
     receipts = [entry["receipt"]["receipt"]["environment"] for entry in world.cluster.entries("lease-end")]
     assert published.digest in receipts
+
+
+def test_modules_go_along(
+    world: World, published: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module of one's own goes to it too, also one that has remote functions of its own."""
+    text = (
+        "from ray_gpu import gpu_remote\n@gpu_remote(num_gpus=0.5)\ndef last(x):\n import toolz\n return toolz.last(x)"
+    )
+    (tmp_path / "lasts.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lasts = importlib.import_module("lasts")
+    with world.cluster.attach() as session:
+        there = {"session": session, "environment": published.digest, "modules": [lasts]}
+        assert gpu_remote(**there)(lambda: importlib.import_module("lasts").last([4, 5])).remote().result() == 5
 
 
 def test_lacks_a_module(world: World, published: Environment) -> None:
