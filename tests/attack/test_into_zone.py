@@ -241,7 +241,7 @@ def test_lying_introduction(world: World, relay: AttackersRelay, lie: str) -> No
 
 GRANT = Grant(
     zone="clinic", lease="lease-1", node=LIAR, pool="shared", offer_digest="0" * 64, exchange_key="0" * 64,
-    accepted_degradations=(), padding=Padding.FINE, environment="0" * 64, gpu_milli=1000,
+    accepted_degradations=(), padding=Padding.FINE, environment=rogue.CONTENTS.digest, gpu_milli=1000,
     memory_bytes=1 << 30, policy_digest="0" * 64, not_after=1 << 40,
 )  # fmt: skip
 
@@ -279,4 +279,4 @@ def test_lying_hello(opener: LeaseOpener, lie: str) -> None:
 
 def test_honest_hello(opener: LeaseOpener) -> None:
     """The same program, without its lie, is believed."""
-    assert introduced(opener, "no lie") == ("none", (), {})
+    assert introduced(opener, "no lie") == ("none", (), rogue.CONTENTS)

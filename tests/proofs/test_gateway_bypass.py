@@ -264,14 +264,15 @@ def test_patched_client(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> 
     forbidden = {"dataset": "visits", "columns": [*COLUMNS]}
     monkeypatch.setattr(handle.Handle, "document", lambda _: forbidden)
     monkeypatch.setattr(options.FunctionOptions, "document", lambda _: {"columns": ["patient"]})
-    monkeypatch.setattr(functions, "pack", lambda _: pickled(b"captured"))
+    packed = functions.PackedFunction
+    monkeypatch.setattr(packed, "packed", lambda _: functions.Packed(pickled(b"captured"), []))
     before = len(attacked.entries("intent"))
 
     with attacked.attach() as session:
         remote = ray_gpu.gpu_remote(session=session)(lambda batch: 0)
         with pytest.raises(EgressDeniedError):
             remote.map_reduce(session.read("visits", columns=["cost"]), sum)
-        monkeypatch.setattr(functions, "pack", lambda _: bytes(1 << 17))
+        monkeypatch.setattr(packed, "packed", lambda _: functions.Packed(bytes(1 << 17), []))
         with pytest.raises(errors.FunctionRefusedError):
             ray_gpu.gpu_remote(session=session)(lambda: 0).remote().result()
     assert len(attacked.entries("intent")) == before
