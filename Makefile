@@ -5,7 +5,7 @@ PYTHON ?=
 UPGRADE ?=
 BIN = .venv/bin
 
-.PHONY: help demo test lint site attack chaos client bench adversary bench-tls testbed up down status gpu head lock clean
+.PHONY: help demo test lint site attack chaos client bench adversary bench-tls testbed up down status gpu torch head lock clean
 
 help:
 	@echo "make demo    run the main job on an embedded cluster of three nodes, and stop it again"
@@ -21,6 +21,7 @@ help:
 	@echo "make testbed build several hosts on this machine, as root, until Ctrl-C"
 	@echo "make lint    the checks that run nothing"
 	@echo "make gpu     add CuPy to .venv"
+	@echo "make torch   add PyTorch to .venv, and train a convolutional network with it, on nodes and in the zone"
 	@echo "make head    add to .venv what a cluster's head needs besides: ray[default]"
 	@echo "make lock    write constraints*.txt anew (UPGRADE=--upgrade for the newest versions)"
 	@echo "make clean   remove .venv and caches"
@@ -68,6 +69,10 @@ up down status: .venv/ready
 
 gpu head: .venv/ready
 	@$(BIN)/python -m pip install -qq --root-user-action=ignore --require-hashes -r constraints-$@.txt
+
+torch: .venv/ready
+	@scripts/torch.sh
+	@$(BIN)/python -m pytest -rP tests/test_torch.py
 
 lock:
 	@scripts/lock.sh "$(or $(PYTHON),python3.11)" $(UPGRADE)

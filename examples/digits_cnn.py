@@ -89,7 +89,9 @@ class Worker:
         self.torch.nn.utils.vector_to_parameters(vector, self.network.parameters())
 
 
-def train(gradient: Gradient, state: dict[str, Any], validate: Callable[[Any], float], save: Callable[[Any], None]) -> Any:
+def train(
+    gradient: Gradient, state: dict[str, Any], validate: Callable[[Any], float], save: Callable[[Any], None]
+) -> Any:
     """Train with Adam until validation gets no better; return the best weights. Runs in the zone.
 
     Args:
@@ -138,10 +140,13 @@ def rows_here(seed: int, rows: ray_gpu.Handle) -> Worker:
 
 def train_remotely(zone: ray_gpu.Session, seed: int, *, say: Callable[[str], None] = print, **options: Any) -> Any:
     """Train on two GPU actors, from a checkpoint if there is one; return the best weights."""
-    digits, name = zone.read("digits"), f"digits-cnn-{seed}"
+    digits = zone.read("digits")
     validation = rows_here(seed, digits.segment(VALIDATION))
-    known = any(one["name"] == name for one in zone.saved())
-    state = zone.load(name) if known else beginning(validation.weights())
+    state = beginning(validation.weights())
+    # Of this network, whatever was tried before.
+    name = f"digits-cnn-{seed}-{len(state['weights'])}"
+    if any(one["name"] == name for one in zone.saved()):
+        state = zone.load(name)
     say(f"seed {seed}: begins with epoch {state['epoch'] + 1}")
     remote = ray_gpu.gpu_remote(concurrency=2, shard_bytes=64 << 10, session=zone, **options)(Worker)
     with remote.remote(seed) as workers:
