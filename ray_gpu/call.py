@@ -32,6 +32,7 @@ from zones.errors import (
     GatewayUnavailableError,
     RemoteFunctionError,
     ValueRefusedError,
+    from_wire,
 )
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Call(Generic[R]):
             self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
             return
         if reply.get("event") == "part":
-            self._parts.append((int(reply["shard"]), value_of(reply, fds, one=True)))
+            self._parts.append((int(reply["shard"]), _part(reply, fds)))
         elif "event" in reply:
             self._event(reply)
         else:
@@ -259,6 +260,14 @@ def value_of(reply: dict[str, Any], fds: list[int], *, one: bool) -> Any:
         return values.decode(view, zero_copy=True)
     found = [values.decode(view[start:stop], zero_copy=True) for start, stop in places]
     return found[0] if one else found
+
+
+def _part(reply: dict[str, Any], fds: list[int]) -> Any:
+    """Return a shard's value, or what the function raised for it."""
+    if "failed" not in reply:
+        return value_of(reply, fds, one=True)
+    failed = from_wire(reply["failed"])
+    return rebuild(failed) if isinstance(failed, RemoteFunctionError) else failed
 
 
 def _with_data(request: dict[str, Any], data: Any) -> tuple[dict[str, Any], list[int]]:

@@ -40,10 +40,12 @@ from zones.errors import (
     AnswerRefusedError,
     EnvelopeError,
     LeaseLostError,
+    RemoteFunctionError,
     ResultTooLargeError,
     RowCountError,
     ValueRefusedError,
     ZoneError,
+    to_wire,
 )
 from zones.model import Kind, Padding
 from zones.obligations import Unmet
@@ -767,8 +769,14 @@ class ShardRun:
             raise EnvelopeError
         rows, was_open = self._plan.shard_rows(index), self._open_since(lease, index) is not None
         expected = RowsExpected(rows) if self._request.mode is Mode.MAP else None
+        failed: RemoteFunctionError | None = None
         try:
-            outcome = open_outcome(payload, expected=expected)
+            try:
+                outcome = open_outcome(payload, expected=expected)
+            except RemoteFunctionError as error:
+                if not self._request.return_exceptions:
+                    raise
+                failed, outcome = error, Outcome(value=None, encoded=payload[:0], printed=error.printed)
             if outcome.absent:
                 self._absent(lease, flying[0], was_open=was_open)
                 flying.popleft()
@@ -785,14 +793,17 @@ class ShardRun:
         flying.popleft()
         self._accept(lease, (index, attempt), rows, outcome)
         if self._request.mode is Mode.STREAM:
-            self._stream(index, outcome.encoded)
+            self._stream(index, outcome.encoded, failed)
             self._hold(-len(payload))
         if self._resident is not None and outcome.kept and not was_open:
             self._resident.keep(index, lease.id, current)
 
-    def _stream(self, index: int, encoded: memoryview) -> None:
-        """Hand a value over. A caller that does not take it holds up the call."""
+    def _stream(self, index: int, encoded: memoryview, failed: RemoteFunctionError | None) -> None:
+        """Hand a value over, or what was raised. A caller that does not take it holds up the call."""
         part = {"event": "part", "shard": index}
+        if failed is not None:
+            self._events({**part, "failed": to_wire(failed)})
+            return
         if len(encoded) <= INLINE_BYTES:
             self._events({**part, "inline": bytes(encoded)})
             return

@@ -6,7 +6,8 @@ import functools
 import json
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from ray_gpu import functions, progress, proposal
@@ -87,7 +88,9 @@ class RemoteFunction(Generic[P, R]):
             raise TypeError(f"reduce takes the list of the shards' values, as `sum` does; {reduce!r} is no function")
         return reduce(self._call("shards", data, args, kwargs).result())
 
-    def stream(self, data: Any, *args: Any, ordered: bool = False, **kwargs: Any) -> Stream[R]:
+    def stream(
+        self, data: Any, *args: Any, ordered: bool = False, return_exceptions: bool = False, **kwargs: Any
+    ) -> Stream[R]:
         """Run ``f(batch, *args, **kwargs)`` on every shard and give its values one by one, as they come back.
 
         Args:
@@ -95,12 +98,15 @@ class RemoteFunction(Generic[P, R]):
             args: Further arguments, the same for every shard.
             ordered: Whether values come by their shards' numbers. Where policy's shuffle is ``none`` that is the order
                 of the rows; else it says nothing of them.
+            return_exceptions: Whether what the function raises for a shard stands in for its value, and the others
+                come all the same. If not, it ends the stream.
             kwargs: Further keyword arguments.
 
         Returns:
             An iterator for ``for`` and ``async for``. Errors are raised after the values that came before them.
         """
-        return Stream(self._call("stream", data, args, kwargs), ordered=ordered)
+        call = self._call("stream", data, args, kwargs, more={"return_exceptions": True} if return_exceptions else {})
+        return Stream(call, ordered=ordered)
 
     @overload
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
@@ -166,14 +172,21 @@ class RemoteFunction(Generic[P, R]):
         return result  # type: ignore[no-any-return]  # the same with NumPy's arrays in place of CuPy's
 
     def _call(
-        self, mode: str, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = False
+        self,
+        mode: str,
+        data: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        whole: bool = False,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> Call[Any]:
         table = as_table(data, self._options.columns) if mode in ("map", "shards", "stream") else None
         session = self._session(table)
         work = self._work(session, whole=whole)
         args, kwargs, broadcasts = taken_out(args, kwargs, session)
         arguments = _encode(args, kwargs, broadcasts)
-        request = {"op": "call", "mode": mode, "work": work, "arguments": arguments}
+        request = {"op": "call", "mode": mode, "work": work, "arguments": arguments, **more}
         if broadcasts:
             request["broadcasts"] = sorted(set(broadcasts.values()))
         show = progress.Progress(self._name) if table is not None and progress.wanted() else None

@@ -114,6 +114,8 @@ class Request:
     data: dict[str, Any] | None
     #: Digests of the values that arguments name.
     broadcasts: tuple[str, ...] = ()
+    #: Of a stream: whether what the function raises for a shard stands in for its value, and the call goes on.
+    return_exceptions: bool = False
 
 
 def parse(message: dict[str, Any]) -> Request:
@@ -141,8 +143,16 @@ def parse(message: dict[str, Any]) -> Request:
     broadcasts = message.get("broadcasts") or []
     if not isinstance(broadcasts, list) or not all(isinstance(one, str) for one in broadcasts):
         raise ValueError("broadcasts must be a list of digests")
+    return_exceptions = message.get("return_exceptions", False)
+    if not isinstance(return_exceptions, bool) or (return_exceptions and mode is not Mode.STREAM):
+        raise ValueError("return_exceptions is true or false, and streams alone have it")
     request = Request(
-        mode=mode, work=_work(work), arguments=arguments, data=data, broadcasts=tuple(dict.fromkeys(broadcasts))
+        mode=mode,
+        work=_work(work),
+        arguments=arguments,
+        data=data,
+        broadcasts=tuple(dict.fromkeys(broadcasts)),
+        return_exceptions=return_exceptions,
     )
     if (mode is Mode.EVERY and not request.work.options.instance) or (
         mode is Mode.MAKE and request.work.options.instance

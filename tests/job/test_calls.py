@@ -200,6 +200,28 @@ def test_error_in_a_stream(zone: Any) -> None:
     assert sum(third_fails.stream(zone.read("randhie"))) == 20190
 
 
+def test_errors_among_the_values(zone: Any) -> None:
+    """Asked for, what a shard raised stands in for its value, with its traceback, and the others come all the same."""
+
+    @gpu_remote(columns=["mdvis"], shard_bytes=64 << 10, concurrency=1, session=zone)
+    def every_other_fails(batch: Any) -> int:
+        import sys
+
+        seen = sys.__dict__["seen_by_every_other"] = sys.__dict__.get("seen_by_every_other", 0) + 1
+        if seen % 2:
+            raise KeyError(seen)
+        return len(batch)
+
+    found = list(every_other_fails.stream(zone.read("randhie"), return_exceptions=True))
+    raised = [one for one in found if isinstance(one, KeyError)]
+
+    assert [error.args for error in raised] == [(1,), (3,)]
+    assert "raise KeyError(seen)" in str(raised[0].__cause__)
+    assert 0 < sum(one for one in found if not isinstance(one, KeyError)) < 20190
+    with pytest.raises(KeyError):
+        list(every_other_fails.stream(zone.read("randhie")))
+
+
 def test_async_stream(zone: Any) -> None:
     """`async for` takes values as `for` does, and other coroutines go on meanwhile."""
 
