@@ -3,6 +3,7 @@
 .SUFFIXES:
 PYTHON ?=
 UPGRADE ?=
+TORCH ?=
 BIN = .venv/bin
 
 .PHONY: help demo test lint site attack chaos client bench adversary bench-tls testbed up down status gpu torch head lock clean
@@ -21,7 +22,7 @@ help:
 	@echo "make testbed build several hosts on this machine, as root, until Ctrl-C"
 	@echo "make lint    the checks that run nothing"
 	@echo "make gpu     add CuPy to .venv"
-	@echo "make torch   add PyTorch to .venv, and train a convolutional network with it, on nodes and in the zone"
+	@echo "make torch   add PyTorch to .venv, and train a network with it, on nodes and in the zone (TORCH=torch==2.13.0 for that one)"
 	@echo "make head    add to .venv what a cluster's head needs besides: ray[default]"
 	@echo "make lock    write constraints*.txt anew (UPGRADE=--upgrade for the newest versions)"
 	@echo "make clean   remove .venv and caches"
@@ -71,7 +72,7 @@ gpu head: .venv/ready
 	@$(BIN)/python -m pip install -qq --root-user-action=ignore --require-hashes -r constraints-$@.txt
 
 torch: .venv/ready
-	@scripts/torch.sh
+	@scripts/torch.sh $(TORCH)
 	@$(BIN)/python -m pytest -rP tests/test_torch.py
 
 lock:

@@ -212,11 +212,11 @@ def test_errors_among_the_values(zone: Any) -> None:
             raise KeyError(seen)
         return len(batch)
 
-    found = list(every_other_fails.stream(zone.read("randhie"), return_exceptions=True))
+    found: list[Any] = list(every_other_fails.stream(zone.read("randhie"), return_exceptions=True))
     raised = [one for one in found if isinstance(one, KeyError)]
 
     assert [error.args for error in raised] == [(1,), (3,)]
-    assert "raise KeyError(seen)" in str(raised[0].__cause__)
+    assert "in every_other_fails" in str(raised[0].__cause__)
     assert 0 < sum(one for one in found if not isinstance(one, KeyError)) < 20190
     with pytest.raises(KeyError):
         list(every_other_fails.stream(zone.read("randhie")))
