@@ -6,10 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +60,7 @@ def say(text: str) -> None:
 def run(scale: Scale, *, base_port: int) -> Measured:
     """Start both clusters, measure, and stop them, however it ends."""
     host = machine.describe()
-    with state_directory() as root, contextlib.ExitStack() as stack:
+    with sealed.state_directory() as root, contextlib.ExitStack() as stack:
         own_port = base_port or nodes.free_base_port()
         ours = sealed.Sealed(root / "s", base_port=own_port, rows=scale.rows)
         say("starting this product: Vault, three raylets, two custodians, gateway, relay")
@@ -104,17 +101,6 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             job_costs=job_costs,
             degradations=ours.degradations(),
         )
-
-
-@contextlib.contextmanager
-def state_directory() -> Iterator[Path]:
-    """Make a directory with a short path that the product's other uids can pass through."""
-    path = Path(tempfile.mkdtemp(prefix="rgb"))
-    path.chmod(0o711)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Bench:
