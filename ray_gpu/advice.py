@@ -2,13 +2,15 @@
 
 What is predicted of a call, in seconds::
 
-    remote = round trip + opening a lease, if one is missing + bytes · (link and sealing) + work / GPU actors
+    remote = round trip + bytes · (link and sealing) + work / GPU actors
+             + opening a lease, if one is missing + sending the function, the first time
     local  = reading the rows, if the gateway has them + work here
 
 *Work* is a line over the data's bytes, fitted to what the function took; for calls on arguments alone over theirs.
-Where it was seen in one place only, the other's is that times how fast a node computes, by a reference that ran in both.
-Nothing else of a function is known: one whose work does not grow with its rows, or depends on the values of its
-arguments, is predicted badly until it was seen at that size, and afterwards by what is nearest.
+Where it was seen in one place only, the other's is that by a node's speed, as a reference shows that ran in both.
+A function that was called on the same arguments before is predicted by these calls, and else by all that it took.
+Nothing else is known of it: one whose work does not grow with its rows, or depends on the values of new arguments, is
+predicted badly until it was seen at that size and with these.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 Place = Literal["remote", "local"]
+K = TypeVar("K")
 #: What is kept of each function: its last runs in each place.
 _KEPT_RUNS = 8
-#: Functions that are remembered.
+#: Functions that are remembered, and pairs of function and arguments.
 _KEPT_FUNCTIONS = 256
 #: Rows of fewer bytes say nothing of what a byte costs.
 _TELLING_BYTES = 1 << 20
@@ -43,6 +46,8 @@ class Link:
     shards_s: float | None = None
     #: Opening a lease.
     open_s: float = 0.0
+    #: A function's first call: policy's decision, the ledger's entry of it, sending and loading the function.
+    fresh_s: float = 0.0
     #: Gathering, sealing, sending and opening, for each byte of data.
     sent_s_per_byte: float = 0.0
     #: Getting rows from the gateway: what any read takes, and each byte of them.
@@ -66,6 +71,8 @@ class Load:
     in_gateway: bool = False
     #: Whether a lease has to be opened first.
     opens: bool = False
+    #: Whether it is the function's first call to a node.
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +137,8 @@ def fit(runs: Iterable[tuple[Load, float]]) -> Work:
 def overhead_s(link: Link, load: Load) -> float:
     """Return what a call takes on GPU nodes besides computing."""
     trip = max(link.trip_s, link.shards_s or 0.0) if load.rows else link.trip_s
-    return trip + link.sent_s_per_byte * load.size_bytes + (link.open_s if load.opens else 0.0)
+    once = (link.open_s if load.opens else 0.0) + (link.fresh_s if load.fresh else 0.0)
+    return trip + link.sent_s_per_byte * load.size_bytes + once
 
 
 def remote_s(link: Link, work: Work, load: Load) -> float:
@@ -176,7 +184,7 @@ def _shown(seconds: float) -> str:
 
 @dataclass(slots=True)
 class Runs:
-    """What a function took before."""
+    """What a function took before, on some arguments or on any."""
 
     #: Loads with nothing to open, and seconds.
     remote: deque[tuple[Load, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_RUNS))
@@ -186,27 +194,40 @@ class Runs:
     untried: str = ""
     #: Where it was last said to run.
     said: Place | None = None
+    #: Whether it was called on a node.
+    sent: bool = False
+
+
+#: Digest of a function with its options, and a hash of the arguments that it is called on besides data.
+Key = tuple[str, int]
 
 
 class Advisor:
-    """What a session knows of its links and functions. Thread-safe. Functions are known by a digest."""
+    """What a session knows of its links and functions. Thread-safe."""
 
     def __init__(self) -> None:
         #: What calls to a pool take, by its name; ``""``: the zone's first one. Not there before it was measured.
         self.links: dict[str, Link] = {}
         #: Why a pool could not be measured, and when that was.
         self.unmeasured: dict[str, tuple[str, float]] = {}
-        self._runs: dict[str, Runs] = {}
+        self._functions: dict[str, Runs] = {}
+        self._calls: dict[Key, Runs] = {}
         #: Leases that are open, by what was asked for, and when they were last used.
         self._warm: dict[tuple[str, float], tuple[int, float]] = {}
         self._lock = threading.Lock()
 
-    def runs(self, function: str) -> Runs:
-        """Return what a function took, to read or to add to."""
+    def runs(self, key: Key) -> Runs:
+        """Return what a function took, on any arguments."""
         with self._lock:
-            while function not in self._runs and len(self._runs) >= _KEPT_FUNCTIONS:
-                del self._runs[next(iter(self._runs))]
-            return self._runs.setdefault(function, Runs())
+            return _of(self._functions, key[0])
+
+    def _both(self, key: Key) -> tuple[Runs, Runs]:
+        return _of(self._functions, key[0]), _of(self._calls, key)
+
+    def _nearest(self, key: Key) -> Runs:
+        """Return what it took on these arguments, or else on any."""
+        exact = self._calls.get(key)
+        return exact if exact is not None else _of(self._functions, key[0])
 
     def leases(self, terms: tuple[str, float], now: float) -> int:
         """Return how many leases are open for a pool and a share of a GPU; *now* in seconds of any clock."""
@@ -218,19 +239,18 @@ class Advisor:
         with self._lock:
             self._warm[terms] = (max(1, self.leases(terms, now) + opened), now)
 
-    def saw_local(self, function: str, load: Load, seconds: float) -> None:
+    def saw_local(self, key: Key, load: Load, seconds: float) -> None:
         """Take what a function took here, without reading its rows."""
-        runs = self.runs(function)
         with self._lock:
-            runs.local.append((load, seconds))
+            for runs in self._both(key):
+                runs.local.append((load, seconds))
 
     def saw_asking(self, pool: str, seconds: float) -> None:
-        """Take what it took to ask the gateway about rows: no less does reading them."""
+        """Take what it took to ask the gateway about rows, as long as none were read."""
         with self._lock:
             link = self.links.get(pool)
-            if link is not None:
-                least = min(link.read_s or seconds, seconds)
-                self.links[pool] = dataclasses.replace(link, read_s=least)
+            if link is not None and not link.read_s:
+                self.links[pool] = dataclasses.replace(link, read_s=seconds)
 
     def saw_read(self, pool: str, size_bytes: int, seconds: float) -> None:
         """Take what it took to get rows from the gateway."""
@@ -238,44 +258,44 @@ class Advisor:
             link = self.links.get(pool)
             if link is None:
                 return
-            least = min(link.read_s, seconds)
-            # Small reads say nothing of what bytes cost.
-            per_byte = (seconds - least) / size_bytes if size_bytes >= _TELLING_BYTES else link.read_s_per_byte
-            self.links[pool] = dataclasses.replace(link, read_s=least, read_s_per_byte=per_byte)
+            if size_bytes >= _TELLING_BYTES:
+                per_byte = _mean(link.read_s_per_byte, max(0.0, seconds - link.read_s) / size_bytes)
+                self.links[pool] = dataclasses.replace(link, read_s_per_byte=per_byte)
+            else:
+                fixed = max(0.0, seconds - link.read_s_per_byte * size_bytes)
+                self.links[pool] = dataclasses.replace(link, read_s=_mean(link.read_s, fixed))
 
-    def saw_opening(self, function: str, pool: str, load: Load, seconds: float) -> None:
+    def saw_opening(self, key: Key, pool: str, load: Load, seconds: float) -> None:
         """Take what a call took on GPU nodes, for which leases were opened: so much longer than without."""
-        runs = self.runs(function)
         with self._lock:
+            _of(self._functions, key[0]).sent = True
             link = self.links.get(pool)
             if link is not None:
-                work = self._remote_work(runs, link) or Work(0.0, 0.0)
+                work = self._remote_work(self._nearest(key), link) or Work(0.0, 0.0)
                 opening = max(0.0, seconds - remote_s(link, work, load))
-                mean = (opening + link.open_s) / 2 if link.open_s else opening
-                self.links[pool] = dataclasses.replace(link, open_s=mean)
+                self.links[pool] = dataclasses.replace(link, open_s=_mean(link.open_s, opening))
 
-    def saw_remote(self, function: str, pool: str, load: Load, seconds: float) -> None:
+    def saw_remote(self, key: Key, pool: str, load: Load, seconds: float) -> None:
         """Take what a call took on GPU nodes, of which nothing was opening a lease."""
-        runs = self.runs(function)
         with self._lock:
             link = self.links.get(pool)
             if link is not None and load.rows:
-                work = self._remote_work(runs, link) or Work(0.0, 0.0)
-                self.links[pool] = _corrected(link, work, load, seconds)
-            runs.remote.append((load, seconds))
+                self.links[pool] = _corrected(link, self._remote_work(self._nearest(key), link), load, seconds)
+            for runs in self._both(key):
+                runs.remote.append((load, seconds))
+                runs.sent = True
 
-    def predict(self, function: str, pool: str, load: Load, *, refused: str = "") -> Advice:
+    def predict(self, key: Key, pool: str, load: Load, *, refused: str = "") -> Advice:
         """Return where a call is faster.
 
         Args:
-            function: Its digest.
+            key: Of its function and arguments.
             pool: Where it would go.
             load: What is known of it.
             refused: Why it cannot run here, if so.
         """
-        runs = self.runs(function)
         with self._lock:
-            link = self.links.get(pool)
+            link, runs = self.links.get(pool), self._nearest(key)
             there, here = self._remote_work(runs, link), self._local_work(runs, link)
         known = link or Link()
         remote = None if there is None else remote_s(known, there, load)
@@ -301,16 +321,32 @@ class Advisor:
         return there.times(1 / max(link.node_s_per_local_s, 1e-9))
 
 
-def _corrected(link: Link, work: Work, load: Load, seconds: float) -> Link:
-    """Return what a call on data shows of the link: it took no longer than this, so no part of it does.
+def _corrected(link: Link, work: Work | None, load: Load, seconds: float) -> Link:
+    """Return what a call on data shows of the link.
 
     Args:
-        work: What computing was expected to take.
+        work: What computing was expected to take, if anything was.
     """
+    seconds = max(0.0, seconds - (link.fresh_s if load.fresh else 0.0))
     if link.trip_s + link.sent_s_per_byte * load.size_bytes > seconds:
+        # It took no longer than this, so no part of it does.
         per_byte = max(0.0, seconds - link.trip_s) / max(1, load.size_bytes)
         link = dataclasses.replace(link, sent_s_per_byte=per_byte)
-    left = seconds - link.sent_s_per_byte * load.size_bytes - work.at(load.size_bytes) / load.actors
-    if link.shards_s is None or left < link.shards_s:
-        link = dataclasses.replace(link, shards_s=max(link.trip_s, left))
+    # Where other things take most of the time, what is left is the error of their prediction.
+    if work is not None and load.size_bytes < _TELLING_BYTES:
+        left = seconds - link.sent_s_per_byte * load.size_bytes - work.at(load.size_bytes) / load.actors
+        if left > seconds / 2:
+            link = dataclasses.replace(link, shards_s=_mean(link.shards_s, left))
     return link
+
+
+def _of(kept: dict[K, Runs], key: K) -> Runs:
+    """Return what is kept by a key, from now on if it was not; the oldest makes room."""
+    while key not in kept and len(kept) >= _KEPT_FUNCTIONS:
+        del kept[next(iter(kept))]
+    return kept.setdefault(key, Runs())
+
+
+def _mean(known: float | None, seen: float) -> float:
+    """Return a measurement that goes half the way to what was seen last."""
+    return (known + seen) / 2 if known else seen

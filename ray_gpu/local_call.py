@@ -8,7 +8,6 @@ change it; what runs cannot be killed, so that a call that is given up ends when
 
 from __future__ import annotations
 
-import mmap
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from ray_gpu.advice import Advice
@@ -31,7 +31,7 @@ from ray_gpu.request import Mode, payload_bytes
 from ray_gpu.sandbox.memory import SLOT_BYTES
 from ray_gpu.sandbox.raised import describe
 from zones import plan, shards, values
-from zones.errors import CallTimeoutError, RemoteFunctionError, ResultTooLargeError, UnknownNameError, ValueRefusedError
+from zones.errors import CallTimeoutError, RemoteFunctionError, UnknownNameError, ValueRefusedError
 from zones.model import Obligations, Shuffle
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ _MOST_PARTS = 2
 _room = threading.BoundedSemaphore(MAX_RUNNING)
 #: Threads that run a call now.
 _running: set[int] = set()
+#: More than what is written before a value, or of an error.
+_META_BYTES = 1 << 20
 _order = plan.SEED_BYTES * b"\0"
 
 
@@ -124,18 +126,20 @@ def answer(run: Callable[[], Any], expected: RowsExpected | None = None) -> Any:
         RemoteFunctionError: It raised.
         ValueRefusedError, ResultTooLargeError, RowCountError: As of a call on GPU nodes.
     """
-    # Of this only what is written to is ever there.
-    view = memoryview(mmap.mmap(-1, SLOT_BYTES))
+    value, outcome = None, {"status": "ok"}
     try:
-        value, outcome = to_host(run()), {"status": "ok"}
+        value = to_host(run())
     except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
-        value, outcome = None, describe(error)
+        outcome = describe(error)
     try:
-        used = write_outcome(view, outcome, value, values.encode_into)
-    except (ValueRefusedError, ResultTooLargeError):
+        ready = values.prepare(value)
+    except ValueRefusedError:
         raise
     except Exception as error:  # noqa: BLE001 - objects of the user's own may raise anything while they are read
-        used = write_outcome(view, describe(error), None, values.encode_into)
+        ready, outcome = values.prepare(None), describe(error)
+    # A node has a slot for the answer, and refuses what does not fit; of this only what is written to is ever there.
+    view = np.empty(min(ready.size_bytes + _META_BYTES, SLOT_BYTES), np.uint8).data
+    used = write_outcome(view, outcome, None, lambda _, out: ready.write_into(out))
     return open_outcome(view[:used], expected=expected).value
 
 
@@ -205,7 +209,8 @@ class LocalCall(Call[R]):
         limit = work.options.timeout_s
         self._limit_s = limit
         self._over = None if limit is None else time.monotonic() + limit
-        thread = threading.Thread(target=_run, args=(self._running, work, took), daemon=True, name="ray-gpu-local")
+        given = self._running, work, took, time.perf_counter()
+        thread = threading.Thread(target=_run, args=given, daemon=True, name="ray-gpu-local")
         thread.start()
 
     def next_part(self) -> tuple[int, Any] | None:
@@ -260,14 +265,14 @@ class LocalCall(Call[R]):
             running.stop()
 
 
-def _run(running: _Running, work: LocalWork, took: Took) -> None:
+def _run(running: _Running, work: LocalWork, took: Took, started: float) -> None:
     """Carry a call out, in a thread of its own."""
     own = threading.get_ident()
     with _room:
         _running.add(own)
         beside = len(_running) > 1
         try:
-            size, read_s, run_s = _carry_out(running, work)
+            size, read_s, run_s = _carry_out(running, work, started)
             running.report |= {"nodes": {"here": running.report["shards"]}, "sent_bytes": 0, "seconds": read_s + run_s}
             if not running.stopped:
                 took(size, read_s, run_s, beside or len(_running) > 1)
@@ -280,16 +285,16 @@ def _run(running: _Running, work: LocalWork, took: Took) -> None:
             running.end()
 
 
-def _carry_out(running: _Running, work: LocalWork) -> tuple[int, float, float]:
-    """Run the function on all that it gets; return bytes, and seconds of reading and of the rest."""
-    started = time.perf_counter()
+def _carry_out(running: _Running, work: LocalWork, started: float) -> tuple[int, float, float]:
+    """Run the function on all that it gets; return bytes, and seconds of reading and, from the start, of the rest."""
     if work.mode is Mode.CALL:
         args, kwargs = work.arguments_of()
         running.value = answer(lambda: work.function(*args, **kwargs))
         running.report = {"shards": 1}
         return len(work.arguments), 0.0, time.perf_counter() - started
+    reading = time.perf_counter()
     table, groups = work.rows()
-    begun = time.perf_counter()
+    read_s = time.perf_counter() - reading if isinstance(work.data, Handle) else 0.0
     found: list[Any] = []
     waited = 0.0
     shown = shards.strip(table, keep_categories=work.options.categories or ())
@@ -307,4 +312,4 @@ def _carry_out(running: _Running, work: LocalWork) -> tuple[int, float, float]:
     elif work.mode is Mode.SHARDS and not running.stopped:
         running.value = found[0] if work.whole else found
     running.report = {"shards": len(found), "rows": table.num_rows}
-    return table.nbytes, begun - started, time.perf_counter() - begun - waited
+    return table.nbytes, read_s, time.perf_counter() - started - read_s - waited

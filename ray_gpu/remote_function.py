@@ -181,10 +181,12 @@ class RemoteFunction(Generic[P, R]):
 
         Raises:
             EgressDeniedError: Policy refuses that rows of the zone leave by this call.
+            TypeError: It is a method of an instance.
         """
         data, rest = (args[0], args[1:]) if args and is_data(args[0]) else (None, args)
-        asked = self if self._options.where == "auto" else self.options(where="auto")
-        return where.weigh(asked._planned("call" if data is None else "map", data, rest, kwargs))
+        if self._instance:
+            raise TypeError(f"{self._name} runs where its instance is, on GPU nodes; advice is for functions")
+        return where.weigh(self._planned("call" if data is None else "map", data, rest, kwargs))
 
     def _call(
         self, mode: str, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = False
@@ -192,11 +194,9 @@ class RemoteFunction(Generic[P, R]):
         planned = self._planned(mode, data, args, kwargs, whole=whole)
         table, ended, advice = planned.work.data, None, None
         if not self._instance and planned.work.mode in _MOVABLE:
-            if self._options.where != "remote":
-                advice = where.weigh(planned)
-                where.tell(planned, advice)
-                if advice.chosen == "local":
-                    return where.begin_here(planned, advice)
+            advice = where.choose(planned)
+            if advice is not None and advice.chosen == "local":
+                return where.begin_here(planned, advice)
             ended = where.learner(planned)
         show = progress.Progress(self._name) if table is not None and progress.wanted() else None
         one = whole or mode in ("call", "make")

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_gpu import functions, progress
-from ray_gpu.advice import Advice, Advisor, Link, Load
+from ray_gpu.advice import Advice, Advisor, Key, Link, Load
 from ray_gpu.call import Call
 from ray_gpu.handle import Handle
 from ray_gpu.local_call import LocalCall, LocalWork, seconds_of
@@ -52,7 +52,7 @@ AGAIN_S = 60.0
 #: Rows that a function is tried on here, one after the other, until that takes long enough to say something.
 SAMPLE_ROWS = (64, 512, 4096, 32_768)
 ENOUGH_S = 0.005
-#: One that takes so long the first time is not tried again to see how long it takes without what only that time does.
+#: What takes so long is tried once; all else twice, and the better one counts.
 DEAR_S = 0.05
 
 
@@ -67,9 +67,9 @@ class Planned:
     work: LocalWork
 
     @property
-    def function(self) -> str:
-        """Digest of the function with its options."""
-        return _digest(self.request["work"])
+    def key(self) -> Key:
+        """What is remembered of it is remembered by this."""
+        return _digest(self.request["work"]), hash(self.work.arguments)
 
     @property
     def terms(self) -> tuple[str, float]:
@@ -87,6 +87,7 @@ class Planned:
             rows=data is not None,
             in_gateway=isinstance(data, Handle),
             opens=open_leases < actors,
+            fresh=not self.session.advisor.runs(self.key).sent,
         )
 
 
@@ -108,7 +109,7 @@ def begin_here(planned: Planned, advice: Advice) -> LocalCall[Any]:
     def took(size_bytes: int, read_s: float, run_s: float, beside: bool) -> None:
         if not beside:
             load = planned.load(size_bytes, 1)
-            advisor.saw_local(planned.function, load, run_s)
+            advisor.saw_local(planned.key, load, run_s)
             if load.in_gateway:
                 advisor.saw_read(pool, size_bytes, read_s)
 
@@ -119,10 +120,11 @@ def learner(planned: Planned) -> Callable[[dict[str, Any]], None]:
     """Return what learns from a call to GPU nodes that is about to be made, once it is told its report."""
     session, alone = planned.session, not planned.session.open_calls
     work, advisor, pool = planned.work, planned.session.advisor, planned.work.options.pool
+    key, terms = planned.key, planned.terms
 
     def ended(report: dict[str, Any]) -> None:
         now, opened = time.monotonic(), int(report.get("leases_opened", 0))
-        advisor.saw_leases(planned.terms, opened, now)
+        advisor.saw_leases(terms, opened, now)
         # Of calls side by side none says what it takes alone; resident shards are not sent.
         if not alone or session.open_calls > 1 or work.options.resident:
             return
@@ -132,9 +134,28 @@ def learner(planned: Planned) -> Callable[[dict[str, Any]], None]:
             size = int(report["sent_bytes"]) if isinstance(work.data, Handle) else work.data.nbytes
         load = dataclasses.replace(planned.load(size, int(report.get("rows", 1))), opens=False)
         learn = advisor.saw_opening if opened else advisor.saw_remote
-        learn(planned.function, pool, load, float(report["seconds"]))
+        learn(key, pool, load, float(report["seconds"]))
 
     return ended
+
+
+def choose(planned: Planned) -> Advice | None:
+    """Return where a call runs by its option ``where``, and say so; ``None``: on GPU nodes, as by default.
+
+    Raises:
+        ZoneError: As :func:`weigh`.
+    """
+    wanted = planned.work.options.where
+    if wanted == "remote":
+        return None
+    if wanted == "local":
+        reason = 'it runs here, as where="local" says'
+        return Advice(predicted_remote_s=None, predicted_local_s=None, chosen="local", reason=reason)
+    advice, runs = weigh(planned), planned.session.advisor.runs(planned.key)
+    if progress.wanted() and runs.said != advice.chosen:
+        progress.tell(planned.name, advice.reason)
+    runs.said = advice.chosen
+    return advice
 
 
 def weigh(planned: Planned) -> Advice:
@@ -144,31 +165,20 @@ def weigh(planned: Planned) -> Advice:
         EgressDeniedError: Policy refuses that rows of the gateway leave by this call.
         ZoneError: What else would keep it from being made.
     """
-    if planned.work.options.where == "local":
-        reason = 'it runs here, as where="local" says'
-        return Advice(predicted_remote_s=None, predicted_local_s=None, chosen="local", reason=reason)
     if planned.session.closed:
         raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
     advisor, pool = planned.session.advisor, planned.work.options.pool
     unmeasured = measure(planned)
     load, few, refused = _look(planned)
-    runs = advisor.runs(planned.function)
+    runs = advisor.runs(planned.key)
     if few is not None and not runs.local and not runs.untried:
         _try(planned, few)
     if runs.untried and not runs.local:
         refused = refused or f"remote: tried here, on a few of the rows, it raised {runs.untried}"
-    advice = advisor.predict(planned.function, pool, load, refused=refused)
+    advice = advisor.predict(planned.key, pool, load, refused=refused)
     if unmeasured and advice.predicted_remote_s is None:
         advice = dataclasses.replace(advice, reason=f"{advice.reason}; a node could not be measured: {unmeasured}")
     return advice
-
-
-def tell(planned: Planned, advice: Advice) -> None:
-    """Say in one line where a function runs, when that is new."""
-    runs = planned.session.advisor.runs(planned.function)
-    if progress.wanted() and runs.said != advice.chosen:
-        progress.tell(planned.name, advice.reason)
-    runs.said = advice.chosen
 
 
 def _look(planned: Planned) -> tuple[Load, pa.Table | None, str]:
@@ -178,13 +188,12 @@ def _look(planned: Planned) -> tuple[Load, pa.Table | None, str]:
         return planned.load(len(planned.work.arguments), 1), None, ""
     if not isinstance(data, Handle):
         return planned.load(data.nbytes, data.num_rows), data, ""
-    runs = session.advisor.runs(planned.function)
+    runs = session.advisor.runs(planned.key)
     first = 0 if runs.local or runs.untried else SAMPLE_ROWS[-1]
     started = time.perf_counter()
     reply, fds = session.ask({**planned.request, "op": "weigh", "data": data.document(), "first": first})
     few = open_table(fds[0], trusted=True)
-    if not first:
-        session.advisor.saw_asking(planned.work.options.pool, time.perf_counter() - started)
+    session.advisor.saw_asking(planned.work.options.pool, time.perf_counter() - started)
     size = int(reply["bytes"])
     refused = (
         "" if reply["readable"] else f"remote: the gateway has no room to hand out {size >> 20} MiB of rows at once"
@@ -194,13 +203,15 @@ def _look(planned: Planned) -> tuple[Load, pa.Table | None, str]:
 
 def _try(planned: Planned, few: pa.Table) -> None:
     """Run the function here on a few rows, and remember how long it took, or that it raised."""
-    runs, seen = planned.session.advisor.runs(planned.function), []
+    runs, seen = planned.session.advisor.runs(planned.key), []
     try:
         for number, rows in enumerate(SAMPLE_ROWS):
             part = few.slice(0, rows)
             size, seconds = seconds_of(planned.work, part)
-            if number == 0 and seconds < DEAR_S:
-                size, seconds = seconds_of(planned.work, part)
+            if seconds < DEAR_S:
+                again = seconds_of(planned.work, part)[1]
+                # What only the first time does is no part of it; afterwards what came between may be.
+                seconds = again if number == 0 else min(seconds, again)
             seen.append((size, seconds))
             if seconds >= ENOUGH_S or rows >= few.num_rows:
                 break
@@ -208,7 +219,7 @@ def _try(planned: Planned, few: pa.Table) -> None:
         runs.untried = getattr(error, "type_name", type(error).__name__)
         return
     for size, seconds in seen[-2:]:
-        planned.session.advisor.saw_local(planned.function, planned.load(size, 1), seconds)
+        planned.session.advisor.saw_local(planned.key, planned.load(size, 1), seconds)
 
 
 def measure(planned: Planned) -> str:
@@ -231,9 +242,13 @@ def _measured(planned: Planned, advisor: Advisor) -> Link:
     options = dataclasses.replace(
         planned.work.options, columns=None, keep_together=None, categories=None, concurrency=1
     )
-    work = pack_work(functions.pack(probe), "probe", {**options.document(), "whole": False, "instance": ""})
 
-    def call(size: int = 0, sent: bytes = b"") -> tuple[float, float, int]:
+    def packed(function: Callable[..., Any]) -> bytes:
+        return pack_work(functions.pack(function), "probe", {**options.document(), "whole": False, "instance": ""})
+
+    usual = packed(probe)
+
+    def call(size: int = 0, sent: bytes = b"", work: bytes = usual) -> tuple[float, float, int]:
         """Return the seconds of one call, what it returned, and how many leases it opened."""
         request = {"op": "call", "mode": "call", "work": work, "arguments": bytes(values.encode([[sent, size], {}]))}
         started = time.perf_counter()
@@ -244,12 +259,14 @@ def _measured(planned: Planned, advisor: Advisor) -> Link:
     first_s, _, opened = call()
     advisor.saw_leases(planned.terms, opened, time.monotonic())
     trip_s = min(call()[0] for _ in range(PROBE_CALLS))
+    fresh_s = call(work=packed(functools.partial(probe)))[0]
     sent_s = min(call(sent=bytes(PROBE_BYTES))[0] for _ in range(3))
     _, node_s, _ = call(PROBE_SIZE)
     here_s = probe(b"", PROBE_SIZE)
     return Link(
         trip_s=trip_s,
-        open_s=max(0.0, first_s - trip_s) if opened else 0.0,
+        open_s=max(0.0, first_s - fresh_s) if opened else 0.0,
+        fresh_s=max(0.0, fresh_s - trip_s),
         sent_s_per_byte=max(0.0, sent_s - trip_s) / PROBE_BYTES,
         read_s_per_byte=_copying_s() / COPIED_BYTES,
         node_s_per_local_s=node_s / here_s,
