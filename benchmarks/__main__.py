@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks import machine, processes, report, sealed, stages
+from benchmarks import machine, processes, report, sealed, stages, where
 from benchmarks.arithmetic import DATASET, probabilities
 from benchmarks.measured import ArgumentCall, AttachTimes, GatewayMemory, Job, Measured, Scale
 from benchmarks.plain_ray import FORMS, PlainRay
 from ray_gpu import demo_data, nodes
+from ray_gpu.advice import Link
 from zones.model import Obligations, Shuffle
 
 MIB = 1 << 20
@@ -81,6 +82,7 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             jobs = bench.jobs()
             memory = bench.memory()
             call_costs, job_costs = bench.call_costs(), bench.job_costs()
+            places, link = bench.places()
             # At the end: it opens leases anew.
             further = bench.further()
             tight = bench.tight(sealed.Sealed(root / "m", base_port=0, rows=scale.rows, memory_bytes=TIGHT_MIB * MIB))
@@ -94,6 +96,8 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             memory=memory,
             tight_mib=TIGHT_MIB,
             tight=tight,
+            places=places,
+            link=link,
             call_stages=bench.call_stages(root),
             ledger=bench.ledger(root),
             job_stages=bench.job_stages(root),
@@ -206,6 +210,11 @@ class Bench:
                             job.ours.setdefault(f"{shuffle}, {TIGHT_MIB} MiB", []).append(seconds)
                             job.ours.setdefault(shuffle, []).append(beside)
         return job
+
+    def places(self) -> tuple[list[where.Found], Link]:
+        """What is predicted of calls on nodes and here, and what they take."""
+        say("where to run")
+        return where.measure(self.session, self._scale.job_rounds)
 
     def job_costs(self) -> dict[str, processes.Cost]:
         """Processor seconds of one volume job by process, this product's and plain Ray's."""
