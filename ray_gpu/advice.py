@@ -10,7 +10,8 @@ What is predicted of a call, in seconds::
 Where it was seen in one place only, the other's is that by a node's speed, as a reference shows that ran in both.
 A function that was called on the same arguments before is predicted by these calls, and else by all that it took.
 Nothing else is known of it: one whose work does not grow with its rows, or depends on the values of new arguments, is
-predicted badly until it was seen at that size and with these.
+predicted badly until it was seen at that size and with these. Calls that run at the same time, and shards that are open
+still (``resident``), are not looked at.
 """
 
 from __future__ import annotations
@@ -190,8 +191,8 @@ class Runs:
     remote: deque[tuple[Load, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_RUNS))
     #: Loads, and seconds without reading.
     local: deque[tuple[Load, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_RUNS))
-    #: Why it cannot be tried on a few rows here: what it raised there.
-    untried: str = ""
+    #: What it raised when it was tried here on a few rows.
+    raised: str = ""
     #: Where it was last said to run.
     said: Place | None = None
     #: Whether it was called on a node.
@@ -210,6 +211,8 @@ class Advisor:
         self.links: dict[str, Link] = {}
         #: Why a pool could not be measured, and when that was.
         self.unmeasured: dict[str, tuple[str, float]] = {}
+        #: Whether anybody asked for advice: before that nothing is remembered, so that small calls stay small.
+        self.asked = False
         self._functions: dict[str, Runs] = {}
         self._calls: dict[Key, Runs] = {}
         #: Leases that are open, by what was asked for, and when they were last used.
@@ -221,13 +224,18 @@ class Advisor:
         with self._lock:
             return _of(self._functions, key[0])
 
+    def exact(self, key: Key) -> Runs:
+        """Return what it took on just these arguments."""
+        with self._lock:
+            return _of(self._calls, key)
+
     def _both(self, key: Key) -> tuple[Runs, Runs]:
         return _of(self._functions, key[0]), _of(self._calls, key)
 
     def _nearest(self, key: Key) -> Runs:
         """Return what it took on these arguments, or else on any."""
         exact = self._calls.get(key)
-        return exact if exact is not None else _of(self._functions, key[0])
+        return exact if exact and (exact.local or exact.remote) else _of(self._functions, key[0])
 
     def leases(self, terms: tuple[str, float], now: float) -> int:
         """Return how many leases are open for a pool and a share of a GPU; *now* in seconds of any clock."""
@@ -316,7 +324,7 @@ class Advisor:
         if runs.local:
             return fit(runs.local)
         there = self._remote_work(runs, link)
-        if link is None or there is None or runs.untried:
+        if link is None or there is None:
             return None
         return there.times(1 / max(link.node_s_per_local_s, 1e-9))
 

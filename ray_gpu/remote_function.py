@@ -176,7 +176,8 @@ class RemoteFunction(Generic[P, R]):
         here, on a few of the rows. Policy is asked whether the rows may leave.
 
         Args:
-            args: Those of the call.
+            args: Those of the call. As for :meth:`remote`, a first one that is a handle or a table is its data; make a
+                table of an array.
             kwargs: Its keyword arguments.
 
         Raises:
@@ -211,7 +212,7 @@ class RemoteFunction(Generic[P, R]):
         table = as_table(data, self._options.columns) if mode in ("map", "shards", "stream") else None
         session = self._session(table)
         work = self._work(session, whole=whole)
-        given = [*enumerate(args), *kwargs.items()]
+        given = args, kwargs
         args, kwargs, broadcasts = taken_out(args, kwargs, session)
         arguments = _encode(args, kwargs, broadcasts)
         request = {"op": "call", "mode": mode, "work": work, "arguments": arguments}
@@ -224,7 +225,7 @@ class RemoteFunction(Generic[P, R]):
             options=self._options,
             data=table,
             arguments=arguments,
-            broadcasts={place: value for place, value in given if place in broadcasts},
+            broadcasts={at: given[0][at] if isinstance(at, int) else given[1][at] for at in broadcasts},
         )
         return where.Planned(name=self._name, session=session, request=request, work=here)
 

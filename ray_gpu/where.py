@@ -2,14 +2,16 @@
 
 What it runs for that, and when:
 
-* Once in a session, for each pool: a few small calls of our own to a node (:mod:`ray_gpu.sandbox.probe`), and the same
-  here. They are calls like any other, which policy decides and the ledger has. They need a lease, and open one.
+* Once in a session, for each pool: a dozen small calls of our own to a node (:mod:`ray_gpu.sandbox.probe`), some 100 KB
+  of zeros in all, and the same here. They are calls like any other, which policy decides and the ledger has. They need
+  a lease, and open one.
 * Once for each function, if nothing is known of it: the function itself, here, on the first rows of its data, up to
   some milliseconds. So a function that has effects has them once more.
 * For data that the gateway has, each time: a request whether policy lets the call's rows leave. What policy refuses
   of a call is refused wherever it would run. Rows that are read here are those that ``handle.to_arrow()`` reads.
 
-Everything else is learned from calls that were made anyway, if no other ran beside them.
+Everything else is learned from calls that the session makes anyway, if no other runs beside them, from the first time
+on that advice was asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ from ray_gpu.request import pack_work
 from ray_gpu.sandbox.probe import probe
 from ray_gpu.share import open_table
 from zones import values
-from zones.errors import SessionClosedError, ZoneError
+from zones.errors import EgressDeniedError, SessionClosedError
 
 if TYPE_CHECKING:
     from ray_gpu.client import Session
@@ -116,8 +119,13 @@ def begin_here(planned: Planned, advice: Advice) -> LocalCall[Any]:
     return LocalCall(planned.work, advice=advice, took=took)
 
 
-def learner(planned: Planned) -> Callable[[dict[str, Any]], None]:
-    """Return what learns from a call to GPU nodes that is about to be made, once it is told its report."""
+def learner(planned: Planned) -> Callable[[dict[str, Any]], None] | None:
+    """Return what learns from a call to GPU nodes that is about to be made, once it is told its report.
+
+    ``None`` as long as nobody in the session asked for advice.
+    """
+    if not planned.session.advisor.asked:
+        return None
     session, alone = planned.session, not planned.session.open_calls
     work, advisor, pool = planned.work, planned.session.advisor, planned.work.options.pool
     key, terms = planned.key, planned.terms
@@ -168,13 +176,14 @@ def weigh(planned: Planned) -> Advice:
     if planned.session.closed:
         raise SessionClosedError("the session has ended; attach again with ray_gpu.attach(...)")
     advisor, pool = planned.session.advisor, planned.work.options.pool
+    advisor.asked = True
     unmeasured = measure(planned)
     load, few, refused = _look(planned)
-    runs = advisor.runs(planned.key)
-    if few is not None and not runs.local and not runs.untried:
+    if few is not None:
         _try(planned, few)
-    if runs.untried and not runs.local:
-        refused = refused or f"remote: tried here, on a few of the rows, it raised {runs.untried}"
+    raised = "" if advisor.runs(planned.key).local else advisor.exact(planned.key).raised
+    if raised:
+        refused = refused or f"remote: tried here, on a few of the rows, it raised {raised}"
     advice = advisor.predict(planned.key, pool, load, refused=refused)
     if unmeasured and advice.predicted_remote_s is None:
         advice = dataclasses.replace(advice, reason=f"{advice.reason}; a node could not be measured: {unmeasured}")
@@ -182,14 +191,14 @@ def weigh(planned: Planned) -> Advice:
 
 
 def _look(planned: Planned) -> tuple[Load, pa.Table | None, str]:
-    """Return what is known of a call, its first rows, and why it cannot run here, if so."""
+    """Return what is known of a call, rows to try it on if it has to be tried, and why it cannot run here, if so."""
     data, session = planned.work.data, planned.session
     if data is None:
         return planned.load(len(planned.work.arguments), 1), None, ""
+    known = session.advisor.runs(planned.key).local or session.advisor.exact(planned.key).raised
     if not isinstance(data, Handle):
-        return planned.load(data.nbytes, data.num_rows), data, ""
-    runs = session.advisor.runs(planned.key)
-    first = 0 if runs.local or runs.untried else SAMPLE_ROWS[-1]
+        return planned.load(data.nbytes, data.num_rows), None if known or not data.num_rows else data, ""
+    first = 0 if known else SAMPLE_ROWS[-1]
     started = time.perf_counter()
     reply, fds = session.ask({**planned.request, "op": "weigh", "data": data.document(), "first": first})
     few = open_table(fds[0], trusted=True)
@@ -198,12 +207,12 @@ def _look(planned: Planned) -> tuple[Load, pa.Table | None, str]:
     refused = (
         "" if reply["readable"] else f"remote: the gateway has no room to hand out {size >> 20} MiB of rows at once"
     )
-    return planned.load(size, int(reply["rows"])), few if first else None, refused
+    return planned.load(size, int(reply["rows"])), few if few.num_rows else None, refused
 
 
 def _try(planned: Planned, few: pa.Table) -> None:
     """Run the function here on a few rows, and remember how long it took, or that it raised."""
-    runs, seen = planned.session.advisor.runs(planned.key), []
+    seen = []
     try:
         for number, rows in enumerate(SAMPLE_ROWS):
             part = few.slice(0, rows)
@@ -216,7 +225,7 @@ def _try(planned: Planned, few: pa.Table) -> None:
             if seconds >= ENOUGH_S or rows >= few.num_rows:
                 break
     except Exception as error:  # noqa: BLE001 - the call itself says what is wrong, where it runs
-        runs.untried = getattr(error, "type_name", type(error).__name__)
+        planned.session.advisor.exact(planned.key).raised = getattr(error, "type_name", type(error).__name__)
         return
     for size, seconds in seen[-2:]:
         planned.session.advisor.saw_local(planned.key, planned.load(size, 1), seconds)
@@ -232,8 +241,9 @@ def measure(planned: Planned) -> str:
         return reason
     try:
         advisor.links[pool] = _measured(planned, advisor)
-    except ZoneError as error:
-        advisor.unmeasured[pool] = type(error).__name__, now
+    except Exception as error:  # noqa: BLE001 - a node of another version may raise anything; the call itself says more
+        # What policy refuses it refuses again, and the ledger has each time.
+        advisor.unmeasured[pool] = type(error).__name__, math.inf if isinstance(error, EgressDeniedError) else now
         return type(error).__name__
     return ""
 
@@ -260,7 +270,11 @@ def _measured(planned: Planned, advisor: Advisor) -> Link:
     advisor.saw_leases(planned.terms, opened, time.monotonic())
     trip_s = min(call()[0] for _ in range(PROBE_CALLS))
     fresh_s = call(work=packed(functools.partial(probe)))[0]
-    sent_s = min(call(sent=bytes(PROBE_BYTES))[0] for _ in range(3))
+    try:
+        sent_s = min(call(sent=bytes(PROBE_BYTES))[0] for _ in range(3))
+    except EgressDeniedError:
+        # More than this zone lets arguments have. Calls on data will show what bytes cost.
+        sent_s = trip_s
     _, node_s, _ = call(PROBE_SIZE)
     here_s = probe(b"", PROBE_SIZE)
     return Link(

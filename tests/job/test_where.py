@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from ray_gpu import Batch, gpu_remote
-from ray_gpu.advice import Link
+from ray_gpu.advice import Advisor, Link
 from ray_gpu.local_call import LocalCall
 from zones.errors import (
     EgressDeniedError,
@@ -77,7 +77,7 @@ def shared(cluster: Any) -> Iterator[Any]:
 @pytest.fixture
 def zone(shared: Any) -> Any:
     """The same, which knows nothing of its links and functions."""
-    shared.advisor = type(shared.advisor)()
+    shared.advisor = Advisor()
     return shared
 
 
@@ -295,13 +295,24 @@ def test_fails_when_tried(zone: Any, people: Any) -> None:
     )
 
 
+def test_wrong_arguments_are_not_held_against_it(zone: Any, people: Any) -> None:
+    """A function that raised on other arguments is tried on these all the same."""
+    zone.advisor.links[""] = FAR
+    auto = total.options(where="auto")
+    with pytest.raises(TypeError):
+        auto.remote(people, "three").result()
+    advice = auto.advise(people)
+
+    assert (advice.chosen, "raised" in advice.reason) == ("local", False)
+
+
 def test_line(zone: Any, people: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One line on standard error says where a function runs, when that is new; none where lines are off."""
     zone.advisor.links[""] = FAR
     auto = total.options(where="auto")
     auto.remote(people).result()
     assert capsys.readouterr().err == ""
-    zone.advisor = type(zone.advisor)()
+    zone.advisor = Advisor()
     zone.advisor.links[""] = FAR
     monkeypatch.setenv("RAY_GPU_PROGRESS", "1")
     for _ in range(3):
