@@ -27,10 +27,10 @@ _INTRODUCTION = """\
 
 What `where="auto"` predicts, and what calls then take, in one session and from small to large, after two calls of
 another function. *First*: the advice when nothing of the function is known but a trial on a few rows here. *Again*: the
-advice after one call in each place.
-Measured are medians of {rounds} calls in each place that took turns, with `where="remote"` and `where="local"`, leases
-open. The error is (predicted - measured) / measured. *Right*: it chose what was then faster; *tie*: the two were within
-10 % of each other.
+advice after one call in each place. Measured are medians of {rounds} calls in each place that took turns, with
+`where="remote"` and `where="local"`, leases open. The error is (predicted - measured) / measured. *Right*: it chose
+what was then faster; *tie*: the two were within 10 % of each other. Without a GPU a node computes with NumPy on the
+same cores, so that little speaks for it but two actors.
 """
 
 

@@ -17,6 +17,7 @@ still (``resident``), are not looked at.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -213,6 +214,8 @@ class Advisor:
         self.unmeasured: dict[str, tuple[str, float]] = {}
         #: Whether anybody asked for advice: before that nothing is remembered, so that small calls stay small.
         self.asked = False
+        #: What was last seen of a part of a link, by pool and name of the part: medians count.
+        self._seen: dict[tuple[str, str], deque[float]] = {}
         self._functions: dict[str, Runs] = {}
         self._calls: dict[Key, Runs] = {}
         #: Leases that are open, by what was asked for, and when they were last used.
@@ -267,11 +270,15 @@ class Advisor:
             if link is None:
                 return
             if size_bytes >= _TELLING_BYTES:
-                per_byte = _mean(link.read_s_per_byte, max(0.0, seconds - link.read_s) / size_bytes)
-                self.links[pool] = dataclasses.replace(link, read_s_per_byte=per_byte)
+                self._set(pool, "read_s_per_byte", max(0.0, seconds - link.read_s) / size_bytes)
             else:
-                fixed = max(0.0, seconds - link.read_s_per_byte * size_bytes)
-                self.links[pool] = dataclasses.replace(link, read_s=_mean(link.read_s, fixed))
+                self._set(pool, "read_s", max(0.0, seconds - link.read_s_per_byte * size_bytes))
+
+    def _set(self, pool: str, part: str, seconds: float) -> None:
+        """Take what was seen of a part of a link; with the lock held."""
+        seen = self._seen.setdefault((pool, part), deque(maxlen=_KEPT_RUNS))
+        seen.append(seconds)
+        self.links[pool] = dataclasses.replace(self.links[pool], **{part: statistics.median(seen)})
 
     def saw_opening(self, key: Key, pool: str, load: Load, seconds: float) -> None:
         """Take what a call took on GPU nodes, for which leases were opened: so much longer than without."""
@@ -281,17 +288,34 @@ class Advisor:
             if link is not None:
                 work = self._remote_work(self._nearest(key), link) or Work(0.0, 0.0)
                 opening = max(0.0, seconds - remote_s(link, work, load))
-                self.links[pool] = dataclasses.replace(link, open_s=_mean(link.open_s, opening))
+                self._set(pool, "open_s", opening)
 
     def saw_remote(self, key: Key, pool: str, load: Load, seconds: float) -> None:
         """Take what a call took on GPU nodes, of which nothing was opening a lease."""
         with self._lock:
             link = self.links.get(pool)
             if link is not None and load.rows:
-                self.links[pool] = _corrected(link, self._remote_work(self._nearest(key), link), load, seconds)
+                self._correct(pool, link, self._remote_work(self._nearest(key), link), load, seconds)
             for runs in self._both(key):
                 runs.remote.append((load, seconds))
                 runs.sent = True
+
+    def _correct(self, pool: str, link: Link, work: Work | None, load: Load, seconds: float) -> None:
+        """Take what a call on data shows of the link; with the lock held.
+
+        Args:
+            work: What computing was expected to take, if anything was.
+        """
+        seconds = max(0.0, seconds - (link.fresh_s if load.fresh else 0.0))
+        if link.trip_s + link.sent_s_per_byte * load.size_bytes > seconds:
+            # It took no longer than this, so no part of it does.
+            per_byte = max(0.0, seconds - link.trip_s) / max(1, load.size_bytes)
+            self.links[pool] = link = dataclasses.replace(link, sent_s_per_byte=per_byte)
+        # Where other things take most of the time, what is left is the error of their prediction.
+        if work is not None and load.size_bytes < _TELLING_BYTES:
+            left = seconds - link.sent_s_per_byte * load.size_bytes - work.at(load.size_bytes) / load.actors
+            if left > seconds / 2:
+                self._set(pool, "shards_s", left)
 
     def predict(self, key: Key, pool: str, load: Load, *, refused: str = "") -> Advice:
         """Return where a call is faster.
@@ -329,32 +353,8 @@ class Advisor:
         return there.times(1 / max(link.node_s_per_local_s, 1e-9))
 
 
-def _corrected(link: Link, work: Work | None, load: Load, seconds: float) -> Link:
-    """Return what a call on data shows of the link.
-
-    Args:
-        work: What computing was expected to take, if anything was.
-    """
-    seconds = max(0.0, seconds - (link.fresh_s if load.fresh else 0.0))
-    if link.trip_s + link.sent_s_per_byte * load.size_bytes > seconds:
-        # It took no longer than this, so no part of it does.
-        per_byte = max(0.0, seconds - link.trip_s) / max(1, load.size_bytes)
-        link = dataclasses.replace(link, sent_s_per_byte=per_byte)
-    # Where other things take most of the time, what is left is the error of their prediction.
-    if work is not None and load.size_bytes < _TELLING_BYTES:
-        left = seconds - link.sent_s_per_byte * load.size_bytes - work.at(load.size_bytes) / load.actors
-        if left > seconds / 2:
-            link = dataclasses.replace(link, shards_s=_mean(link.shards_s, left))
-    return link
-
-
 def _of(kept: dict[K, Runs], key: K) -> Runs:
     """Return what is kept by a key, from now on if it was not; the oldest makes room."""
     while key not in kept and len(kept) >= _KEPT_FUNCTIONS:
         del kept[next(iter(kept))]
     return kept.setdefault(key, Runs())
-
-
-def _mean(known: float | None, seen: float) -> float:
-    """Return a measurement that goes half the way to what was seen last."""
-    return (known + seen) / 2 if known else seen
