@@ -183,7 +183,8 @@ def _measured(link: Link) -> str:
     sent = f"{1e-6 / link.sent_s_per_byte:,.0f} MB/s" if link.sent_s_per_byte else "faster than was to be measured"
     return (
         f"The advisor's own measurements: round trip {_ms(link.trip_s)} ms, with data {_ms(link.shards_s)} ms, "
-        f"opening a\nlease {_ms(link.open_s)} ms, bytes {sent}, a node takes {link.node_s_per_local_s:.2f} of the seconds here."
+        f"opening a\nlease {_ms(link.open_s)} ms, bytes {sent}, "
+        f"a node takes {link.node_s_per_local_s:.2f} of the seconds here."
     )
 
 
