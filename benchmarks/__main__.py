@@ -6,21 +6,19 @@ import argparse
 import contextlib
 import functools
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from benchmarks import machine, processes, report, sealed, stages
+from benchmarks import machine, processes, report, sealed, stages, where
 from benchmarks.arithmetic import DATASET, probabilities
 from benchmarks.measured import ArgumentCall, AttachTimes, GatewayMemory, Job, Measured, Scale
 from benchmarks.plain_ray import FORMS, PlainRay
 from ray_gpu import demo_data, nodes
+from ray_gpu.advice import Link
 from zones.model import Obligations, Shuffle
 
 MIB = 1 << 20
@@ -63,7 +61,7 @@ def say(text: str) -> None:
 def run(scale: Scale, *, base_port: int) -> Measured:
     """Start both clusters, measure, and stop them, however it ends."""
     host = machine.describe()
-    with state_directory() as root, contextlib.ExitStack() as stack:
+    with sealed.state_directory() as root, contextlib.ExitStack() as stack:
         own_port = base_port or nodes.free_base_port()
         ours = sealed.Sealed(root / "s", base_port=own_port, rows=scale.rows)
         say("starting this product: Vault, three raylets, two custodians, gateway, relay")
@@ -84,6 +82,7 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             jobs = bench.jobs()
             memory = bench.memory()
             call_costs, job_costs = bench.call_costs(), bench.job_costs()
+            places, link = bench.places()
             # At the end: it opens leases anew.
             further = bench.further()
             tight = bench.tight(sealed.Sealed(root / "m", base_port=0, rows=scale.rows, memory_bytes=TIGHT_MIB * MIB))
@@ -97,6 +96,8 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             memory=memory,
             tight_mib=TIGHT_MIB,
             tight=tight,
+            places=places,
+            link=link,
             call_stages=bench.call_stages(root),
             ledger=bench.ledger(root),
             job_stages=bench.job_stages(root),
@@ -104,17 +105,6 @@ def run(scale: Scale, *, base_port: int) -> Measured:
             job_costs=job_costs,
             degradations=ours.degradations(),
         )
-
-
-@contextlib.contextmanager
-def state_directory() -> Iterator[Path]:
-    """Make a directory with a short path that the product's other uids can pass through."""
-    path = Path(tempfile.mkdtemp(prefix="rgb"))
-    path.chmod(0o711)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Bench:
@@ -220,6 +210,11 @@ class Bench:
                             job.ours.setdefault(f"{shuffle}, {TIGHT_MIB} MiB", []).append(seconds)
                             job.ours.setdefault(shuffle, []).append(beside)
         return job
+
+    def places(self) -> tuple[list[where.Found], Link]:
+        """What is predicted of calls on nodes and here, and what they take."""
+        say("where to run")
+        return where.measure(self.session, self._scale.job_rounds)
 
     def job_costs(self) -> dict[str, processes.Cost]:
         """Processor seconds of one volume job by process, this product's and plain Ray's."""

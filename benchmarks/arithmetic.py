@@ -36,3 +36,47 @@ def score_table(table: pa.Table, weights: Any, intercept: float, mean: Any, scal
 def echo(value: bytes) -> bytes:
     """Return the argument: the smallest call that carries bytes both ways."""
     return value
+
+
+def add(left: float, right: float) -> float:
+    """Return a sum: nothing to compute."""
+    return left + right
+
+
+def products(size: int, times: int) -> float:
+    """Multiply a matrix of *size* by itself so many times."""
+    import numpy as np  # noqa: PLC0415 - as above
+
+    matrix = found = np.full((size, size), 1 / size)
+    for _ in range(times):
+        found = found @ matrix
+    return float(found.sum())
+
+
+def total(batch: Batch) -> float:
+    """Sum all columns: as cheap as data gets."""
+    return float(sum(float(batch[name].sum()) for name in batch))
+
+
+def ranked(batch: Batch) -> float:
+    """Sort each column and take its middle."""
+    import numpy as np  # noqa: PLC0415 - as above
+
+    return float(sum(float(np.sort(batch[name])[len(batch) // 2]) for name in batch))
+
+
+def layers(batch: Batch, times: int) -> Any:
+    """Push rows through a layer again and again: dear, and the dearer the more rows."""
+    import numpy as np  # noqa: PLC0415 - as above
+
+    rows = batch.matrix()
+    weights = np.full((rows.shape[1], rows.shape[1]), 1 / rows.shape[1])
+    for _ in range(times):
+        rows = np.tanh(rows @ weights)
+    return rows.sum(axis=1)
+
+
+def counted(batch: Batch) -> int:
+    """Go through the rows one by one in Python, which no GPU makes faster."""
+    column = next(iter(batch))
+    return sum(1 for value in batch[column].tolist() if value > 0)

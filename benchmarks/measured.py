@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.processes import Cost, Memory
 from benchmarks.stages import Stage
+from benchmarks.where import Found
+from ray_gpu.advice import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,9 @@ class Measured:
     #: Each shuffle with a gateway of this many MiB, less than the data set has, and beside it with all memory.
     tight_mib: int
     tight: Job
+    #: What was predicted of calls in both places, and what the advisor knew of the link.
+    places: list[Found]
+    link: Link
     call_stages: list[Stage]
     #: What writing down costs: name and seconds.
     ledger: list[tuple[str, float]]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from benchmarks import where
 from benchmarks.measured import ArgumentCall, GatewayMemory, Job, Measured
 from benchmarks.processes import own_bytes
 
@@ -120,6 +121,7 @@ def markdown(found: Measured) -> str:
         _table(("shuffle", "before MB", "peak MB", "grown MB", "after MB", "data MB"), _memory(found.memory)),
         _TIGHT.format(mib=found.tight.shard_mib, tight=found.tight_mib),
         _table(("shuffle", "seconds", "MB/s", "of the time with all memory"), _tight(found)),
+        where.section(found.places, found.link, found.scale.job_rounds),
         _ATTACH.format(seconds=seconds),
     ]
     return "\n".join(parts)

@@ -6,9 +6,12 @@ a name for each set of obligations that is measured, and a session may send many
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,17 @@ def write_policies(directory: Path) -> None:
     zone["small_bytes"]["max_session_bytes"] = _SESSION_BYTES
     catalog_path.write_text(yaml.safe_dump(catalog, sort_keys=False), encoding="utf-8")
     zone_path.write_text(yaml.safe_dump(zone, sort_keys=False), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def state_directory() -> Iterator[Path]:
+    """Make a directory with a short path that the product's other uids can pass through."""
+    path = Path(tempfile.mkdtemp(prefix="rgb"))
+    path.chmod(0o711)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class Sealed:

@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.dataset as pad
 
 from ray_gpu import cards
+from ray_gpu.advice import Advice
 from ray_gpu.arrays import ARRAY_COLUMN, column_of, is_array
 from ray_gpu.handle import Handle, column_names
 from ray_gpu.progress import Progress
@@ -62,22 +63,24 @@ class Call(Generic[R]):
         data: A handle, a table for a memory file, or ``None``.
         show: Where progress goes.
         one: The function is called once, so there is one value.
+        ended: Told the report of the call once it is done, unless it failed.
     """
 
     def __init__(
-        self, session: Session, request: dict[str, Any], data: Any, *, show: Progress | None, one: bool
+        self,
+        session: Session,
+        request: dict[str, Any],
+        data: Any,
+        *,
+        show: Progress | None,
+        one: bool,
+        ended: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._session = session
-        self._show = show
-        self._lock = threading.RLock()
-        self._done = self._cancelled = False
-        self._value: Any = None
-        #: Values that came before the call was done, each with its shard's number.
-        self._parts: deque[tuple[int, Any]] = deque()
-        self._error: BaseException | None = None
-        #: Once done: shards by node, rows, bytes sent.
-        self.report: dict[str, Any] = {}
+        self._prepare(show)
         self._one = one
+        self._ended = ended
+        started = time.monotonic()
         message, fds = _with_data(request, data)
         try:
             self._connection = session.begin(self)
@@ -94,6 +97,21 @@ class Call(Generic[R]):
         finally:
             if fds:
                 close_fds(fds)
+        #: Handing the data over is a part of the call, which the gateway does not see.
+        self._handed_s = time.monotonic() - started
+
+    def _prepare(self, show: Progress | None) -> None:
+        self._show = show
+        self._lock = threading.RLock()
+        self._done = self._cancelled = False
+        self._value: Any = None
+        #: Values that came before the call was done, each with its shard's number.
+        self._parts: deque[tuple[int, Any]] = deque()
+        self._error: BaseException | None = None
+        #: Once done: shards by node, rows, bytes sent, seconds, leases opened.
+        self.report: dict[str, Any] = {}
+        #: With ``where="auto"`` or ``"local"``: what was predicted, and where it runs.
+        self.advice: Advice | None = None
 
     def done(self) -> bool:
         """Tell whether :meth:`result` would return, or raise, at once."""
@@ -178,7 +196,7 @@ class Call(Generic[R]):
         try:
             reply, fds = self._connection.receive()
         except (OSError, MalformedMessageError):
-            self._end(_ended_by_us() if self._cancelled else gone(), reusable=False)
+            self._end(ended_by_us() if self._cancelled else gone(), reusable=False)
             return
         if reply.get("event") == "part":
             self._parts.append((int(reply["shard"]), _part(reply, fds)))
@@ -194,6 +212,9 @@ class Call(Generic[R]):
             raise_for_error(reply)
             self.report = dict(reply.get("report") or {})
             self._value = value_of(reply, fds, one=self._one)
+            self.report["seconds"] = self.report.get("seconds", 0.0) + self._handed_s
+            if self._ended:
+                self._ended(self.report)
         except RemoteFunctionError as remote:
             reply = remote.fields
             error = rebuild(remote)
@@ -216,7 +237,7 @@ class Call(Generic[R]):
     def _interrupted(self) -> None:
         """Ctrl-C: closing the connection ends the call, its sandbox is killed."""
         if not self._done:
-            self._end(_ended_by_us(), reusable=False)
+            self._end(ended_by_us(), reusable=False)
 
     def _event(self, event: dict[str, Any]) -> None:
         if event["event"] == "printed":
@@ -242,7 +263,8 @@ def _not_yet(timeout: float | None) -> TimeoutError:
     return TimeoutError(f"the call is not done after {timeout} s; wait longer, or stop it with .cancel()")
 
 
-def _ended_by_us() -> CallCancelledError:
+def ended_by_us() -> CallCancelledError:
+    """Return the error of a call that the caller stopped."""
     return CallCancelledError("the call was stopped and its sandbox with it; run it again if you need its result")
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ray_gpu import cards
+from ray_gpu.advice import Advisor
 from ray_gpu.broadcast import Broadcast
 from ray_gpu.call import Call, advance_any, gone, value_of
 from ray_gpu.environment import versions
@@ -70,6 +71,8 @@ class Session:
         #: Digests of the functions that the zone's officer approved, as of now.
         self.approved = frozenset(self._card["approved"])
         self.receipts = Receipts()
+        #: What ``where="auto"`` knows of this session's links and functions.
+        self.advisor = Advisor()
 
     def _attach(self, token: str, purpose: str) -> dict[str, Any]:
         try:
@@ -255,6 +258,11 @@ class Session:
         connection.sock.close()
 
     # -- calls ----------------------------------------------------------------------------------
+
+    @property
+    def open_calls(self) -> int:
+        """How many calls are on their way to GPU nodes."""
+        return len(self._calls)
 
     def begin(self, call: Call[Any]) -> Inbox:
         """Return a connection for *call*; while too many calls are open, first wait until one of them is done.

@@ -14,6 +14,8 @@ join              session, secret -> ok: a further connection of the same sessio
 catalog           -> data sets with columns and classes
 read              handle -> rows, columns, and a memory file with the rows, inside the zone
 call              request (see ``ray_gpu.request``) -> events, then the result
+weigh             the same on a handle -> rows, bytes, whether they can be read, and the first of them, inside the zone;
+                  what policy refuses of the call is refused, and nothing leaves
 save              name, a memory file -> ok: the value in it is kept, sealed, for this person
 load              name -> a memory file with what was kept
 saved             -> names, times and sizes of what this person keeps
@@ -71,6 +73,8 @@ from zones.vault import Vault
 MAX_CONNECTIONS = 64
 #: The relay starts beside a raylet, which takes several seconds more on a busy machine.
 RELAY_TIMEOUT_S = 60.0
+#: Most rows that a call which is weighed shows of its data.
+MOST_SHOWN_ROWS = 1 << 16
 #: How often keys are looked for that outlived their lease, seconds.
 SWEEP_INTERVAL_S = 5.0
 #: How often it is looked whether the policy's files changed, seconds.
@@ -518,13 +522,35 @@ class Connection:
         request = parse(message)
         cancelled = job.Cancel()
         watchdog = self._gateway.watchdog
+        started, opened = time.monotonic(), session.leases.opened
         watchdog.watch(self._sock, request.work.options.timeout_s, cancelled)
         try:
             found = self._source(session, request, fds, cancelled)
             result = job.run(session, request, found, self._send, cancelled)
         finally:
             watchdog.leave(cancelled)
+        result.report["seconds"] = time.monotonic() - started
+        result.report["leases_opened"] = session.leases.opened - opened
         self._reply(request, result)
+
+    def _on_weigh(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Say what a call on a handle would send, if policy lets it, and show its first rows to the person."""
+        session = self._need_session()
+        request = parse(message)
+        if request.data is None or request.data.get("memory"):
+            raise ValueError("weigh takes a call on a handle")
+        found = self._source(session, request, fds, job.Cancel())
+        assert found is not None
+        session.weigh(request, found)
+        size = found.table.nbytes
+        readable = staging.fits(size, self._gateway.services.memory_bytes)
+        reply = {"ok": True, "rows": found.rows, "bytes": size, "readable": readable}
+        first = found.table.slice(0, min(max(0, int(message.get("first", 0))), MOST_SHOWN_ROWS))
+        fd = share_table(first if staging.fits(first.nbytes, self._gateway.services.memory_bytes) else first[:0])
+        try:
+            self._send(reply, (fd,))
+        finally:
+            os.close(fd)
 
     def _source(
         self, session: Session, request: Request, fds: list[int], cancelled: job.Cancel

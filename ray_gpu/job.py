@@ -24,7 +24,7 @@ from ray_gpu.lease_pool import NO_LEASE
 from ray_gpu.leases import Lease
 from ray_gpu.outcome import Outcome, RowsExpected, open_outcome
 from ray_gpu.pending import Item, Pending
-from ray_gpu.request import Mode, Options, Request
+from ray_gpu.request import Mode, Options, Request, payload_bytes
 from ray_gpu.resident import Resident
 from ray_gpu.sandbox.functions import VALUE
 from ray_gpu.sandbox.memory import SLOT_BYTES
@@ -334,11 +334,6 @@ class _DoubtedError(Exception):
     """An answer cannot be believed before another node has said the same."""
 
 
-def _payload_bytes(shard_bytes: int) -> int:
-    """Return how much data makes a shard of *shard_bytes*: with Arrow's framing it just fits its padding bucket."""
-    return shard_bytes - shard_bytes // 64 - (8 << 10)
-
-
 @dataclass(slots=True)
 class Tally:
     """What one lease did for one call."""
@@ -365,7 +360,7 @@ class ShardRun:
         options = request.work.options
         self._size = Size(
             row_bytes=plan.row_bytes(self._table),
-            shard_bytes=MAX_WHOLE_BYTES if options.whole else _payload_bytes(options.shard_bytes),
+            shard_bytes=MAX_WHOLE_BYTES if options.whole else payload_bytes(options.shard_bytes),
             min_shards=1 if options.whole else max(obligations.min_shards, 2 * options.concurrency),
         )
         #: Where policy bounds a node's share: the plan then depends on which nodes there are.

@@ -64,6 +64,8 @@ class LeasePool:
         self._room = threading.Condition(self._lock)
         self._leases: list[Lease] = []
         self._opening = 0
+        #: Leases that it opened so far.
+        self.opened = 0
         #: Calls that wait for a lease.
         self._waiting = 0
         self.closed = False
@@ -216,6 +218,7 @@ class LeasePool:
             with self._lock:
                 closed = self.closed
                 self._leases.append(lease)
+                self.opened += 1
         finally:
             with self._lock:
                 self._opening -= 1

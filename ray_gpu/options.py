@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ray_gpu.client import Session
 
 
+#: What the option ``where`` can be.
+PLACES = ("remote", "local", "auto")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionOptions:
     """Options of a remote function or class.
@@ -49,6 +53,9 @@ class FunctionOptions:
         modules: Modules of your own that the function imports while it runs, such as ``[mymodule]``, with all modules
             of their packages. Their source is sent with the function. What the function names itself, goes without.
         session: Session to use; by default the data's, or else the one attached last.
+        where: ``"remote"``: on GPU nodes. ``"local"``: here, in this process, and no row leaves. ``"auto"``: where it
+            is predicted to be faster (:mod:`ray_gpu.where`). For that the function may run here once more, on a few
+            of the rows: one that has effects has them once more. Functions alone: a class keeps its state on nodes.
 
     Raises:
         TypeError: A value has another type than its option.
@@ -69,6 +76,7 @@ class FunctionOptions:
     environment: str = ""
     modules: tuple[ModuleType, ...] = ()
     session: Session | None = None
+    where: str = "remote"
 
     def __post_init__(self) -> None:
         if not isinstance(self.pool, str):
@@ -81,6 +89,12 @@ class FunctionOptions:
             raise TypeError(f'keep_together is a column, as in keep_together="patient", not {self.keep_together!r}')
         if not isinstance(self.resident, bool):
             raise TypeError(f"resident is True or False, not {self.resident!r}")
+        if self.where not in PLACES:
+            near = difflib.get_close_matches(str(self.where), PLACES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"where is {', '.join(map(repr, PLACES[:-1]))} or {PLACES[-1]!r}, not {self.where!r}{hint}"
+            )
         _check_gpus(self.num_gpus)
         _check_whole("concurrency", self.concurrency, 1, MAX_CONCURRENCY)
         _check_whole("max_retries", self.max_retries, 0, MAX_RETRIES)
@@ -127,6 +141,19 @@ def with_options(base: FunctionOptions, changes: dict[str, Any]) -> FunctionOpti
     if isinstance(changes.get("modules"), list):
         listed["modules"] = tuple(changes["modules"])
     return replace(base, **changes | listed)
+
+
+def check_remote(name: str, options: FunctionOptions) -> None:
+    """Raise if a class, whose state is on nodes, shall run elsewhere.
+
+    Raises:
+        ValueError: It shall.
+    """
+    if options.where != "remote":
+        raise ValueError(
+            f"where={options.where!r} is for functions, and {name} is a class, whose instances keep their state on GPU "
+            f"nodes; take it away, or make an instance here with {name}(...)"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -75,6 +75,13 @@ class Progress:
             self._shown = ""
 
 
+def tell(name: str, text: str, stream: TextIO | None = None) -> None:
+    """Write one line about a function."""
+    stream = stream or sys.stderr
+    stream.write(f"{name[:_WIDTH]}: {text}\n")
+    stream.flush()
+
+
 def _redraws(stream: TextIO) -> bool:
     """Tell whether a carriage return goes over the line, as in terminals and in Jupyter's output, or is kept."""
     return stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel"

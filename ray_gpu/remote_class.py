@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from ray_gpu import functions
 from ray_gpu.call import gone
 from ray_gpu.client import Session
-from ray_gpu.options import FunctionOptions, with_options
+from ray_gpu.options import FunctionOptions, check_remote, with_options
 from ray_gpu.remote_function import RemoteFunction
 from ray_gpu.sandbox import stateful
 from ray_gpu.wire import Inbox, MalformedMessageError, raise_for_error, send_message
@@ -27,6 +27,7 @@ class RemoteClass(Generic[T]):
     def __init__(self, kind: type[T], options: FunctionOptions) -> None:
         if kind.__module__ == "builtins":
             functions.check_function(kind)
+        check_remote(kind.__qualname__, options)
         self._kind, self._options = kind, options
         functools.update_wrapper(self, kind, updated=())
 
@@ -39,7 +40,7 @@ class RemoteClass(Generic[T]):
 
         Raises:
             TypeError: No such option, whose nearest valid name is in the message, or a value of another type.
-            ValueError: A value that the option cannot have.
+            ValueError: A value that the option cannot have; or that ``where`` cannot have for a class.
         """
         return RemoteClass(self._kind, with_options(self._options, changes))
 
@@ -169,6 +170,7 @@ class RemoteMethod(RemoteFunction[..., Any]):
     """A method of an instance on GPU nodes: as a remote function, in the instance's sandboxes alone."""
 
     def __init__(self, kind: type, name: str, options: FunctionOptions, *, digest: str, instance: str) -> None:
+        check_remote(kind.__qualname__, options)
         self._how = kind, name, digest, instance
         run = functools.partial(stateful.call, digest, name)
         super().__init__(run, options, name=f"{kind.__qualname__}.{name}", instance=instance)

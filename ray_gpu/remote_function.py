@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from ray_gpu import functions, progress, proposal
+from ray_gpu import functions, progress, proposal, where
+from ray_gpu.advice import Advice
 from ray_gpu.arrays import Batch, to_host
 from ray_gpu.attaching import current_session
 from ray_gpu.broadcast import here, taken_out
 from ray_gpu.call import Call, Data, as_table, is_data
 from ray_gpu.client import Session
 from ray_gpu.handle import Handle
+from ray_gpu.local_call import LocalWork
 from ray_gpu.options import FunctionOptions, with_options
-from ray_gpu.request import pack_work
+from ray_gpu.request import Mode, pack_work
 from ray_gpu.stream import Stream
 from zones import values
 from zones.errors import FunctionRefusedError, ValueRefusedError
@@ -27,6 +29,8 @@ from zones.shards import strip
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
+#: Calls that give the same here as on GPU nodes.
+_MOVABLE = (Mode.MAP, Mode.SHARDS, Mode.STREAM, Mode.CALL)
 
 
 class RemoteFunction(Generic[P, R]):
@@ -171,6 +175,26 @@ class RemoteFunction(Generic[P, R]):
         values.prepare(result)
         return result  # type: ignore[no-any-return]  # the same with NumPy's arrays in place of CuPy's
 
+    def advise(self, *args: Any, **kwargs: Any) -> Advice:
+        """Say where ``f.map(data, ...)``, or ``f.remote(...)`` on arguments alone, is faster: on GPU nodes or here.
+
+        It runs neither, but what :mod:`ray_gpu.where` says: the first time small calls of its own, and the function
+        here, on a few of the rows. Policy is asked whether the rows may leave.
+
+        Args:
+            args: Those of the call. As for :meth:`remote`, a first one that is a handle or a table is its data; make a
+                table of an array.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            EgressDeniedError: Policy refuses that rows of the zone leave by this call.
+            TypeError: It is a method of an instance.
+        """
+        data, rest = (args[0], args[1:]) if args and is_data(args[0]) else (None, args)
+        if self._instance:
+            raise TypeError(f"{self._name} runs where its instance is, on GPU nodes; advice is for functions")
+        return where.weigh(self._planned("call" if data is None else "map", data, rest, kwargs))
+
     def _call(
         self,
         mode: str,
@@ -181,16 +205,50 @@ class RemoteFunction(Generic[P, R]):
         whole: bool = False,
         more: Mapping[str, Any] = MappingProxyType({}),
     ) -> Call[Any]:
+        planned = self._planned(mode, data, args, kwargs, whole=whole, more=more)
+        table, ended, advice = planned.work.data, None, None
+        if not self._instance and planned.work.mode in _MOVABLE:
+            advice = where.choose(planned)
+            if advice is not None and advice.chosen == "local":
+                return where.begin_here(planned, advice)
+            ended = where.learner(planned)
+        show = progress.Progress(self._name) if table is not None and progress.wanted() else None
+        one = whole or mode in ("call", "make")
+        call: Call[Any] = Call(planned.session, planned.request, table, show=show, one=one, ended=ended)
+        call.advice = advice
+        return call
+
+    def _planned(
+        self,
+        mode: str,
+        data: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        whole: bool = False,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> where.Planned:
+        """Return a call that may be made, here or on GPU nodes."""
         table = as_table(data, self._options.columns) if mode in ("map", "shards", "stream") else None
         session = self._session(table)
         work = self._work(session, whole=whole)
+        given = args, kwargs
         args, kwargs, broadcasts = taken_out(args, kwargs, session)
         arguments = _encode(args, kwargs, broadcasts)
         request = {"op": "call", "mode": mode, "work": work, "arguments": arguments, **more}
         if broadcasts:
             request["broadcasts"] = sorted(set(broadcasts.values()))
-        show = progress.Progress(self._name) if table is not None and progress.wanted() else None
-        return Call(session, request, table, show=show, one=whole or mode in ("call", "make"))
+        here = LocalWork(
+            function=self._function,
+            mode=Mode(mode),
+            whole=whole,
+            options=self._options,
+            data=table,
+            arguments=arguments,
+            return_exceptions=bool(more.get("return_exceptions")),
+            broadcasts={at: given[0][at] if isinstance(at, int) else given[1][at] for at in broadcasts},
+        )
+        return where.Planned(name=self._name, session=session, request=request, work=here)
 
     def proposal(self) -> str:
         """Return the function in a form that a zone's officer can read and approve, as JSON.

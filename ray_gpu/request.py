@@ -35,6 +35,11 @@ MAX_RETRIES = 100
 MAX_WAIT_S = 604_800
 
 
+def payload_bytes(shard_bytes: int) -> int:
+    """Return how much data makes a shard of *shard_bytes*: with Arrow's framing it just fits its padding bucket."""
+    return shard_bytes - shard_bytes // 64 - (8 << 10)
+
+
 class Mode(StrEnum):
     """What a call means."""
 

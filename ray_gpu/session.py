@@ -160,6 +160,17 @@ class Session:
             raise
         return found
 
+    def weigh(self, request: Request, source: Source) -> None:
+        """Ask policy about a call as :meth:`decide` does, though it may never be made: its arguments do not count.
+
+        Raises:
+            EgressDeniedError: Policy refuses.
+            LedgerUnavailableError: The answer could not be written down.
+        """
+        self.decide(request, source)
+        with self._lock:
+            self._small_bytes -= len(request.arguments)
+
     def _fulfil(self, allowed: Allowed, request: Request, source: Source | None) -> None:
         """Check what the decision demands of this very call."""
         obligations, options = allowed.decision.obligations, request.work.options

@@ -23,7 +23,7 @@ from zones import filters, shards
 from zones import segments as divisions
 from zones.errors import UnknownNameError
 from zones.model import Dataset, Zone
-from zones.plan import Index, split_rows
+from zones.plan import Index, groups_of, split_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ def from_catalog(
         digest=opened.digest,
         of_rows=opened.of_rows,
         numbers=numbers,
-        groups=None if keep_together is None else _groups(opened.table.column(keep_together)),
+        groups=None if keep_together is None else groups_of(opened.table.column(keep_together)),
     )
 
 
@@ -231,15 +231,6 @@ def _leaves(dataset: str, segments: str, digest: str, listed: tuple[tuple[str, s
     return _Kept()
 
 
-def _groups(column: Any) -> Index:
-    """Return ``int64[rows]``: rows with one value get one number; each null is a value of its own."""
-    codes = column.combine_chunks().dictionary_encode()
-    found: Index = codes.indices.fill_null(-1).to_numpy().astype(np.int64)
-    alone = found < 0
-    found[alone] = len(codes.dictionary) + np.arange(np.count_nonzero(alone))
-    return found
-
-
 def _part(table: pa.Table, split: Any) -> pa.Table:
     """Return one part of a split: ``{"fractions": [...], "seed": int, "part": index}``."""
     try:
@@ -288,6 +279,6 @@ def from_memory(fd: int, columns: tuple[str, ...] | None, *, keep_together: str 
         table=whole.select(list(columns)) if columns else whole,
         filter_columns=frozenset() if keep_together is None else frozenset({keep_together}),
         of_rows=whole.num_rows,
-        groups=None if keep_together is None else _groups(whole.column(keep_together)),
+        groups=None if keep_together is None else groups_of(whole.column(keep_together)),
         content=content,
     )

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from ray_gpu.advice import Advice
 from ray_gpu.call import Call
 
 R = TypeVar("R")
@@ -29,6 +30,11 @@ class Stream(Iterator[R], AsyncIterator[R]):
         self._ordered = ordered
         self._early: dict[int, R] = {}
         self._next = 0
+
+    @property
+    def advice(self) -> Advice | None:
+        """With ``where="auto"`` or ``"local"``: what was predicted, and where the call runs."""
+        return self._call.advice
 
     @property
     def report(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def test_targets(report: str) -> None:
         ("### Processor time of the volume job", 5),
         ("### Where the processor time of the volume job goes", 14),
         ("## Memory of the gateway", 3),
+        ("## Where to run", 20),
     ],
 )
 def test_tables(report: str, heading: str, least: int) -> None:

@@ -23,6 +23,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -217,6 +218,15 @@ def rows_of_groups(ranks: Index, obligations: Obligations, seed: bytes) -> Index
         return np.argsort(ranks, kind="stable").astype(np.int64, copy=False)
     # A draw of its own: the groups' order came from the seed itself.
     return sorted_units(ranks, draw(len(ranks), hashlib.sha256(b"within groups" + seed).digest()))
+
+
+def groups_of(column: Any) -> Index:
+    """Return ``int64[rows]``: rows with one value get one number; each null is a value of its own."""
+    codes = column.combine_chunks().dictionary_encode()
+    found: Index = codes.indices.fill_null(-1).to_numpy().astype(np.int64)
+    alone = found < 0
+    found[alone] = len(codes.dictionary) + np.arange(np.count_nonzero(alone))
+    return found
 
 
 def row_bytes(table: pa.Table) -> int:

@@ -200,10 +200,11 @@ def test_error_in_a_stream(zone: Any) -> None:
     assert sum(third_fails.stream(zone.read("randhie"))) == 20190
 
 
-def test_errors_among_the_values(zone: Any) -> None:
+@pytest.mark.parametrize("where", ["remote", "local"])
+def test_errors_among_the_values(zone: Any, where: str) -> None:
     """Asked for, what a shard raised stands in for its value, with its traceback, and the others come all the same."""
 
-    @gpu_remote(columns=["mdvis"], shard_bytes=64 << 10, concurrency=1, session=zone)
+    @gpu_remote(columns=["mdvis"], shard_bytes=64 << 10, concurrency=1, session=zone, where=where)
     def every_other_fails(batch: Any) -> int:
         import sys
 

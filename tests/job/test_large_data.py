@@ -94,6 +94,9 @@ def test_rows_for_people(small: Any, group: cgroup.Cgroup) -> None:
         data = session.read("breast_cancer_resampled")
         with pytest.raises(ResultTooLargeError, match="read fewer columns"):
             data.to_arrow()
+        advice = number.options(session=session).advise(data)
+        assert (advice.chosen, advice.predicted_local_s) == ("remote", None)
+        assert "the gateway has no room to hand out" in advice.reason
         assert data.select(COLUMNS[:1]).to_arrow().num_rows == ROWS
     assert group.processes() == before
 
