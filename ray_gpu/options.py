@@ -43,6 +43,9 @@ class FunctionOptions:
             rows, of this function or another with this option, then sends none of those that are open still. Policy
             has to allow it.
         shard_bytes: Size of a shard before padding, bytes.
+        halve_shards: Where the function finds too little memory for a shard, in ``.map`` or ``.map_reduce``, make the
+            call again with shards of half the size, and again, down to 64 KiB. The memory of GPUs and of Python counts;
+            a sandbox that its node kills for memory is a lost lease.
         timeout_s: Seconds until the call is stopped; ``None`` means never.
         max_retries: How often ``f.remote`` on arguments alone is made again, after longer and longer waits, when its
             node, sandbox or connection was lost in the middle: a function that has effects may then have had them
@@ -70,6 +73,7 @@ class FunctionOptions:
     categories: tuple[str, ...] | None = None
     resident: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    halve_shards: bool = False
     timeout_s: float | None = None
     max_retries: int = 0
     placement_timeout_s: float = 30.0
@@ -87,8 +91,9 @@ class FunctionOptions:
             raise TypeError(f"modules is a list of modules, as in modules=[mymodule], not {self.modules!r}")
         if not isinstance(self.keep_together, (str, type(None))):
             raise TypeError(f'keep_together is a column, as in keep_together="patient", not {self.keep_together!r}')
-        if not isinstance(self.resident, bool):
-            raise TypeError(f"resident is True or False, not {self.resident!r}")
+        for name in ("resident", "halve_shards"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.where not in PLACES:
             near = difflib.get_close_matches(str(self.where), PLACES, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

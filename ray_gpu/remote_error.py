@@ -35,12 +35,19 @@ def rebuild(error: RemoteFunctionError) -> Exception:
     """
     found = _builtin(error) or error
     found.__cause__ = RemoteTraceback(error.traceback)
-    if isinstance(found, MemoryError) or error.type_name.endswith("OutOfMemoryError"):
+    if too_little_memory(found):
         found.add_note(
             "The node had too little memory for what the function made of one shard. Send less at once, as in "
-            ".options(shard_bytes=1 << 20), or fewer columns, or have it compute with float32."
+            ".options(shard_bytes=1 << 20), or .options(halve_shards=True) to find out how much; or fewer columns, or "
+            "have it compute with float32."
         )
     return found
+
+
+def too_little_memory(error: BaseException) -> bool:
+    """Tell whether a function found too little memory: Python's, or a GPU's, as CuPy and PyTorch say it."""
+    named = isinstance(error, RemoteFunctionError) and error.type_name.endswith("OutOfMemoryError")
+    return named or isinstance(error, MemoryError)
 
 
 def _builtin(error: RemoteFunctionError) -> Exception | None:

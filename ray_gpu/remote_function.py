@@ -20,7 +20,8 @@ from ray_gpu.client import Session
 from ray_gpu.handle import Handle
 from ray_gpu.local_call import LocalWork
 from ray_gpu.options import FunctionOptions, with_options
-from ray_gpu.request import Mode, pack_work
+from ray_gpu.remote_error import too_little_memory
+from ray_gpu.request import MIN_SHARD_BYTES, Mode, pack_work
 from ray_gpu.stream import Stream
 from zones import values
 from zones.errors import FunctionRefusedError, ValueRefusedError
@@ -81,7 +82,7 @@ class RemoteFunction(Generic[P, R]):
             RowCountError: The function returned another number of rows than it was given.
             Exception: What the function raised.
         """
-        return self._call("map", data, args, kwargs).result()
+        return self._by_shards("map", data, args, kwargs)
 
     def map_reduce(self, data: Any, reduce: Callable[[list[R]], S], *args: Any, **kwargs: Any) -> S:
         """Run ``f(batch, *args, **kwargs)`` on every shard and return ``reduce(values)``, which runs here in the zone.
@@ -90,7 +91,7 @@ class RemoteFunction(Generic[P, R]):
         """
         if not callable(reduce):
             raise TypeError(f"reduce takes the list of the shards' values, as `sum` does; {reduce!r} is no function")
-        return reduce(self._call("shards", data, args, kwargs).result())
+        return reduce(self._by_shards("shards", data, args, kwargs))
 
     def stream(
         self, data: Any, *args: Any, ordered: bool = False, return_exceptions: bool = False, **kwargs: Any
@@ -194,6 +195,21 @@ class RemoteFunction(Generic[P, R]):
         if self._instance:
             raise TypeError(f"{self._name} runs where its instance is, on GPU nodes; advice is for functions")
         return where.weigh(self._planned("call" if data is None else "map", data, rest, kwargs))
+
+    def _by_shards(self, mode: str, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a call over data, made again with smaller shards if they are to be halved."""
+        if not self._options.halve_shards:
+            return self._call(mode, data, args, kwargs).result()
+        # What gives its rows once is read once.
+        data, function = as_table(data, self._options.columns), self
+        while True:
+            try:
+                return function._call(mode, data, args, kwargs).result()
+            except Exception as error:
+                half = function._options.shard_bytes // 2
+                if not too_little_memory(error) or half < MIN_SHARD_BYTES:
+                    raise
+                function = function.options(shard_bytes=half)
 
     def _call(
         self,

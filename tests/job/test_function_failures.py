@@ -365,3 +365,27 @@ def test_closed_output_is_opened_again(zone: Any, capfd: pytest.CaptureFixture[s
 
     assert (run(closes), run(prints)) == (1, 2)
     assert "seen again" in capfd.readouterr().out
+
+
+@gpu_remote(columns=["mdvis"], shard_bytes=256 << 10, concurrency=1)
+def needs_little(batch: Any, most: int, kind: str) -> Any:
+    """Give the rows back, unless there are too many for this node's memory."""
+    if len(batch) > most:
+        error = MemoryError if kind == "Python's" else type("OutOfMemoryError", (Exception,), {})
+        raise error(f"{len(batch)} rows")
+    return batch["mdvis"] * 2
+
+
+@pytest.mark.parametrize("kind", ["Python's", "a GPU's"])
+def test_halved(zone: Any, kind: str) -> None:
+    """Asked for, shards get smaller until a node has the memory for them; if that is never so, the error stays."""
+    data = zone.read("randhie", columns=["mdvis"])
+    halving = needs_little.options(session=zone, halve_shards=True)
+    expected = data.to_pandas()["mdvis"].to_numpy() * 2
+
+    with pytest.raises((MemoryError, RemoteFunctionError), match="rows"):
+        needs_little.options(session=zone).map(data, 9000, kind)
+    assert np.array_equal(halving.map(data, 9000, kind), expected)
+    assert halving.map_reduce(data, lambda parts: sum(part.sum() for part in parts), 9000, kind) == expected.sum()
+    with pytest.raises((MemoryError, RemoteFunctionError), match="rows"):
+        halving.map(data, 10, kind)
