@@ -60,6 +60,8 @@ _VALUES, _LEDGER, _ZONE_KEYS = (
     "tests/zones/test_ledger.py::",
     "tests/zones/test_keys.py::",
 )
+_PUBLISHED, _ENVIRONMENTS = "tests/test_environment_store.py::", "tests/job/test_environments.py::"
+_CHECKPOINTS, _CLASSES = "tests/job/test_checkpoints.py::", "tests/job/test_classes.py::"
 _OWN_UID, _END = "tests/attack/test_gateway_uid.py::", "tests/attack/test_lease_end.py::"
 _CLUSTER, _ENDPOINT = "tests/hosts/test_cluster.py::", "tests/test_endpoint.py::"
 _HOST, _SITE = "tests/attack/test_host_controls.py::", "tests/attack/test_site_controls.py::"
@@ -406,6 +408,26 @@ _ALL = (
         attacks=(_DUTIES + "test_broken", _DUTIES + "test_hours", _DUTIES + "test_session_length",
                  _DUTIES + "test_gpu_kinds", _DUTIES + "test_environments"),
         positives=(_DUTIES + "test_broken", _DUTIES + "test_gpu_kinds", _DUTIES + "test_environments")),
+    Control(
+        id="environment-contents", where="node", promise="P2", told="built in",
+        code="ray_gpu/environment_store.py::Store",
+        keeps_off="Packages that were changed since an operator built them from running, and functions from changing "
+                  "them or seeing others.",
+        attacks=(_PUBLISHED + "test_changed", _PUBLISHED + "test_changed_document",
+                 _ENVIRONMENTS + "test_changed_is_not_served", _ENVIRONMENTS + "test_runs_there"),
+        positives=(_PUBLISHED + "test_as_it_was", _ENVIRONMENTS + "test_changed_is_not_served",
+                   _ENVIRONMENTS + "test_runs_there")),
+    Control(
+        id="checkpoint-keys", where="zone", promise="P3", told="built in", code="ray_gpu/checkpoints.py::Checkpoints",
+        keeps_off="Whoever reads the zone's disk, and other people, from what a person saved, and from changing it.",
+        attacks=(_CHECKPOINTS + "test_unreadable_on_the_disk", _CHECKPOINTS + "test_theirs_alone"),
+        positives=(_CHECKPOINTS + "test_kept_between_sessions", _CHECKPOINTS + "test_unreadable_on_the_disk",
+                   _CHECKPOINTS + "test_theirs_alone")),
+    Control(
+        id="instance-owner", where="gateway", promise="P2", told="built in", code="ray_gpu/session.py::Session",
+        keeps_off="Another session from the sandbox, and so the state, of a class's instance.",
+        attacks=(_CLASSES + "test_nobody_elses_calls",),
+        positives=(_CLASSES + "test_state_stays", _CLASSES + "test_nobody_elses_calls")),
     Control(
         id="approval", where="gateway", promise="P3", told="built in", code="zones/approvals.py::approved",
         keeps_off="A function that no officer signed, as it is, from being called where policy asks for that.",

@@ -199,6 +199,21 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/zones/test_approvals.py::test_refused[another's]", r"== \{\}",
     ),
     mutation(
+        "environment-contents", "published files are served unread",
+        Edit(file="ray_gpu/environment_store.py", old="        if (was := files_digest(site)) != found.files:\n", new='        if (was := "") and was != found.files:\n'),
+        "tests/test_environment_store.py::test_changed[_byte]", "DID NOT RAISE",
+    ),
+    mutation(
+        "checkpoint-keys", "a key is anybody's, under any name",
+        Edit(file="ray_gpu/checkpoints.py", old='    return hashlib.sha256(b"\\0".join((b"ray-gpu checkpoint", person.encode(), name.encode()))).hexdigest()\n', new='    return hashlib.sha256(b"ray-gpu checkpoint").hexdigest()\n'),
+        "tests/job/test_checkpoints.py::test_theirs_alone", "DID NOT RAISE",
+    ),
+    mutation(
+        "instance-owner", "instances are every session's",
+        Edit(file="ray_gpu/session.py", old="        self._instances: dict[str, InstancePool] = {}\n", new='        self._instances: dict[str, InstancePool] = vars(services.in_force).setdefault("instances", {})\n'),
+        "tests/job/test_classes.py::test_nobody_elses_calls", "DID NOT RAISE",
+    ),
+    mutation(
         "strip", "category values leave with the rows",
         Edit(file="zones/shards.py", old="    elif pa.types.is_dictionary(column.type):\n", new="    elif False:\n"),
         _SHARDS + "test_strip_hides_metadata_and_categories", r"assert ",
