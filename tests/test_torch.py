@@ -97,3 +97,21 @@ def test_in_an_environment(openlab: Any, example: ModuleType, monkeypatch: pytes
         weights = example.train_remotely(zone, 2, environment=found.digest)
         assert np.allclose(weights, example.train_here(zone, 2), atol=1e-6)
     assert openlab.entries("intent")[-1]["environment_digest"] == found.digest
+
+
+def test_tensors_in_and_out(openlab: Any) -> None:
+    """A tensor is data without a copy, rows of several dimensions too; a result is a tensor's memory without one."""
+    import torch
+
+    from ray_gpu import gpu_remote
+    from ray_gpu.arrays import column_of
+
+    images = torch.arange(24, dtype=torch.float32).reshape(4, 3, 2)
+    assert column_of(images).flatten().flatten().buffers()[1].address == images.data_ptr()
+
+    with openlab.attach("marriage study") as zone:
+        doubled = gpu_remote(session=zone)(lambda batch: batch["array"] * 2)
+        found = doubled.map(images)
+        assert torch.equal(torch.from_numpy(found), images * 2)
+        assert torch.from_numpy(found).data_ptr() == found.__array_interface__["data"][0]
+        assert torch.equal(torch.asarray(doubled.local(images)), images * 2)
