@@ -133,6 +133,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
         if type(value) not in PLAIN and _is_data(value):
             raise _DataFoundError(value)
 
+    def reducer_override(self, value: Any) -> Any:
+        """Write what *value* is on a node, where it says so: a remote function is the function itself there."""
+        on_node = getattr(type(value), "__on_node__", None)
+        return super().reducer_override(value) if on_node is None else on_node(value)
+
 
 def _is_data(value: Any) -> bool:
     if isinstance(value, type):
