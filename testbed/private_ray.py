@@ -1,4 +1,4 @@
-"""A private Ray cluster on the hosts of one zone, as a person there starts it: docs/howto-ray-data.md. Starts processes.
+"""A private Ray cluster on a zone's hosts, as a person there starts it: docs/howto-ray-data.md. Starts processes.
 
 It has nothing of the spanning cluster: other ports, another token, other files, the person's own uid, no cage.
 """
@@ -135,7 +135,9 @@ def environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_GPU_PROGRESS": "0",
+        "RAY_GPU_STATE": STATE,
     }
 
 

@@ -97,6 +97,15 @@ def test_rules_within_a_zone(file: Path) -> None:
         assert str(PRIVATE_PORTS.gcs) not in host_rules(role, hosts)
 
 
+def test_private_ray_in_the_documentation() -> None:
+    """The document on a zone's private Ray has people start it on the declared ports, each named."""
+    text = (ROOT / "docs/howto-ray-data.md").read_text(encoding="utf-8")
+    flags = [*PRIVATE_PORTS.flags(), f"--port={PRIVATE_PORTS.gcs}", f"--ray-client-server-port={PRIVATE_PORTS.client}"]
+
+    assert [flag for flag in flags if flag not in text] == []
+    assert f":{PRIVATE_PORTS.gcs}" in text
+
+
 def test_ssh_stays_in_the_pool() -> None:
     """SSH goes from operator and head to the pool, and nowhere else."""
     ssh = {(flow.source, flow.destination) for flow in flows() if flow.ports[0] <= 22 <= flow.ports[1]}

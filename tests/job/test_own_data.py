@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pad
 import pytest
 
-from ray_gpu import Batch, gpu_remote
+from ray_gpu import Batch, OnGpu, gpu_remote
 from ray_gpu.call import as_table
 from zones.errors import UnknownNameError, ValueRefusedError
 
@@ -85,6 +85,21 @@ def test_own_table_where_policy_allows_it(open_zone: Any, kind: str, tmp_path: P
     found = double.options(session=open_zone).map(data)
 
     np.testing.assert_array_equal(found, TABLE["mdvis"].to_numpy() * 2)
+
+
+def test_batches_of_ray_data(open_cluster: Any) -> None:
+    """Rows in a batch of Ray Data's are mapped where policy lets them leave; what is to be kept goes along here."""
+    before, wanted = len(open_cluster.entries("intent")), {**_COLUMNS, "result": _COLUMNS["mdvis"] * 2}
+    on_gpu = OnGpu(double, "clinic", keep=["name"], state_dir=open_cluster.state)
+    try:
+        found = on_gpu(TABLE.replace_schema_metadata({"pandas": "{}"}))
+        empty = on_gpu(TABLE.slice(0, 0))
+    finally:
+        on_gpu.session.close()
+
+    assert found.equals(pa.table(wanted).select(["name", "result"]))
+    assert (empty.num_rows, empty.schema) == (0, found.schema)
+    assert {tuple(entry["columns"]) for entry in open_cluster.entries("intent")[before:]} == {("mdvis",)}
 
 
 @pytest.mark.parametrize("kind", ["table", "dataset"])
