@@ -18,7 +18,7 @@ from ray_gpu.ports import PRIVATE_PORTS
 from testbed.cluster import PEOPLE, PERSON_UID, STATE, BedCluster
 from testbed.host import Host, HostProcess
 
-HOME, RUN = "/home/person", f"/run/user/{PERSON_UID}"
+HOME, RUN = "/srv/person", f"/run/user/{PERSON_UID}"
 #: What the person's processes find on each host, mode 0600.
 LOGIN, TOKEN = f"{HOME}/.ray-gpu/login.json", f"{HOME}/.ray-gpu/private-token"
 #: Of each node. Nothing here holds much.
