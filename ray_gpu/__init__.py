@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray_gpu.client import Session
     from ray_gpu.executor import Executor
     from ray_gpu.handle import Handle
+    from ray_gpu.on_gpu import OnGpu, parts
     from ray_gpu.options import FunctionOptions
     from ray_gpu.remote_class import Instance, RemoteClass
     from ray_gpu.remote_function import RemoteFunction
@@ -30,18 +31,21 @@ __all__ = [
     "FunctionOptions",
     "Handle",
     "Instance",
+    "OnGpu",
     "RemoteClass",
     "RemoteFunction",
     "Session",
     "Stream",
     "attach",
     "gpu_remote",
+    "parts",
 ]
 
 _HOMES = {
     "Batch": "arrays", "Broadcast": "broadcast", "Call": "call", "Executor": "executor", "FunctionOptions": "options",
-    "Handle": "handle", "Instance": "remote_class", "RemoteClass": "remote_class", "RemoteFunction": "remote_function",
-    "Session": "client", "Stream": "stream", "attach": "attaching",
+    "Handle": "handle", "Instance": "remote_class", "OnGpu": "on_gpu", "RemoteClass": "remote_class",
+    "RemoteFunction": "remote_function", "Session": "client", "Stream": "stream", "attach": "attaching",
+    "parts": "on_gpu",
 }  # fmt: skip
 
 

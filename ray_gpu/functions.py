@@ -191,6 +191,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
             module = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
             self._named.add(own_modules.top(str(module)))
 
+    def reducer_override(self, value: Any) -> Any:
+        """Write what *value* is on a node, where it says so: a remote function is the function itself there."""
+        on_node = getattr(type(value), "__on_node__", None)
+        return super().reducer_override(value) if on_node is None else on_node(value)
+
 
 def _is_data(value: Any) -> bool:
     if isinstance(value, type):

@@ -146,6 +146,7 @@ class Gateway:
             degradations=settings.degradations,
             reclaim=self.reclaim,
             sign=self._sign,
+            zone_hosts=self._zone_hosts,
         )
         self._keys.sweep(int(time.time()))
         # What the last gateway left without one, above all after a crash.
@@ -329,6 +330,11 @@ class Gateway:
             return []
         answer = self._relay.request({"op": "nodes"}, timeout_s=10)
         return list(answer.get("nodes") or [])
+
+    def _zone_hosts(self) -> int:
+        zone = self._services.zone.name
+        labels = [node["labels"] for node in self.nodes() if node["alive"]]
+        return sum(one.get("ray-gpu-zone") == zone for one in labels)
 
     @property
     def services(self) -> ZoneServices:

@@ -4,6 +4,7 @@
 
     hosts:
       - {name: gpu-1, role: gpu, addresses: [192.0.2.11]}
+      - {name: zone-clinic-2, role: edge-zone, zone: clinic, addresses: [198.51.100.6]}
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class _HostPart(FileModel):
     name: Id
     role: Literal["operator", "head", "gpu", "edge-zone", "client-zone", "vault"]
     addresses: list[Annotated[str, AfterValidator(_address)]] = Field(min_length=1)
+    #: Of a host of a zone that has several: they may speak to one another on the ports of the zone's private Ray.
+    zone: Id | None = None
 
 
 class _File(FileModel):
@@ -44,8 +47,8 @@ def read(path: Path) -> tuple[FirewallHost, ...]:
     """Read a hosts file.
 
     Raises:
-        ConfigError: It cannot be read, has a role that does not exist, a name or an address twice, or two heads; names
-            file and line.
+        ConfigError: It cannot be read, has a role that does not exist, a name or an address twice, two heads, or a zone
+            beside another role than a zone's; names file and line.
     """
     document = Document(read_text_file(path), path)
     parts = document.check(_File).hosts
@@ -55,6 +58,8 @@ def read(path: Path) -> tuple[FirewallHost, ...]:
     for index, part in enumerate(parts):
         if part.name in names:
             document.refuse(("hosts", index, "name"), f"two hosts are called {part.name}; rename one")
+        if part.zone is not None and not Role(part.role).is_zone():
+            document.refuse(("hosts", index, "zone"), f"a host of role {part.role} is of no zone; remove `zone`")
         if part.role == "head" and heads:
             document.refuse(("hosts", index, "role"), f"{heads[0]} is the head already; a cluster has one")
         for place, address in enumerate(part.addresses):
@@ -63,4 +68,6 @@ def read(path: Path) -> tuple[FirewallHost, ...]:
             owners[address] = part.name
         names.add(part.name)
         heads += [part.name] if part.role == "head" else []
-    return tuple(FirewallHost(name=part.name, role=Role(part.role), addresses=tuple(part.addresses)) for part in parts)
+    return tuple(
+        FirewallHost(name=p.name, role=Role(p.role), addresses=tuple(p.addresses), zone=p.zone or "") for p in parts
+    )

@@ -4,7 +4,8 @@ Rules:
 
 1. What :func:`flows` does not declare is dropped, by the host that would send it, by the router, and by the host that
    would receive it. Each of the three alone is enough, but for who on a host it is, which only that host knows.
-2. Nothing goes into a zone of kind ``client-zone``, from zone to zone, or between a zone and SSH.
+2. Nothing goes into a zone of kind ``client-zone``, from zone to zone, or between a zone and SSH. The hosts of one zone
+   reach one another on the ports of its private Ray cluster alone, and nobody else reaches these.
 3. Only the gateway's uid leaves an ``edge-zone`` or ``client-zone`` host for data endpoints, and only the forwarder's
    leaves a ``client-zone`` host for Ray.
 4. Ray's ports lead into a host's cage, which has a network of its own (:mod:`ray_gpu.cage_net`), and it alone opens
@@ -61,6 +62,14 @@ class NodePorts:
         """Ports for data connections, ``"lowest-highest"``."""
         return f"{self.first + 110}-{self.first + 199}"
 
+    @property
+    def services(self) -> tuple[tuple[Span, str], ...]:
+        """What Ray's nodes open among one another besides the GCS, and what it is."""
+        return (
+            ((self.first, self.first + 2), "node manager, object manager, runtime-env agent"),
+            ((self.first + 10, self.first + 109), "workers"),
+        )
+
     def fixed(self) -> list[int]:
         """Return the ports that must be free at start."""
         return [self.gcs, self.client, *range(self.first, self.first + 6)]
@@ -75,6 +84,8 @@ class NodePorts:
 
 #: Ports of a node that has a host to itself.
 PORTS = NodePorts.of(26000, 0)
+#: Ports of the private Ray cluster that a zone's people may start on its own hosts, and which no other host reaches.
+PRIVATE_PORTS = NodePorts.of(26300, 0)
 SSH, VAULT = 22, 8200
 #: Name of the table, in the family ``inet``. Other tables are left alone.
 TABLE = "ray_gpu"
@@ -115,6 +126,8 @@ class Flow:
     taken_by: End = End.HOST
     #: The one uid of the host that may open them; ``None`` for any.
     uid: int | None = None
+    #: Whether only hosts of one zone may, among themselves.
+    within_zone: bool = False
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -140,11 +153,13 @@ class FirewallHost:
     role: Role
     #: Its IPv4 and IPv6 addresses.
     addresses: tuple[str, ...]
+    #: Name of the zone that it is a host of; ``""`` where that is not said, and then no other host is of its zone.
+    zone: str = ""
 
 
 def flows(ports: NodePorts = PORTS) -> tuple[Flow, ...]:
     """Return every flow between hosts. It is the whole of what may be."""
-    return (*_administration(), *_vault(), *_ray(ports), *_data(ports))
+    return (*_administration(), *_vault(), *_ray(ports), *_data(ports), *_private())
 
 
 def cage_serves(role: Role, ports: NodePorts = PORTS) -> tuple[Span, ...]:
@@ -179,10 +194,7 @@ def _vault() -> Iterator[Flow]:
 def _ray(ports: NodePorts) -> Iterator[Flow]:
     """Yield what Ray's nodes open among one another. Metrics and agents of the dashboard are for nobody: no token."""
     members = (Role.HEAD, Role.GPU, Role.EDGE_ZONE)
-    services = (
-        ((ports.first, ports.first + 2), "Ray: node manager, object manager, runtime-env agent"),
-        ((ports.first + 10, ports.first + 109), "Ray: workers"),
-    )
+    services = tuple((span, f"Ray: {what}") for span, what in ports.services)
     for source, destination in product(members, members):
         if source is destination is not Role.GPU:  # one head; and no zone reaches another
             continue
@@ -226,7 +238,17 @@ def _data(ports: NodePorts) -> Iterator[Flow]:
         )
 
 
-def allowed(source: Role, destination: Role, port: int, opener: int | End, *, version: int = 4) -> bool:
+def _private() -> Iterator[Flow]:
+    """Yield what the zone's own Ray opens between its hosts: the host's network, which no cage reaches."""
+    ports = PRIVATE_PORTS
+    for span, what in ((_one(ports.gcs), "GCS"), *ports.services):
+        zone, purpose = Role.EDGE_ZONE, f"the zone's own Ray: {what}"
+        yield Flow(source=zone, destination=zone, ports=span, purpose=purpose, within_zone=True)
+
+
+def allowed(
+    source: Role, destination: Role, port: int, opener: int | End, *, version: int = 4, one_zone: bool = False
+) -> bool:
     """Say whether somebody on a host may open a TCP connection to another host.
 
     Args:
@@ -235,6 +257,7 @@ def allowed(source: Role, destination: Role, port: int, opener: int | End, *, ve
         port: Of the other host.
         opener: A uid of the host, or its cage.
         version: Of IP.
+        one_zone: Whether both are hosts of one zone.
     """
     end, uid = (opener, None) if isinstance(opener, End) else (End.HOST, opener)
     return any(
@@ -243,16 +266,20 @@ def allowed(source: Role, destination: Role, port: int, opener: int | End, *, ve
         and flow.ports[0] <= port <= flow.ports[1]
         and flow.opened_by is end
         and flow.uid in (None, uid)
+        and (one_zone or not flow.within_zone)
         and (version == 4 or "ip6" in flow.families)
         for flow in flows()
     )
 
 
+_ONE_ZONE = " of the same zone"
+
+
 def markdown_table(ports: NodePorts = PORTS) -> str:
     """Return the declaration as the table in docs/ports.md."""
     rows = [
-        f"| {flow.source.value} | {flow.destination.value} | {flow.port_text()} | {flow.purpose} | "
-        f"{flow.opener} | {flow.taken_by.value} |"
+        f"| {flow.source.value} | {flow.destination.value}{_ONE_ZONE if flow.within_zone else ''} | "
+        f"{flow.port_text()} | {flow.purpose} | {flow.opener} | {flow.taken_by.value} |"
         for flow in flows(ports)
     ]
     head = "| from | to | TCP ports | for | opened by | taken by |"
@@ -286,6 +313,12 @@ def host_rules(role: Role, hosts: Sequence[FirewallHost], *, ports: NodePorts = 
     taken: dict[End, list[str]] = {end: [] for end in End}
     opened: dict[End, list[str]] = {end: [] for end in End}
     for flow in flows(ports):
+        if flow.within_zone:
+            # Both ends are named, since the file is the same for every host of the role.
+            within = _within_zones(flow, hosts) if flow.source is role else []
+            taken[flow.taken_by] += within
+            opened[flow.opened_by] += within
+            continue
         if flow.destination is role:
             taken[flow.taken_by] += _rules(flow, "saddr", _addresses(flow.source, hosts))
         if flow.source is role:
@@ -316,10 +349,24 @@ def _rules(flow: Flow, side: str, peers: dict[str, str]) -> list[str]:
     return [f"{family} {side} {peers[family]} {uid}{_service(flow)}" for family in flow.families if family in peers]
 
 
+def _within_zones(flow: Flow, hosts: Sequence[FirewallHost]) -> list[str]:
+    """Return rules that let a flow pass between the hosts of each zone that has several."""
+    found = []
+    for zone in dict.fromkeys(host.zone for host in hosts if host.role is flow.source and host.zone):
+        members = [host for host in hosts if host.zone == zone]
+        for family, addresses in _addresses(flow.source, members).items():
+            if len(members) > 1 and family in flow.families:
+                found.append(f"{family} saddr {addresses} {family} daddr {addresses} {_service(flow)}")
+    return found
+
+
 def router_rules(hosts: Sequence[FirewallHost], *, ports: NodePorts = PORTS) -> str:
     """Return the nftables file for the router between the hosts: what it passes on. It serves nothing itself."""
     passed = []
     for flow in flows(ports):
+        if flow.within_zone:
+            passed += _within_zones(flow, hosts)
+            continue
         sources, destinations = _addresses(flow.source, hosts), _addresses(flow.destination, hosts)
         for family in sorted(sources.keys() & destinations.keys() & set(flow.families)):
             ends = f"{family} saddr {sources[family]} {family} daddr {destinations[family]}"

@@ -303,9 +303,17 @@ class RemoteFunction(Generic[P, R]):
             return data.session
         return chosen or current_session()
 
-    def __reduce__(self) -> Any:
-        # A remote function that another one captures is, on the node, the function itself.
+    def __on_node__(self) -> Any:
+        """Return how a remote function that another one captures is pickled: on the node it is the function itself."""
         return operator.getitem, ((self._function,), 0)
+
+    def __reduce__(self) -> Any:
+        # For processes of the zone, such as Ray Data's workers: with the options, or more columns would leave there.
+        if self._instance:
+            raise TypeError(
+                f"{self._name} is of an instance on a GPU node, which does not leave this process; make one there"
+            )
+        return RemoteFunction, (self._function, self._options)
 
     def __repr__(self) -> str:
         return f"<gpu_remote function {self._name}>"

@@ -66,6 +66,8 @@ class ZoneServices:
     reclaim: Callable[[Session], None]
     #: Signs the ledger as it is.
     sign: Callable[[], None]
+    #: Returns how many hosts of this zone are nodes of the cluster, as Ray says.
+    zone_hosts: Callable[[], int] = lambda: 0
 
     @property
     def policy(self) -> Policy:
@@ -312,10 +314,21 @@ class Session:
         return found
 
     def sharing(self, allowed: Allowed, source: Source) -> Sharing | None:
-        """Return how a call's rows are given to nodes; ``None`` where policy does not bound a node's share."""
-        obligations = allowed.decision.obligations
+        """Return how a call's rows are given to nodes; ``None`` where policy does not bound a node's share.
+
+        Raises:
+            EgressDeniedError: The zone has more gateways than its policy divides the bound among.
+        """
+        obligations, expected = allowed.decision.obligations, allowed.policy.zone.gateways
         if obligations.max_node_share is None:
             return None
+        found = self.services.zone_hosts()
+        if found > expected:
+            reason = (
+                f"{expected} gateways divide a node's share of a data set, and the cluster has {found} hosts of this "
+                "zone: more than the share could be given"
+            )
+            raise self.refuse(allowed, [Unmet("max_node_share", reason, f"set `gateways: {found}` in zone.yaml")])
         return Sharing(self.services.shares, source, obligations, obligations.max_node_share)
 
     # -- leases ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ The router is a host too, with one link to each of the others; no two hosts shar
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -128,7 +129,12 @@ class Testbed:
     def firewall_hosts(self) -> list[FirewallHost]:
         """Return the hosts as ``ray-gpu firewall`` reads them from a file."""
         return [
-            FirewallHost(name=host.name, role=self.roles[host.name], addresses=(host.address, host.address6))
+            FirewallHost(
+                name=host.name,
+                role=self.roles[host.name],
+                addresses=(host.address, host.address6),
+                zone=zone_of(host.name) if self.roles[host.name].is_zone() else "",
+            )
             for host in self
         ]
 
@@ -223,6 +229,11 @@ class Testbed:
             "/etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
             "/etc/profile": f'export PATH="{search_path()}" PYTHONPATH="{ROOT}" PYTHONDONTWRITEBYTECODE=1\n',
         }
+
+
+def zone_of(host: str) -> str:
+    """Return the zone of a zone's host: ``zone-clinic`` and ``zone-clinic-2`` are both the clinic's."""
+    return re.sub(r"-\d+$", "", host.removeprefix("zone-"))
 
 
 def _shown_paths() -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any, Self
 import yaml
 
 from ray_gpu.ports import PORTS, VAULT, End, Role, flows
-from testbed.bed import Testbed
+from testbed.bed import Testbed, zone_of
 from testbed.host import HOME, ROOT, Host, HostProcess
 from testbed.ssh import LAUNCHER_KEY
 
@@ -255,7 +255,11 @@ class BedCluster:
     # -- zones ----------------------------------------------------------------------------------
 
     def join(self, zone: str) -> None:
-        """Start a zone's gateway, and its node if it has one, on the zone's host, as the zone's people do."""
+        """Start a zone's gateway, and its node if it has one, on the zone's host, as the zone's people do.
+
+        Args:
+            zone: Its name, or ``"clinic-2"`` for its second host; as everywhere below.
+        """
         self.bed[f"zone-{zone}"].run(["ray-gpu", "gateway", "start"], timeout_s=_START_TIMEOUT_S)
         if self._has_node(zone):
             self.start_node(f"zone-{zone}")
@@ -286,15 +290,11 @@ class BedCluster:
 
     def _login(self, zone: str) -> str:
         """Return what a script reads first: by standard input, for it has a password."""
-        made = json.loads(self._issued[PEOPLE[zone]].text)
-        return json.dumps({"zone": zone, "vault": self.vault, "ca": VAULT_CA, "state": STATE, **made}) + "\n"
+        name = zone_of(f"zone-{zone}")
+        made = json.loads(self._issued[PEOPLE[name]].text)
+        return json.dumps({"zone": name, "vault": self.vault, "ca": VAULT_CA, "state": STATE, **made}) + "\n"
 
 
 def example(name: str) -> Any:
     """Return one of the shipped examples."""
     return yaml.safe_load((ROOT / "examples" / name).read_text(encoding="utf-8"))
-
-
-def zone_of(host: str) -> str:
-    """Return the zone of a zone's host."""
-    return host.removeprefix("zone-")

@@ -15,6 +15,7 @@ from ray_gpu.ports import (
     FORWARDER_UID,
     GATEWAY_UID,
     PORTS,
+    PRIVATE_PORTS,
     End,
     FirewallHost,
     Role,
@@ -61,8 +62,48 @@ def test_no_flow_into_a_client_zone() -> None:
 
 
 def test_no_flow_between_zones() -> None:
-    """No zone reaches another, nor itself through the router."""
-    assert [flow for flow in flows() if flow.source.is_zone() and flow.destination.is_zone()] == []
+    """No zone reaches another; hosts of one zone reach its private Ray's ports, which nothing else has a flow to."""
+    between = [flow for flow in flows() if flow.source.is_zone() and flow.destination.is_zone()]
+    low, high = PRIVATE_PORTS.gcs, PRIVATE_PORTS.first + 109
+    onto = [flow for flow in flows() if flow.ports[1] >= low and flow.ports[0] <= high]
+
+    assert {flow.within_zone for flow in between} == {True}
+    assert onto == between
+    assert not allowed(Role.EDGE_ZONE, Role.EDGE_ZONE, PRIVATE_PORTS.gcs, 0)
+    assert allowed(Role.EDGE_ZONE, Role.EDGE_ZONE, PRIVATE_PORTS.gcs, 0, one_zone=True)
+    assert not allowed(Role.EDGE_ZONE, Role.EDGE_ZONE, PRIVATE_PORTS.gcs, End.CAGE, one_zone=True)
+
+
+def test_rules_within_a_zone(file: Path) -> None:
+    """Rules for the hosts of one zone name both ends; a zone of one host has none, nor have hosts of no named zone."""
+    alone = file.read_text(encoding="utf-8")
+    assert "own Ray" not in host_rules(Role.EDGE_ZONE, hosts_file.read(file))
+    named = alone.replace("role: edge-zone,", "role: edge-zone, zone: clinic,")
+    more = """\
+  - {name: clinic-2, role: edge-zone, zone: clinic, addresses: [198.51.100.6, "2001:db8:1::6"]}
+  - {name: lab, role: edge-zone, zone: lab, addresses: [198.51.100.7]}
+  - {name: other, role: edge-zone, addresses: [198.51.100.8]}
+"""
+    file.write_text(named + more, encoding="utf-8")
+    hosts = hosts_file.read(file)
+    both = "{ 198.51.100.5, 198.51.100.6 }"
+
+    for text, times in ((host_rules(Role.EDGE_ZONE, hosts), 2), (router_rules(hosts), 1)):
+        gcs = [line.strip() for line in text.splitlines() if f"dport {PRIVATE_PORTS.gcs} " in line]
+        assert len(gcs) == 2 * times  # of each version of IP
+        assert [line.startswith(f"ip saddr {both} ip daddr {both} ") for line in gcs].count(True) == times
+        assert not any(other in line for line in gcs for other in ("198.51.100.7", "198.51.100.8"))
+    for role in (Role.HEAD, Role.GPU, Role.CLIENT_ZONE):
+        assert str(PRIVATE_PORTS.gcs) not in host_rules(role, hosts)
+
+
+def test_private_ray_in_the_documentation() -> None:
+    """The document on a zone's private Ray has people start it on the declared ports, each named."""
+    text = (ROOT / "docs/howto-ray-data.md").read_text(encoding="utf-8")
+    flags = [*PRIVATE_PORTS.flags(), f"--port={PRIVATE_PORTS.gcs}", f"--ray-client-server-port={PRIVATE_PORTS.client}"]
+
+    assert [flag for flag in flags if flag not in text] == []
+    assert f":{PRIVATE_PORTS.gcs}" in text
 
 
 def test_ssh_stays_in_the_pool() -> None:
@@ -195,6 +236,7 @@ def test_hosts_file(hosts: tuple[FirewallHost, ...]) -> None:
         ("192.0.2.11", "127.0.0.1", 3, "no address that another host can reach"),
         ("192.0.2.11", '"::ffff:192.0.2.10"', 3, "write it as 192.0.2.10"),
         ("role: gpu, ", "", 3, "Field required"),
+        ("role: gpu, ", "role: gpu, zone: lab, ", 3, "a host of role gpu is of no zone"),
         ("name: gpu-1", "nam: gpu-1", 3, "unknown key 'nam' (did you mean 'name'?)"),
         ("name: gpu-1", "name: GPU 1", 3, "characters of a-z"),
         (HOSTS, "hosts: []\n", 1, "at least 1 item"),

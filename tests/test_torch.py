@@ -101,7 +101,7 @@ def test_in_an_environment(openlab: Any, example: ModuleType, monkeypatch: pytes
 
 def test_tensors_in_and_out(openlab: Any) -> None:
     """A tensor is data without a copy, rows of several dimensions too; a result is a tensor's memory without one."""
-    import torch
+    import torch  # type: ignore[import-not-found]  # `make torch` adds it
 
     from ray_gpu import gpu_remote
     from ray_gpu.arrays import column_of

@@ -239,6 +239,7 @@ class _ZoneFile(_ObligationsPart):
     pools: _SomeIds
     endpoints: list[Annotated[str, AfterValidator(_endpoint)]] = Field(min_length=1)
     carrier: Annotated[Carrier, Strict(False)] | None = None
+    gateways: int = Field(default=1, ge=1, le=64)
     officers: list[Annotated[str, AfterValidator(_officer)]] = Field(default_factory=list)
     obligations: list[_RulePart] = Field(default_factory=list)
 
@@ -474,6 +475,7 @@ def _needed(datasets: Mapping[str, Dataset], name: str, reading: Reading) -> lis
 
 def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset], policy_digest: str) -> Zone:
     _check_accepted(document, ("accepted_degradations",), file.accepted_degradations or ())
+    _check_divisible(document, ("max_node_share", "percent"), file.max_node_share, file.gateways)
     _check_known(document, ("default_class",), "class", file.default_class, file.classes)
     if file.default_class != file.classes[-1]:
         document.refuse(("default_class",), f"must be the highest class, {file.classes[-1]}")
@@ -492,6 +494,7 @@ def _zone(name: str, document: Document, file: _ZoneFile, datasets: Mapping[str,
         obligations=_obligations(file, None),
         obligation_rules=tuple(_rules(document, file, datasets)),
         carrier=file.carrier,
+        gateways=file.gateways,
     )
 
 
@@ -541,6 +544,9 @@ def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset])
     rules = []
     for index, part in enumerate(file.obligations):
         _check_accepted(document, ("obligations", index, "accepted_degradations"), part.accepted_degradations or ())
+        _check_divisible(
+            document, ("obligations", index, "max_node_share", "percent"), part.max_node_share, file.gateways
+        )
         for place, pool in enumerate(part.pools or ()):
             _check_known(document, ("obligations", index, "pools", place), "pool", pool, file.pools)
         for place, dataset in enumerate(part.datasets or ()):
@@ -555,6 +561,12 @@ def _rules(document: Document, file: _ZoneFile, datasets: Mapping[str, Dataset])
     return rules
 
 
+def _check_divisible(document: Document, loc: Loc, share: _NodeSharePart | None, gateways: int) -> None:
+    """Refuse a share of which not every gateway gets a whole percent."""
+    if share is not None and share.percent < gateways:
+        document.refuse(loc, f"{gateways} gateways divide it, so it is at least {gateways}, not {share.percent}")
+
+
 #: How a key's value in the file becomes that of :class:`Obligations`, where it is another.
 _MEANINGS: Mapping[str, Callable[[Any], Any]] = {
     "accepted_degradations": frozenset,
@@ -562,7 +574,7 @@ _MEANINGS: Mapping[str, Callable[[Any], Any]] = {
     "purposes": frozenset,
     "gpu_kinds": tuple,
     "hours": Hours.parse,
-    "max_node_share": lambda part: NodeShare(**part.model_dump()),
+    "max_node_share": lambda part: NodeShare(**part),
 }
 
 
@@ -572,6 +584,9 @@ def _obligations(file: _ZoneFile, part: _RulePart | None) -> Obligations:
     for key in _ObligationsPart.model_fields:
         value = getattr(part, key, None)
         value = getattr(file, key) if value is None else value
+        if isinstance(value, _NodeSharePart):
+            # Each of the zone's gateways counts for itself, so each may give its part of it.
+            value = value.model_dump() | {"percent": value.percent // file.gateways}
         if value is not None:
             said[key] = _MEANINGS.get(key, lambda same: same)(value)
     shuffle = said.pop("shuffle", Shuffle.ROWS.value)

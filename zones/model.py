@@ -99,7 +99,10 @@ class Shuffle(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeShare:
-    """Most of a data set that one GPU node may be sent, over all calls of all sessions of a gateway."""
+    """Most of a data set that one GPU node may be sent, over all calls of all sessions of a gateway.
+
+    Where a zone has several gateways it is what is left of the policy's bound for each of them.
+    """
 
     #: Of the rows, in percent, 1 to 99.
     percent: int
@@ -251,6 +254,8 @@ class Zone:
     environments: Mapping[str, Environment] = field(default_factory=dict)
     #: ``None`` where zone.yaml says nothing: ``edge``, but for embedded clusters without root.
     carrier: Carrier | None = None
+    #: On how many hosts the zone has a gateway. Bounds over all calls are divided among them.
+    gateways: int = 1
 
     def rank(self, classification: str) -> int:
         """Return the position of a class, 0 for the least sensitive."""

@@ -106,6 +106,9 @@ BROKEN = [
     ("zone.yaml", "shuffle: rows", "max_node_share: {percent: 100}", "less than or equal to 99"),
     ("zone.yaml", "shuffle: rows", "max_node_share: {percent: 50, window_s: 1}", "greater than or equal to 60"),
     ("zone.yaml", "shuffle: rows", "max_node_share: 50%", "valid dictionary"),
+    ("zone.yaml", "shuffle: rows", "gateways: 0", "greater than or equal to 1"),
+    ("zone.yaml", "shuffle: rows", "max_node_share: {percent: 2}\ngateways: 3", "3 gateways divide it"),
+    ("zone.yaml", "    shuffle: blocks(16)", "    max_node_share: {percent: 1}\ngateways: 2", "2 gateways divide it"),
     ("zone.yaml", "shuffle: rows", "exclusive_gpu: 1", "valid boolean"),
     ("zone.yaml", "shuffle: rows", "gpu_kinds: []", "at least 1"),
     ("zone.yaml", "shuffle: rows", "environments: [latest]", "named by its digest"),
@@ -298,6 +301,20 @@ reviewed_functions_only: true"""
     )
     share = NodeShare(percent=10, window_s=60)
     assert rule.obligations == replace(zone.obligations, max_rows=10, max_node_share=share)
+
+
+def test_gateways_divide_a_share(policies: Path) -> None:
+    """Each of a zone's gateways may give a node its part of the bound, rounded down; with one that is all of it."""
+    path = policies / "clinic/zone.yaml"
+    edit(path, "shuffle: rows", "max_node_share: {percent: 61, window_s: 3600}")
+    alone = load_zone(policies, "clinic")
+    edit(path, "max_node_share:", "gateways: 2\nmax_node_share:")
+    divided = load_zone(policies, "clinic")
+
+    assert (alone.gateways, divided.gateways) == (1, 2)
+    assert alone.obligations.max_node_share == NodeShare(percent=61, window_s=3600)
+    assert divided.obligations.max_node_share == NodeShare(percent=30, window_s=3600)
+    assert divided.obligation_rules[0].obligations.max_node_share == NodeShare(percent=30, window_s=3600)
 
 
 def test_shuffle_blocks() -> None:
