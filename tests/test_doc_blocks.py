@@ -93,7 +93,7 @@ def _declaration(text: str, path: Path) -> None:
 
 def _hosts(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
-    assert len(hosts_file.read(path)) == 6
+    assert len(hosts_file.read(path)) == 7
 
 
 def _cluster(text: str, path: Path) -> None:
