@@ -72,7 +72,7 @@ class InstancePool(LeasePool):
         taken: list[Lease] = []
         with self._lock:
             try:
-                self._drop_lost()
+                self._drop_lost(self.idle_limit_s)
                 self.check_open()
                 self._check_terms(terms)
                 for lease in list(self._leases):
@@ -88,7 +88,7 @@ class InstancePool(LeasePool):
             if lost:
                 # In a call that had it until just now.
                 _release(taken)
-                self._drop_lost()
+                self._drop_lost(self.idle_limit_s)
                 self.check_open()
         return taken
 

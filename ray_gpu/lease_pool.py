@@ -6,6 +6,7 @@ when its node is about to be restarted, or when nobody used it for a minute.
 
 from __future__ import annotations
 
+import math
 import select
 import threading
 import time
@@ -30,6 +31,8 @@ from zones.model import Decision
 FRESH_S = 0.05
 #: A lease that no call used for so long goes to another session that needs the room, seconds.
 YIELD_AFTER_S = 2.0
+#: For so long after somebody had no room leases are given back once they idled that long, seconds.
+WANTED_S = 30.0
 #: No call begins on a lease that ends so soon, seconds.
 LAPSE_MARGIN_S = 5.0
 #: How often a call that waits for a lease looks whether it was given up, seconds.
@@ -69,6 +72,8 @@ class LeasePool:
         #: Calls that wait for a lease.
         self._waiting = 0
         self.closed = False
+        #: When somebody else last had no room.
+        self._wanted = -math.inf
         #: Threads that end leases.
         self._finishing: list[threading.Thread] = []
         #: Nodes that sent what no honest node sends, and what that was: passed over while the pool has others.
@@ -166,7 +171,7 @@ class LeasePool:
         """Return a lease that was free and is now the caller's, if any, and how many there are; with the lock held."""
         check()
         self.check_open()
-        self._drop_lost()
+        self._drop_lost(self.idle_limit_s)
         same = self._same(terms)
         fitting = (lease for lease in same if lease.node not in apart and lease.lock.acquire(blocking=False))
         return next(fitting, None), len(same)
@@ -236,14 +241,14 @@ class LeasePool:
             if self._waiting:
                 self._room.notify_all()
 
-    def _drop_lost(self) -> None:
-        """Give back, in the background, leases that were lost, end soon, idled long, or whose node drains.
+    def _drop_lost(self, idle_limit_s: float) -> None:
+        """Give back, in the background, leases that were lost, end soon, idled so long, or whose node drains.
 
         Holds the lock.
         """
         for lease in list(self._leases):
             if lease.lock.acquire(blocking=False):
-                if not self.leaves(lease) and _usable(lease, self.idle_limit_s):
+                if not self.leaves(lease) and _usable(lease, idle_limit_s):
                     lease.lock.release()
                     continue
                 self._remove(lease)
@@ -318,8 +323,8 @@ class LeasePool:
         return rooms.has_room(terms.pool, terms.gpu_milli, distrusted=without)
 
     def yield_idle(self, after_s: float = YIELD_AFTER_S) -> None:
-        """Give back the leases that no call has used for so long: somebody else has no room."""
-        now = time.monotonic()
+        """Give back the leases that no call has used for so long: somebody else has no room, and may wait for it."""
+        now = self._wanted = time.monotonic()
         self._end([lease for lease in list(self._leases) if now - lease.idle_since > after_s])
 
     def heartbeat(self) -> None:
@@ -344,10 +349,11 @@ class LeasePool:
         return lease.node in self.opener.rooms.draining
 
     def drop_unusable(self) -> None:
-        """Give back, in the background, the leases that no call uses and no call shall."""
+        """Give back, in the background, the leases that no call uses and no call shall, or that somebody waits for."""
+        waited_for = time.monotonic() - self._wanted < WANTED_S
         with self._lock:
             if not self.closed:
-                self._drop_lost()
+                self._drop_lost(min(self.idle_limit_s, YIELD_AFTER_S) if waited_for else self.idle_limit_s)
 
     def close(self) -> None:
         """End every lease. Calls that use one fail."""

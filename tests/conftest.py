@@ -182,6 +182,22 @@ def cluster(start_cluster: Callable[..., AbstractContextManager[Cluster]]) -> It
 
 
 @pytest.fixture(scope="session")
+def built_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the small environment of :mod:`tests.published`, built by the command."""
+    from click.testing import CliRunner
+
+    from ray_gpu.cli.main import cli
+    from ray_gpu.state import Layout
+    from tests.published import lock
+
+    state = tmp_path_factory.mktemp("published")
+    done = CliRunner().invoke(cli, ["env", "build", str(lock(state / "lock.txt")), "--state", str(state)])
+    assert done.exit_code == 0, done.output
+    assert [done.output.split()[1]] == [path.name for path in Layout(state).environments.iterdir()]
+    return Layout(state).environments
+
+
+@pytest.fixture(scope="session")
 def full_ray() -> Iterator[Path]:
     """A directory with what ``make head`` adds to an environment, for ray[default]; thrown away afterwards.
 

@@ -21,30 +21,24 @@ from zones.errors import ConfigError
 from zones.model import canonical
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state directory in which the command built the small environment, twice."""
-    state = tmp_path_factory.mktemp("published")
-    names = []
-    for _ in range(2):
-        done = CliRunner().invoke(cli, ["env", "build", str(lock(state / "lock.txt")), "--state", str(state)])
-        assert done.exit_code == 0, done.output
-        names.append(done.output.split()[1])
-    # The same lock gives the same files, bytecode included.
-    assert [names[0]] == [names[1]] == [path.name for path in Layout(state).environments.iterdir()]
-    return state
-
-
 @pytest.fixture
-def store(built: Path, tmp_path: Path) -> Store:
+def store(built_environment: Path, tmp_path: Path) -> Store:
     """A copy of it to change."""
-    shutil.copytree(Layout(built).environments, Layout(tmp_path).environments)
+    shutil.copytree(built_environment, Layout(tmp_path).environments)
     return Store(Layout(tmp_path).environments)
 
 
-def test_what_it_is(built: Path) -> None:
+@pytest.mark.chaos
+def test_built_again(built_environment: Path, tmp_path: Path) -> None:
+    """The same lock gives the same files, bytecode included."""
+    again = Store(tmp_path / "again")
+    assert again.build(lock(tmp_path / "lock.txt")).digest == Store(built_environment).digests()[0]
+    assert again.build(tmp_path / "lock.txt").digest == again.digests()[0]
+
+
+def test_what_it_is(built_environment: Path) -> None:
     """It has what the lock names, for Pythons of this minor version; its document proves itself; all is read-only."""
-    store = Store(Layout(built).environments)
+    store = Store(built_environment)
     (digest,) = store.digests()
     found, site = store.environment(digest), store.site(digest)
 
@@ -55,7 +49,7 @@ def test_what_it_is(built: Path) -> None:
     assert not any(path.stat().st_mode & 0o222 for path in [site, *site.rglob("*")])
     assert list((site / EXTRA).glob("__pycache__/*.pyc"))
     assert not list(site.glob("*.dist-info/direct_url.json"))
-    listed = CliRunner().invoke(cli, ["env", "list", "--state", str(built)])
+    listed = CliRunner().invoke(cli, ["env", "list", "--state", str(built_environment.parent)])
     assert (listed.exit_code, listed.output.split()[0]) == (0, digest)
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_gpu import gpu_remote
-from ray_gpu.environment_store import NEEDED, Store
 from ray_gpu.state import Layout
-from tests.job.test_obligations import PLACE, World
-from tests.published import EXTRA, lock
+from tests.published import EXTRA, publish
 from zones.environments import Environment
-from zones.errors import EgressDeniedError, FunctionRefusedError, GrantRefusedError, PlacementError, UnknownNameError
+from zones.errors import FunctionRefusedError, GrantRefusedError, PlacementError
 
 
 @gpu_remote
@@ -57,23 +53,32 @@ def counted(batch: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def world(start_cluster: Callable[..., Any], copy_policies: Callable[..., Path]) -> Iterator[World]:
-    """A cluster with a place for obligations in its zone.yaml."""
-    policies = copy_policies({"clinic/zone.yaml": ("shuffle: rows", f"shuffle: rows\n{PLACE}")})
-    with start_cluster(policies=policies) as cluster:
-        yield World(cluster)
-
-
-@pytest.fixture(scope="module")
-def published(world: World, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def published(cluster: Any, built_environment: Path) -> Environment:
     """An environment that the operator publishes while the cluster runs."""
-    store = Store(Layout(world.cluster.state).environments)
-    return store.build(lock(tmp_path_factory.mktemp("lock") / "lock.txt"))
+    return publish(built_environment, cluster)
 
 
-def test_runs_there(world: World, published: Environment) -> None:
+def test_changed_is_not_served(cluster: Any, published: Environment) -> None:
+    """Packages that somebody changed after they were built are not run; as they were, they are."""
+    path = Layout(cluster.state).environments / published.digest / "site" / EXTRA / "functoolz.py"
+    path.chmod(0o644)
+    text = path.read_bytes()
+    path.write_bytes(text + b"\n")
+    with cluster.attach() as session:
+        # A custodian compares what it serves once: nobody has asked for this one yet.
+        asks = first_of.options(session=session, environment=published.digest)
+        try:
+            with pytest.raises(GrantRefusedError, match=r"is not as it was built.*`ray-gpu env list`"):
+                asks.remote([1]).result()
+        finally:
+            path.write_bytes(text)
+            path.chmod(0o444)
+        assert asks.remote([1]).result() == 1
+
+
+def test_runs_there(cluster: Any, published: Environment) -> None:
     """A function sees the packages of the environment that it asked for and no others, and cannot add to them."""
-    with world.cluster.attach() as session:
+    with cluster.attach() as session:
         own = distributions.options(session=session).remote("").result()
         there = distributions.options(session=session, environment=published.digest).remote("").result()
         assert first_of.options(session=session, environment=published.digest).remote([5, 6]).result() == 5
@@ -85,13 +90,13 @@ def test_runs_there(world: World, published: Environment) -> None:
     assert there["found"] == [EXTRA, "numpy", "ray_gpu"]
     assert len(there["seen"]) == len(published.packages)
     assert there["planted"] == own["planted"] == "OSError"
-    assert world.cluster.entries("intent")[-1]["environment_digest"] == published.digest
-    receipts = [entry["receipt"]["receipt"]["environment"] for entry in world.cluster.entries("lease-end")]
+    assert cluster.entries("intent")[-1]["environment_digest"] == published.digest
+    receipts = [entry["receipt"]["receipt"]["environment"] for entry in cluster.entries("lease-end")]
     assert published.digest in receipts
 
 
 def test_modules_go_along(
-    world: World, published: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, published: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A module of one's own goes to it too, also one that has remote functions of its own."""
     text = (
@@ -100,15 +105,15 @@ def test_modules_go_along(
     (tmp_path / "lasts.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     lasts = importlib.import_module("lasts")
-    with world.cluster.attach() as session:
+    with cluster.attach() as session:
         there = {"session": session, "environment": published.digest, "modules": [lasts]}
         assert gpu_remote(**there)(lambda: importlib.import_module("lasts").last([4, 5])).remote().result() == 5
 
 
-def test_lacks_a_module(world: World, published: Environment) -> None:
+def test_lacks_a_module(cluster: Any, published: Environment) -> None:
     """What a function imports, and its environment has not, is told before anything of it, or of its data, leaves."""
-    before = world.cluster.entries()[-1]["seq"]
-    with world.cluster.attach() as session:
+    before = cluster.entries()[-1]["seq"]
+    with cluster.attach() as session:
         data = session.read("randhie", columns=["mdvis"])
         with pytest.raises(
             FunctionRefusedError, match=r"counted imports toolz, and gpu-\d has no such module in .*env"
@@ -116,41 +121,23 @@ def test_lacks_a_module(world: World, published: Environment) -> None:
             counted.options(session=session).map_reduce(data, sum)
         with pytest.raises(FunctionRefusedError, match=r"first_of imports toolz.*nothing of the call left"):
             first_of.options(session=session).remote([1]).result()
-        assert not [entry for entry in world.cluster.entries("intent") if entry["seq"] > before]
+        assert not [entry for entry in cluster.entries("intent") if entry["seq"] > before]
         # Control: where it is, both run.
         there = {"session": session, "environment": published.digest}
         assert counted.options(**there).map_reduce(data, sum) == 20190
-    assert [entry for entry in world.cluster.entries("intent") if entry["seq"] > before]
+    assert [entry for entry in cluster.entries("intent") if entry["seq"] > before]
 
 
-def test_by_name(world: World, published: Environment) -> None:
-    """The zone gives environments names; a session shows them, and how they differ, before anything leaves."""
-    folder = world.file.parent / "environments"
-    folder.mkdir()
-    shutil.copy(Layout(world.cluster.state).environments / published.digest / "environment.json", folder / "small.json")
-    try:
-        world.demand("max_rows: 1000000")
-        with world.cluster.attach() as session:
-            found = {one["name"]: one for one in session.status()["environments"]}
-            assert (found["small"]["digest"], found["small"]["differs"]) == (published.digest, [])
-            assert "small" in session._repr_html_()
-            assert first_of.options(session=session, environment="small").remote([7]).result() == 7
-            with pytest.raises(UnknownNameError, match=r"no environment 'smal' \(did you mean 'small'\?\)"):
-                first_of.options(session=session, environment="smal").remote([7]).result()
-    finally:
-        shutil.rmtree(folder)
-
-
-def test_differences_are_listed(world: World, published: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_are_listed(cluster: Any, published: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a notebook has in another version than an environment that is known is listed when it attaches."""
     from ray_gpu.environment import versions
 
-    with world.cluster.attach() as session:
+    with cluster.attach() as session:
         first_of.options(session=session, environment=published.digest).remote([1]).result()
     other = {**versions(), "numpy": "1.99", "python": "3.99.7"}
     monkeypatch.setattr("ray_gpu.client.versions", lambda: other)
-    before = world.cluster.entries()[-1]["seq"]
-    with world.cluster.attach() as session:
+    before = cluster.entries()[-1]["seq"]
+    with cluster.attach() as session:
         found = {one["digest"]: one for one in session.status()["environments"]}
         said = found[published.digest]
         assert said["nodes"]
@@ -158,43 +145,10 @@ def test_differences_are_listed(world: World, published: Environment, monkeypatc
             f"numpy 1.99 here, {versions()['numpy']} there", f"python 3.99 here, {published.python} there"
         ]  # fmt: skip
         assert "python 3.99 here" in session._repr_html_()
-    assert not [entry for entry in world.cluster.entries("intent") if entry["seq"] > before]
+    assert not [entry for entry in cluster.entries("intent") if entry["seq"] > before]
 
 
-def test_policy_names_another(world: World, published: Environment) -> None:
-    """Where policy names environments, asking for another one is refused, and the one that it names is taken."""
-    world.demand(f'environments: ["{"0" * 64}"]')
-    with world.cluster.attach() as session:
-        asks = first_of.options(session=session, environment=published.digest)
-        with pytest.raises(EgressDeniedError, match=rf"{published.digest[:12]} is none of them"):
-            asks.remote([1]).result()
-        assert world.cluster.entries("refusal")[-1]["obligations"] == ["environments"]
-    world.demand(f'environments: ["{"0" * 64}", "{published.digest}"]')
-    with world.cluster.attach() as session:
-        # Of those that a node has, the one that policy names, whatever its own Python has.
-        assert first_of.options(session=session).remote([1]).result() == 1
-    world.demand("max_rows: 1000000")
-
-
-def test_not_there(world: World) -> None:
+def test_not_there(cluster: Any) -> None:
     """What no node has is told for each node, and who can change it."""
-    with world.cluster.attach() as session, pytest.raises(PlacementError, match="does not have the environment 0000"):
+    with cluster.attach() as session, pytest.raises(PlacementError, match="does not have the environment 0000"):
         first_of.options(session=session, environment="0" * 64).remote([1]).result()
-
-
-def test_changed_is_not_served(world: World, tmp_path: Path) -> None:
-    """Packages that somebody changed after they were built are not run; as they were, they are."""
-    root = Layout(world.cluster.state).environments
-    # Another one than the tests': a custodian compares what it serves once.
-    found = Store(root).build(lock(tmp_path / "lock.txt", [*NEEDED, "tzdata"]))
-    path = root / found.digest / "site" / EXTRA / "functoolz.py"
-    path.chmod(0o644)
-    text = path.read_bytes()
-    path.write_bytes(text + b"\n")
-    with world.cluster.attach() as session:
-        asks = first_of.options(session=session, environment=found.digest)
-        with pytest.raises(GrantRefusedError, match=r"is not as it was built.*`ray-gpu env list`"):
-            asks.remote([1]).result()
-        path.write_bytes(text)
-        path.chmod(0o444)
-        assert asks.remote([1]).result() == 1

@@ -15,7 +15,10 @@ from click.testing import CliRunner
 
 from ray_gpu import environment, gpu_remote
 from ray_gpu.cli.main import cli
-from zones.errors import EgressDeniedError, LeaseLostError, PlacementError
+from ray_gpu.state import Layout
+from tests.published import publish
+from zones.environments import Environment
+from zones.errors import EgressDeniedError, LeaseLostError, PlacementError, UnknownNameError
 from zones.ledger import read
 from zones.replaying import replay
 
@@ -201,6 +204,53 @@ def test_environments(world: World) -> None:
     assert world.call() > 0
     assert world.cluster.entries("intent")[-1]["environment_digest"] == here
     assert world.cluster.entries("lease-end")[-1]["receipt"]["receipt"]["environment"] == here
+
+
+@gpu_remote
+def first_of(rows: list[int]) -> int:
+    """Use a package that the nodes' own Python has not."""
+    import toolz  # type: ignore[import-not-found]  # published by the test
+
+    return int(toolz.first(rows))
+
+
+@pytest.fixture(scope="module")
+def published(world: World, built_environment: Path) -> Environment:
+    """An environment that the operator publishes while the cluster runs."""
+    return publish(built_environment, world.cluster)
+
+
+def test_environments_by_name(world: World, published: Environment) -> None:
+    """The zone gives environments names; a session shows them, and how they differ, before anything leaves."""
+    folder = world.file.parent / "environments"
+    folder.mkdir()
+    shutil.copy(Layout(world.cluster.state).environments / published.digest / "environment.json", folder / "small.json")
+    try:
+        world.demand("max_rows: 1000000")
+        with world.cluster.attach() as session:
+            found = {one["name"]: one for one in session.status()["environments"]}
+            assert (found["small"]["digest"], found["small"]["differs"]) == (published.digest, [])
+            assert "small" in session._repr_html_()
+            assert first_of.options(session=session, environment="small").remote([7]).result() == 7
+            with pytest.raises(UnknownNameError, match=r"no environment 'smal' \(did you mean 'small'\?\)"):
+                first_of.options(session=session, environment="smal").remote([7]).result()
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_other_environments(world: World, published: Environment) -> None:
+    """Where policy names environments, asking for another one is refused, and the one that it names is taken."""
+    world.demand(f'environments: ["{"0" * 64}"]')
+    with world.cluster.attach() as session:
+        asks = first_of.options(session=session, environment=published.digest)
+        with pytest.raises(EgressDeniedError, match=rf"{published.digest[:12]} is none of them"):
+            asks.remote([1]).result()
+        assert world.cluster.entries("refusal")[-1]["obligations"] == ["environments"]
+    world.demand(f'environments: ["{"0" * 64}", "{published.digest}"]')
+    with world.cluster.attach() as session:
+        # Of those that a node has, the one that policy names, whatever its own Python has.
+        assert first_of.options(session=session).remote([1]).result() == 1
+    world.demand("max_rows: 1000000")
 
 
 def test_padding(world: World) -> None:

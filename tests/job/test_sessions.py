@@ -42,6 +42,19 @@ def test_attach_is_a_context_manager(cluster: Any) -> None:
         zone.read("randhie").to_arrow()
 
 
+def test_room_that_another_session_used(cluster: Any) -> None:
+    """Leases of a session that stays open go to another one soon after their last call, not after a minute of idling."""
+    with cluster.attach("first") as first, cluster.attach("second") as second:
+        for number in range(2):
+            assert add.options(session=first, concurrency=2).starmap([(number, 1), (number, 2)]) == [
+                number + 1,
+                number + 2,
+            ]
+        assert len(first.status()["leases"]) == 2
+        # By default leases idle for a minute.
+        assert add.options(session=second, placement_timeout_s=20).remote(1, 2).result() == 3
+
+
 def test_attach_takes_the_state_directory_from_the_environment(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """``attach("clinic")`` is enough where RAY_GPU_STATE, or the default, says where the cluster is."""
     monkeypatch.setenv("RAY_GPU_STATE", str(cluster.state))
