@@ -43,7 +43,7 @@ def test_attach_is_a_context_manager(cluster: Any) -> None:
 
 
 def test_room_that_another_session_used(cluster: Any) -> None:
-    """Leases of a session that stays open go to another one soon after their last call, not after a minute of idling."""
+    """Leases of a session that stays open go to another one soon after their last call, not after a minute."""
     with cluster.attach("first") as first, cluster.attach("second") as second:
         for number in range(2):
             assert add.options(session=first, concurrency=2).starmap([(number, 1), (number, 2)]) == [
