@@ -149,7 +149,8 @@ class Session:
             what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments, origin
         # The share is here since nodes are told it, and what they are told is written down before.
         options = request.work.options
-        key = (zone.policy_digest, request.work.digest, pool, small, what, options.gpu_milli, options.categories)
+        asked = (options.gpu_milli, options.categories, _environment(request, zone))
+        key = (zone.policy_digest, request.work.digest, pool, small, what, asked)
         found = self._allowed.get(key)
         try:
             if found is None:
@@ -236,6 +237,7 @@ class Session:
             policy_digest=decision.policy_digest,
             rows=rows,
             gpu_milli=request.work.options.gpu_milli,
+            environment_digest=_environment(request, zone),
             dataset_digest=source.digest if source else "",
             lineage=source.origin() if source else {},
             categories=request.work.options.categories or (),

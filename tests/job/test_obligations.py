@@ -232,6 +232,7 @@ def test_environments_by_name(world: World, published: Environment) -> None:
             assert (found["small"]["digest"], found["small"]["differs"]) == (published.digest, [])
             assert "small" in session._repr_html_()
             assert first_of.options(session=session, environment="small").remote([7]).result() == 7
+            assert world.cluster.entries("decision")[-1]["environment_digest"] == published.digest
             with pytest.raises(UnknownNameError, match=r"no environment 'smal' \(did you mean 'small'\?\)"):
                 first_of.options(session=session, environment="smal").remote([7]).result()
     finally:
