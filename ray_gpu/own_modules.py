@@ -20,6 +20,8 @@ from zones.errors import FunctionRefusedError
 
 #: In every sandbox, whatever its environment.
 _EVERYWHERE = frozenset({*sys.stdlib_module_names, "ray_gpu", "zones", "cloudpickle", "__main__"})
+#: Directories of what is installed, for one user or by the distribution.
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
 #: Instructions after which the rest of a function may not be reached.
 _ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "RETURN_GENERATOR"})
 #: What is no Python and has code all the same.
@@ -77,14 +79,17 @@ def certain(code: types.CodeType) -> Iterator[str]:
 
 
 def _is_own(name: str) -> bool:
+    """Tell whether a module is one that the user writes; what lies where packages are installed, a node may have."""
     module = sys.modules.get(name)
     if module is not None:
-        return travels(module)
+        return travels(module) and not _PACKAGES & set(Path(str(module.__file__)).parts)
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return False
-    return spec is not None and spec.has_location and spec.origin is not None and own(spec.origin)
+    if spec is None or not spec.has_location or spec.origin is None:
+        return False
+    return own(spec.origin) and not _PACKAGES & set(Path(spec.origin).parts)
 
 
 # -- their source ------------------------------------------------------------------------------------
