@@ -27,6 +27,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 Place = Literal["remote", "local"]
+#: What leases are opened for: pool, share of a GPU, environment.
+Terms = tuple[str, float, str]
 K = TypeVar("K")
 #: What is kept of each function: its last runs in each place.
 _KEPT_RUNS = 8
@@ -34,7 +36,8 @@ _KEPT_RUNS = 8
 _KEPT_FUNCTIONS = 256
 #: Rows of fewer bytes say nothing of what a byte costs.
 _TELLING_BYTES = 1 << 20
-#: A lease that no call used for so long is taken to be gone, seconds; gateways give them back after 60.
+#: A lease that no call used for so long is taken to be gone, seconds; gateways give them back after 60, or sooner to
+#: whoever has no room.
 WARM_S = 55.0
 
 
@@ -219,7 +222,7 @@ class Advisor:
         self._functions: dict[str, Runs] = {}
         self._calls: dict[Key, Runs] = {}
         #: Leases that are open, by what was asked for, and when they were last used.
-        self._warm: dict[tuple[str, float], tuple[int, float]] = {}
+        self._warm: dict[Terms, tuple[int, float]] = {}
         self._lock = threading.Lock()
 
     def runs(self, key: Key) -> Runs:
@@ -240,12 +243,12 @@ class Advisor:
         exact = self._calls.get(key)
         return exact if exact and (exact.local or exact.remote) else _of(self._functions, key[0])
 
-    def leases(self, terms: tuple[str, float], now: float) -> int:
+    def leases(self, terms: Terms, now: float) -> int:
         """Return how many leases are open for a pool and a share of a GPU; *now* in seconds of any clock."""
         count, last = self._warm.get(terms, (0, now))
         return count if now - last < WARM_S else 0
 
-    def saw_leases(self, terms: tuple[str, float], opened: int, now: float) -> None:
+    def saw_leases(self, terms: Terms, opened: int, now: float) -> None:
         """Take what a call used: how many leases it opened, besides those that were open."""
         with self._lock:
             self._warm[terms] = (max(1, self.leases(terms, now) + opened), now)

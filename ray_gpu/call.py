@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.dataset as pad
 
-from ray_gpu import cards
+from ray_gpu import cards, progress
 from ray_gpu.advice import Advice
 from ray_gpu.arrays import ARRAY_COLUMN, column_of, is_array
 from ray_gpu.handle import Handle, column_names
@@ -244,6 +244,9 @@ class Call(Generic[R]):
             if self._show:
                 self._show.clear()
             _show_printed(event.get("text"))
+        elif event["event"] == "differs":
+            if progress.wanted():
+                progress.tell(str(event["node"]), "; ".join(map(str, event["differs"])))
         elif self._show:
             self._show.update(event)
 

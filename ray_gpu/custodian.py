@@ -37,7 +37,7 @@ from ray_gpu.sandbox import boundary, harden, memory
 from ray_gpu.sandbox.scrub import Tenancy
 from ray_gpu.wire import error_reply, recv_message, send_message, unix_listen
 from zones.envelope import LeaseKey
-from zones.errors import ConfigError, GrantRefusedError, SandboxLevelError, ZoneError
+from zones.errors import ConfigError, EnvironmentRefusedError, GrantRefusedError, SandboxLevelError, ZoneError
 from zones.keys import ExchangeKey, NodeIdentity, derive_lease_key
 from zones.model import Grant, Offer, Padding, canonical, check_id, controls_held, digest
 from zones.policy import PoolPolicy
@@ -305,9 +305,10 @@ class Custodian:
         except ConfigError as error:
             sys.stderr.write(f"environment {digest} is not served: {error.message}\n")
             sys.stderr.flush()
-            raise GrantRefusedError(
+            raise EnvironmentRefusedError(
                 f"node {self._settings.node} does not serve the environment {digest[:12]}: it is not as it was built; "
-                "ask the pool's operator (`ray-gpu env list` there says why)"
+                "ask the pool's operator (`ray-gpu env list` there says why)",
+                node=self._settings.node,
             ) from None
 
     def _introduce(self, lease: Lease, key: LeaseKey) -> str:

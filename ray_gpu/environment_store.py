@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from zones.model import canonical
 NEEDED = ("array-api-compat", "cloudpickle", "msgpack", "numpy", "pyarrow")
 #: What pip writes about an installation, and not about a package.
 _ABOUT = frozenset({"INSTALLER", "REQUESTED", "direct_url.json"})
+_DIGEST = re.compile("[0-9a-f]{64}")
 _DOCUMENT, _SITE = "environment.json", "site"
 #: Lines of pip's that an error repeats.
 _SAID_LINES = 12
@@ -47,10 +49,9 @@ class Store:
         self._verified = functools.cache(self._verify)
 
     def digests(self) -> tuple[str, ...]:
-        """Return those that are published here, ascending."""
-        return tuple(
-            sorted(path.parent.name for path in self._root.glob(f"*/{_DOCUMENT}") if path.parent.name[0] != ".")
-        )
+        """Return those that are published here, ascending; what has another name, a copy for example, is none."""
+        found = (path.parent.name for path in self._root.glob(f"*/{_DOCUMENT}"))
+        return tuple(sorted(name for name in found if _DIGEST.fullmatch(name)))
 
     def environment(self, digest: str) -> Environment:
         """Return what an environment is.
@@ -82,8 +83,8 @@ class Store:
             raise ConfigError(f"{site} is for Python {found.python}, and this node has {here}", file=str(site))
         if (was := files_digest(site)) != found.files:
             raise ConfigError(
-                f"{site} was changed: its files' digest is {was} and was {found.files}; remove {site.parent} and "
-                "build it again",
+                f"{site} was changed: its files' digest is {was} and was {found.files}; build it again with "
+                "`ray-gpu env build`",
                 file=str(site),
             )
         return site
@@ -115,9 +116,22 @@ class Store:
             found = environment.found([site], python=python, files=files_digest(site))
             (folder / _DOCUMENT).write_bytes(canonical(found.document()))
             folder.chmod(0o755)
-            if not (self._root / found.digest).exists():
-                folder.rename(self._root / found.digest)
+            self._put(folder, found.digest)
         return found
+
+    def _put(self, folder: Path, digest: str) -> None:
+        """Publish what was built, also in place of one that was changed."""
+        there = self._root / digest
+        if there.exists():
+            try:
+                self._verify(digest)
+            except ConfigError:
+                # Renamed first: a custodian never sees a part of it.
+                there.rename(there.with_name(f".old-{digest}"))
+                remove(there.with_name(f".old-{digest}"))
+            else:
+                return
+        folder.rename(there)
 
     @contextlib.contextmanager
     def _new(self) -> Iterator[Path]:

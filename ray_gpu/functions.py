@@ -56,10 +56,16 @@ class PackedFunction:
     Args:
         function: The function.
         modules: Modules of the user's own that are sent with it, see :mod:`ray_gpu.own_modules`.
+        body: Function of the user's that runs in the end, if it is another.
     """
 
-    def __init__(self, function: Callable[..., Any], modules: Sequence[types.ModuleType] = ()) -> None:
-        self._function, self._modules = function, modules
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        modules: Sequence[types.ModuleType] = (),
+        body: Callable[..., Any] | None = None,
+    ) -> None:
+        self._function, self._modules, self._body = function, modules, body
         self._captured: list[Any] | None = None
         self._sources: dict[str, tuple[bool, str]] = {}
         self._made: Packed | None = None
@@ -81,7 +87,7 @@ class PackedFunction:
             if found != self._sources:
                 self._sources, self._made = found, None
         if self._made is None:
-            self._made = pack_with(self._function, self._sources)
+            self._made = pack_with(self._function, self._sources, self._body)
         return self._made
 
     def approved(self, digests: Collection[str]) -> bytes | None:
@@ -114,12 +120,15 @@ def pack(function: Callable[..., Any]) -> bytes:
     return pack_with(function, {}).sent
 
 
-def pack_with(function: Callable[..., Any], sources: Mapping[str, tuple[bool, str]]) -> Packed:
+def pack_with(
+    function: Callable[..., Any], sources: Mapping[str, tuple[bool, str]], body: Callable[..., Any] | None = None
+) -> Packed:
     """Return the pickled function, with everything it needs that is not an installed module.
 
     Args:
         function: The function.
         sources: Modules that go along as source, so that they can be imported; others that it names go by value.
+        body: Whose imports count, if not the function's own.
 
     Raises:
         FunctionRefusedError: It captures a table or an array, captures something that cannot be pickled,
@@ -141,7 +150,8 @@ def pack_with(function: Callable[..., Any], sources: Mapping[str, tuple[bool, st
             packed = b"".join((MODULES, len(texts).to_bytes(8, "big"), texts, packed))
         if len(packed) > MAX_FUNCTION_BYTES:
             raise _too_large(function, len(packed), sources)
-    return Packed(packed, own_modules.imports(_inner(function), named, sent))
+    texts_of = {name: text for name, (_, text) in sources.items() if name in sent}
+    return Packed(packed, own_modules.imports(_inner(function) if body is None else body, named, texts_of))
 
 
 def check_function(function: Any) -> None:

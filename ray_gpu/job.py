@@ -119,7 +119,8 @@ def _cut(lease: Lease) -> None:
     lease.link.shutdown()
 
 
-#: Called with ``{"event": "progress" | "printed" | "leases" | "part", ...}``, and a part's descriptor, from any thread.
+#: Called with ``{"event": "progress" | "printed" | "lost" | "part" | "differs", ...}`` and a part's descriptor, from
+#: any thread.
 Events = Callable[..., None]
 
 
@@ -137,16 +138,16 @@ def run(session: Session, request: Request, source: Source | None, events: Event
     pool = session.pool(request.work.options.instance)
     allowed = session.decide(request, source)
     if request.mode is Mode.MAKE:
-        return _make(session, request, allowed, cancelled)
+        return _make(session, request, allowed, events, cancelled)
     if request.mode is Mode.EVERY:
         assert isinstance(pool, InstancePool)
-        return _every(session, request, allowed, pool, cancelled)
+        return _every(session, request, allowed, pool, events, cancelled)
     if source is None:
-        return _alone(session, request, allowed, cancelled)
+        return _alone(session, request, allowed, events, cancelled)
     return ShardRun(session, request, allowed, source, events, cancelled).run()
 
 
-def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
+def _alone(session: Session, request: Request, allowed: Allowed, events: Events, cancelled: Cancel) -> Result:
     """Run a function on arguments alone. What one node answers that cannot be believed, another is asked as well.
 
     When a lease is lost the call is made again as often as it says, after longer and longer waits.
@@ -154,10 +155,10 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
     leases, doubted, retries = session.pool(request.work.options.instance), "", 0
     while True:
         if retries:
-            _wait(min(FIRST_WAIT_S * 2 ** (retries - 1), MAX_WAIT_S), cancelled)
+            _wait(backoff_s(retries), cancelled)
         lease = _lease_for(session, request, allowed, cancelled)
         try:
-            return call(session, request, allowed, lease, cancelled)
+            return call(session, request, allowed, lease, events, cancelled)
         except (LeaseLostError, AnswerRefusedError) as error:
             leases.check_open()
             refused = isinstance(error, AnswerRefusedError)
@@ -176,6 +177,11 @@ def _alone(session: Session, request: Request, allowed: Allowed, cancelled: Canc
             leases.give(lease)
 
 
+def backoff_s(retries: int) -> float:
+    """Return the least wait before a call is made again for the time *retries*, seconds."""
+    return float(min(FIRST_WAIT_S * 2 ** (retries - 1), MAX_WAIT_S))
+
+
 def _wait(seconds: float, cancelled: Cancel) -> None:
     """Wait, unless the call is given up meanwhile; up to half of it longer, so that calls do not come in step."""
     over = time.monotonic() + seconds * (1 + secrets.randbelow(500) / 1000)
@@ -184,7 +190,7 @@ def _wait(seconds: float, cancelled: Cancel) -> None:
         time.sleep(min(left, PAUSE_S))
 
 
-def _make(session: Session, request: Request, allowed: Allowed, cancelled: Cancel) -> Result:
+def _make(session: Session, request: Request, allowed: Allowed, events: Events, cancelled: Cancel) -> Result:
     """Make an instance of a class in as many sandboxes as the call may use at once, on as many nodes as there are."""
     terms, options = session.terms(allowed, request), request.work.options
     instance, pool = session.begin_instance()
@@ -195,7 +201,7 @@ def _make(session: Session, request: Request, allowed: Allowed, cancelled: Cance
             while len(taken) < options.concurrency:
                 apart = {lease.node for lease in taken}
                 taken.append(pool.take(terms, allowed.decision, options, check=cancelled.check, apart=apart))
-                results.append(call(session, request, allowed, taken[-1], cancelled))
+                results.append(call(session, request, allowed, taken[-1], events, cancelled))
         finally:
             for lease in taken:
                 pool.give(lease)
@@ -207,13 +213,15 @@ def _make(session: Session, request: Request, allowed: Allowed, cancelled: Cance
     return dataclasses.replace(found, encoded=found.encoded[:1], report={**found.report, "instance": instance})
 
 
-def _every(session: Session, request: Request, allowed: Allowed, pool: InstancePool, cancelled: Cancel) -> Result:
+def _every(
+    session: Session, request: Request, allowed: Allowed, pool: InstancePool, events: Events, cancelled: Cancel
+) -> Result:
     """Run a function once in every sandbox of an instance."""
     leases = pool.every(session.terms(allowed, request), check=cancelled.check)
 
     def work(lease: Lease) -> Result:
         try:
-            return call(session, request, allowed, lease, cancelled)
+            return call(session, request, allowed, lease, events, cancelled)
         except LeaseLostError as error:
             raise lost_state(lease.node, error.reason) from None
         finally:
@@ -255,10 +263,18 @@ def _named(error: ZoneError, lease: Lease) -> ZoneError:
     return error
 
 
-def call(session: Session, request: Request, allowed: Allowed, lease: Lease, cancelled: Cancel) -> Result:
+def check_imports(session: Session, request: Request, lease: Lease, events: Events) -> None:
+    """Raise if a lease lacks what a function imports; tell in what else its environment differs, before it gets any."""
+    if differs := session.check_imports(request, lease):
+        events({"event": "differs", "node": lease.node, "differs": differs})
+
+
+def call(
+    session: Session, request: Request, allowed: Allowed, lease: Lease, events: Events, cancelled: Cancel
+) -> Result:
     """Run a function once on arguments alone: one sealed message out, one back."""
     cancelled.watch(lease)
-    session.check_imports(request, lease)
+    check_imports(session, request, lease, events)
     spending = session.standing(allowed, lease)
     number = prepare(session, request, lease, spending)
     spending.draw(1, lease.wire_bytes(len(request.arguments)))
@@ -636,7 +652,7 @@ class ShardRun:
     def _serve(self, lease: Lease) -> None:
         """Send shards, at most ``IN_FLIGHT`` at once, and take results, until nothing is pending."""
         self._cancelled.watch(lease)
-        self._session.check_imports(self._request, lease)
+        check_imports(self._session, self._request, lease, self._events)
         spending = self._session.spending(
             self._allowed, lease, rows=self._plan.rows, calls=1, bytes_=self._most_bytes(lease)
         )

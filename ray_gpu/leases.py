@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import secrets
 import socket
 import threading
@@ -34,6 +35,7 @@ from zones.environments import Environment, minor
 from zones.errors import (
     ClusterError,
     EnvelopeError,
+    EnvironmentRefusedError,
     GrantRefusedError,
     LeaseLostError,
     PlacementError,
@@ -277,6 +279,8 @@ class LeaseOpener:
                 return self._open(terms, decision, min(left_s, LOOK_AGAIN_S) if avoid else left_s, avoid=sorted(avoid))
             except _UnfitError as error:
                 unfit[error.node] = f"{error.node}: {error}"
+            except EnvironmentRefusedError as error:
+                unfit[error.node] = error.message
             except (ClusterError, LeaseLostError) as error:
                 if not error.node or time.monotonic() > deadline:
                     raise
@@ -562,7 +566,9 @@ def _parse_offer(document: Any) -> Offer:
     try:
         fields = dict(document)
         fields["degradations"] = tuple(str(item)[:40] for item in fields["degradations"])
-        fields["environments"] = tuple(str(item)[:64] for item in fields["environments"])
+        fields["environments"] = tuple(map(str, fields["environments"]))
+        if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in fields["environments"]):
+            raise ValueError("environments are digests")
         if any(type(value) is not str for name, value in fields.items() if name not in _LISTS):
             raise TypeError("an offer's fields are text")
         offer = Offer(**fields)

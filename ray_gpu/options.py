@@ -26,6 +26,24 @@ if TYPE_CHECKING:
 PLACES = ("remote", "local", "auto")
 
 
+#: What Ray and Modal call an option that is here under another name.
+_ELSEWHERE = {
+    "gpu": "num_gpus",
+    "num_cpus": "num_gpus",
+    "image": "environment",
+    "runtime_env": "environment",
+    "py_modules": "modules",
+    "accelerator_type": "pool",
+    "label_selector": "pool",
+    "max_containers": "concurrency",
+    "max_concurrency": "concurrency",
+    "timeout": "timeout_s",
+    "retries": "max_retries",
+    "max_task_retries": "max_retries",
+    "batch_size": "shard_bytes",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionOptions:
     """Options of a remote function or class.
@@ -57,8 +75,8 @@ class FunctionOptions:
             of their packages. Their source is sent with the function. What the function names itself, goes without.
         session: Session to use; by default the data's, or else the one attached last.
         where: ``"remote"``: on GPU nodes. ``"local"``: here, in this process, and no row leaves. ``"auto"``: where it
-            is predicted to be faster (:mod:`ray_gpu.where`). For that the function may run here once more, on a few
-            of the rows: one that has effects has them once more. Functions alone: a class keeps its state on nodes.
+            is predicted to be faster (:mod:`ray_gpu.where`). For that the function may run here a few times more, on
+            some of the rows: one that has effects has them each time. Not for classes, whose state is on nodes.
 
     Raises:
         TypeError: A value has another type than its option.
@@ -138,7 +156,7 @@ def with_options(base: FunctionOptions, changes: dict[str, Any]) -> FunctionOpti
     known = FunctionOptions.__dataclass_fields__
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
             raise TypeError(f"gpu_remote has no option {name!r}; {hint}")
     given = [name for name in ("columns", "categories") if changes.get(name) is not None]

@@ -11,11 +11,11 @@ import io
 import sys
 import tokenize
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_gpu.captured import own, travels
+from ray_gpu.captured import by_reference, own, travels
 from zones.errors import FunctionRefusedError
 
 #: In every sandbox, whatever its environment.
@@ -24,6 +24,8 @@ _EVERYWHERE = frozenset({*sys.stdlib_module_names, "ray_gpu", "zones", "cloudpic
 _PACKAGES = frozenset({"site-packages", "dist-packages"})
 #: Instructions after which the rest of a function may not be reached.
 _ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "RETURN_GENERATOR"})
+#: How deep calls of the user's own functions are followed.
+_MAX_DEPTH = 8
 #: What is no Python and has code all the same.
 _COMPILED = frozenset({".so", ".pyd", ".pyx"})
 
@@ -33,21 +35,21 @@ def top(name: str) -> str:
     return name.partition(".")[0]
 
 
-def imports(function: Any, named: Collection[str], sent: Collection[str]) -> list[tuple[str, str]]:
+def imports(function: Any, named: Collection[str], sent: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the modules that a node must have, each with its version here; ``""`` where that is not known.
 
     Args:
         function: The function itself.
         named: Modules of what its pickle names.
-        sent: Top-level modules of the user's own that are sent with it.
+        sent: Source of the top-level modules of the user's own that are sent with it.
 
     Raises:
         FunctionRefusedError: It imports a module of the user's own which is not sent with it.
     """
-    code = getattr(function, "__code__", None)
-    package = top(str(getattr(function, "__globals__", {}).get("__package__") or ""))
-    inside = {one or package for one in certain(code)} if code is not None else set()
-    wanted = sorted({top(name) for name in (*named, *inside)} - _EVERYWHERE - set(sent) - {""})
+    inside = _imported(function)
+    beside = {name for text in sent.values() for name in certain(compile(text, "<module>", "exec")) if text}
+    tops = {top(name) for name in sent}
+    wanted = sorted({top(name) for name in (*named, *inside, *beside)} - _EVERYWHERE - tops - {""})
     for name in wanted:
         if name in inside and _is_own(name):
             raise FunctionRefusedError(
@@ -58,10 +60,29 @@ def imports(function: Any, named: Collection[str], sent: Collection[str]) -> lis
     return [(name, str(getattr(sys.modules.get(name), "__version__", ""))) for name in wanted]
 
 
-def certain(code: types.CodeType) -> Iterator[str]:
+def _imported(function: Any, depth: int = 0) -> set[str]:
+    """Return the top-level modules that a function imports in any case, and those of the user's that it calls so."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, types.CodeType) or depth > _MAX_DEPTH:
+        return set()
+    variables = function.__globals__
+    package = top(str(variables.get("__package__") or ""))
+    found = {name or package for name in certain(code)}
+    for name in certain(code, "LOAD_GLOBAL"):
+        called = variables.get(name)
+        if isinstance(called, types.FunctionType) and not by_reference(called):
+            found |= _imported(called, depth + 1)
+    return found
+
+
+def certain(code: types.CodeType, what: str = "IMPORT_NAME") -> Iterator[str]:
     """Yield the top-level modules that running *code* imports in any case; ``""`` is its own package.
 
     What stands below ``try``, ``if`` or a loop may not be reached, and may fail without harm.
+
+    Args:
+        code: Of a function or a module.
+        what: ``LOAD_GLOBAL``: yield the global names that it uses in any case instead.
     """
     instructions = dis.Bytecode(code)
     guarded = [range(entry.start, entry.end) for entry in instructions.exception_entries]  # type: ignore[attr-defined]  # not in typeshed
@@ -72,9 +93,9 @@ def certain(code: types.CodeType) -> Iterator[str]:
         if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
             landed = max(landed, int(instruction.argval))
         free = instruction.offset >= landed and not any(instruction.offset in part for part in guarded)
-        if instruction.opname == "IMPORT_NAME" and free:
-            # Before it are its level, how many dots it has, and what is taken from it.
-            yield "" if before[0] else top(str(instruction.argval))
+        if instruction.opname == what and free:
+            # Before an import are its level, how many dots it has, and what is taken from it.
+            yield "" if before[0] and what == "IMPORT_NAME" else top(str(instruction.argval))
         before = [before[1], instruction.argval]
 
 
@@ -82,14 +103,19 @@ def _is_own(name: str) -> bool:
     """Tell whether a module is one that the user writes; what lies where packages are installed, a node may have."""
     module = sys.modules.get(name)
     if module is not None:
-        return travels(module) and not _PACKAGES & set(Path(str(module.__file__)).parts)
+        return travels(module) and _written(str(module.__file__))
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return False
     if spec is None or not spec.has_location or spec.origin is None:
         return False
-    return own(spec.origin) and not _PACKAGES & set(Path(spec.origin).parts)
+    return _written(spec.origin)
+
+
+def _written(path: str) -> bool:
+    """Tell whether a file or directory is the user's own, and not where packages are installed."""
+    return own(path) and not _PACKAGES & set(Path(path).parts)
 
 
 # -- their source ------------------------------------------------------------------------------------
@@ -111,7 +137,7 @@ def sources(modules: Iterable[types.ModuleType]) -> dict[str, tuple[bool, str]]:
             )
         places = [Path(place) for place in getattr(module, "__path__", ())]
         file = Path(getattr(module, "__file__", None) or "")
-        if not all(own(str(place)) for place in places or [file]) or name in sys.stdlib_module_names:
+        if not all(_written(str(place)) for place in places or [file]) or name in sys.stdlib_module_names:
             raise FunctionRefusedError(
                 f"{name} is installed here, and no module of your own: nodes have it too, or get it by "
                 "environment=...; leave it out of modules",
@@ -130,7 +156,7 @@ def sources(modules: Iterable[types.ModuleType]) -> dict[str, tuple[bool, str]]:
 def _package(name: str, place: Path) -> Iterator[tuple[str, tuple[bool, str]]]:
     for path in sorted(place.rglob("*")):
         parts = path.relative_to(place).with_suffix("").parts
-        if "__pycache__" in parts or not all(part.isidentifier() for part in parts):
+        if "__pycache__" in parts:
             continue
         if path.suffix in _COMPILED:
             raise FunctionRefusedError(
@@ -138,6 +164,9 @@ def _package(name: str, place: Path) -> Iterator[tuple[str, tuple[bool, str]]]:
                 "build an environment with it (`ray-gpu env build`)",
                 variable=name,
             )
+        if not all(part.isidentifier() for part in parts):
+            # Nothing that could be imported.
+            continue
         if path.suffix == ".py":
             package = parts[-1] == "__init__"
             yield ".".join((name, *(parts[:-1] if package else parts))), (package, _text(path))

@@ -84,7 +84,9 @@ class Instance(Generic[T]):
         self._kind = kind
         self._connection: Inbox | None = None
         self._digest = hashlib.sha256(functions.pack(functools.partial(stateful.make, "", kind))).hexdigest()
-        maker = _Maker(functools.partial(stateful.make, self._digest, kind), options, name=kind.__qualname__)
+        maker = _Maker(
+            functools.partial(stateful.make, self._digest, kind), options, name=kind.__qualname__, body=kind.__init__
+        )
         self._session, self._id = maker.make(args, kwargs)
         self._options = with_options(options, {"session": self._session})
         connection = self._session.take_connection()
@@ -173,7 +175,9 @@ class RemoteMethod(RemoteFunction[..., Any]):
         check_remote(kind.__qualname__, options)
         self._how = kind, name, digest, instance
         run = functools.partial(stateful.call, digest, name)
-        super().__init__(run, options, name=f"{kind.__qualname__}.{name}", instance=instance)
+        super().__init__(
+            run, options, name=f"{kind.__qualname__}.{name}", instance=instance, body=getattr(kind, name, None)
+        )
 
     def options(self, **changes: Any) -> RemoteMethod:
         """Return the same method with other options. How many actors there are was said when it was made."""

@@ -41,12 +41,18 @@ class RemoteFunction(Generic[P, R]):
     __wrapped__: Callable[P, R]
 
     def __init__(
-        self, function: Callable[P, R], options: FunctionOptions, *, name: str = "", instance: str = ""
+        self,
+        function: Callable[P, R],
+        options: FunctionOptions,
+        *,
+        name: str = "",
+        instance: str = "",
+        body: Callable[..., Any] | None = None,
     ) -> None:
         functions.check_function(function)
         self._function = function
         self._options = options
-        self._packed = functions.PackedFunction(function, options.modules)
+        self._packed = functions.PackedFunction(function, options.modules, body)
         self._name = name or functions.name_of(function)
         self._instance = instance
         #: Function, whether it gets all rows at once, and both packed with the options.

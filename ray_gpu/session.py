@@ -110,6 +110,8 @@ class Session:
         self._allowed: dict[Any, Allowed] = {}
         self._terms: dict[tuple[int, int, int | None, str], LeaseTerms] = {}
         self._standing: dict[tuple[str, int], Spending] = {}
+        #: Differences that the notebook was told of, by the environment's digest.
+        self._told: set[tuple[str, str]] = set()
         #: Functions and broadcasts that were counted.
         self._seen: set[str] = set()
         self._small_bytes = 0
@@ -142,6 +144,8 @@ class Session:
         pool = _pool(request, zone)
         if pool not in zone.pools:
             raise UnknownNameError.of("pool", pool, zone.pools)
+        # Before anything is counted: a name that is none costs nothing.
+        environment = _environment(request, zone)
         small = self._count_small_bytes(zone, request)
         what = None
         if source:
@@ -149,7 +153,7 @@ class Session:
             what = source.dataset, source.digest, tuple(source.columns), source.filter_columns, source.segments, origin
         # The share is here since nodes are told it, and what they are told is written down before.
         options = request.work.options
-        asked = (options.gpu_milli, options.categories, _environment(request, zone))
+        asked = (options.gpu_milli, options.categories, environment)
         key = (zone.policy_digest, request.work.digest, pool, small, what, asked)
         found = self._allowed.get(key)
         try:
@@ -447,15 +451,19 @@ class Session:
         finally:
             self._over.set()
 
-    def check_imports(self, request: Request, lease: Lease) -> None:
+    def check_imports(self, request: Request, lease: Lease) -> list[str]:
         """Raise if a lease lacks a module that a call's function imports: it would fail there, once it has the data.
+
+        Returns:
+            In what else, of its imports and of what data travels by, the environment differs from the notebook; each
+            difference once in a session.
 
         Raises:
             FunctionRefusedError: It does.
         """
         work, there = request.work, lease.contents
         if work.digest in lease.functions:
-            return
+            return []
         if missing := [module for module, _ in work.options.imports if module not in there.modules]:
             raise FunctionRefusedError(
                 f"{work.name} imports {', '.join(missing)}, and {lease.node} has no such module in the environment "
@@ -463,7 +471,11 @@ class Session:
                 "the nodes' operator build one that has it (`ray-gpu env build`)",
                 variable=missing[0],
             )
-        self.versions |= dict(work.options.imports)
+        with self._lock:
+            self.versions |= dict(work.options.imports)
+            new = [one for one in self._differs(there) if (there.digest, one) not in self._told]
+            self._told |= {(there.digest, one) for one in new}
+        return new
 
     def _differs(self, contents: Environment) -> list[str]:
         """Return in which versions an environment differs from the notebook."""

@@ -5,8 +5,9 @@ What it runs for that, and when:
 * Once in a session, for each pool: a dozen small calls of our own to a node (:mod:`ray_gpu.sandbox.probe`), some 100 KB
   of zeros in all, and the same here. They are calls like any other, which policy decides and the ledger has. They need
   a lease, and open one.
-* Once for each function, if nothing is known of it: the function itself, here, on the first rows of its data, up to
-  some milliseconds. So a function that has effects has them once more.
+* Once for each function, if nothing is known of it: the function itself, here, on the first rows of its data: on more
+  and more of them, each time twice, until that takes some milliseconds. So a function that has effects has them a few
+  times more. Whoever calls waits for it, also in a coroutine.
 * For data that the gateway has, each time: a request whether policy lets the call's rows leave. What policy refuses
   of a call is refused wherever it would run. Rows that are read here are those that ``handle.to_arrow()`` reads.
 
@@ -29,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_gpu import functions, progress
-from ray_gpu.advice import Advice, Advisor, Key, Link, Load
+from ray_gpu.advice import Advice, Advisor, Key, Link, Load, Terms
 from ray_gpu.call import Call
 from ray_gpu.handle import Handle
 from ray_gpu.local_call import LocalCall, LocalWork, seconds_of
@@ -75,9 +76,10 @@ class Planned:
         return _digest(self.request["work"]), hash(self.work.arguments)
 
     @property
-    def terms(self) -> tuple[str, float]:
-        """Pool and share of a GPU, which leases are opened for."""
-        return self.work.options.pool, self.work.options.num_gpus
+    def terms(self) -> Terms:
+        """What leases are opened for."""
+        options = self.work.options
+        return options.pool, options.num_gpus, options.environment
 
     def load(self, size_bytes: int, rows: int) -> Load:
         """Return what is known of it once its size is."""

@@ -185,7 +185,7 @@ def test_small_data() -> None:
 
 def test_leases_go_cold() -> None:
     """Leases that calls opened are there until nobody used them for a while."""
-    advisor, terms = Advisor(), ("", 1.0)
+    advisor, terms = Advisor(), ("", 1.0, "")
     before = advisor.leases(terms, 0.0)
     advisor.saw_leases(terms, 1, 0.0)
     advisor.saw_leases(terms, 1, 5.0)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ray_gpu import gpu_remote
 from ray_gpu.functions import PackedFunction
-from ray_gpu.own_modules import certain
+from ray_gpu.own_modules import certain, sources
+from ray_gpu.remote_class import RemoteMethod
+from zones.errors import FunctionRefusedError
 
 # mypy: disable-error-code="import-not-found"
 # ruff: noqa: F401 - what is imported, and where, is what these are about
@@ -107,3 +113,77 @@ def test_imports_of_a_function() -> None:
         return float(np.sqrt(x)) + math.pi + float(absent_a.y)
 
     assert PackedFunction(work).packed().imports == [("absent_a", ""), ("numpy", np.__version__)]
+
+
+def _helper() -> None:
+    import absent_h
+
+
+def _sometimes() -> None:
+    import absent_s
+
+
+def _by_helper(flag: bool) -> None:
+    _helper()
+    if flag:
+        _sometimes()
+
+
+def test_helpers_and_classes() -> None:
+    """What a function calls in any case counts as well, what it may not call does not; so do a class's own methods."""
+
+    class Model:
+        def __init__(self) -> None:
+            import absent_i
+
+        def predict(self) -> None:
+            import absent_p
+
+    assert PackedFunction(_by_helper).packed().imports == [("absent_h", "")]
+    made = gpu_remote(Model)
+    assert [name for name, _ in PackedFunction(_helper, (), made._kind.__init__).packed().imports] == ["absent_i"]
+    method = RemoteMethod(Model, "predict", made._options, digest="", instance="1")
+    assert [name for name, _ in method._packed.packed().imports] == ["absent_p"]
+
+
+def test_modules_that_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a module imports at its top counts too; what lies where packages are installed is not the user's own."""
+    (tmp_path / "goes.py").write_text("import absent_g\ntry:\n    import absent_t\nexcept ImportError:\n    pass\n")
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "elsewhere.py").write_text("LEVEL = 1\n")
+    (tmp_path / "absent_g.py").touch()
+    for place in (tmp_path, installed):
+        monkeypatch.syspath_prepend(str(place))
+    goes, elsewhere = importlib.import_module("goes"), importlib.import_module("elsewhere")
+    del sys.modules["absent_g"]
+    (tmp_path / "absent_g.py").unlink()
+
+    def work() -> int:
+        import elsewhere
+
+        return int(elsewhere.LEVEL)
+
+    found = PackedFunction(work, [goes]).packed().imports
+    assert [name for name, _ in found] == ["absent_g", "elsewhere"]
+    with pytest.raises(FunctionRefusedError, match="elsewhere is installed here"):
+        PackedFunction(work, [elsewhere]).packed()
+    for name in ("goes", "elsewhere"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["_fast.cpython-311-x86_64-linux-gnu.so", "_fast.abi3.so", "fast.pyx"])
+def test_compiled_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A package with compiled code is refused, whatever its file is called; one without goes along."""
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/__init__.py").touch()
+    (tmp_path / "mixed/data-file.txt").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mixed = importlib.import_module("mixed")
+    try:
+        assert sources([mixed]) == {"mixed": (True, "")}
+        (tmp_path / "mixed" / name).touch()
+        with pytest.raises(FunctionRefusedError, match="has compiled code"):
+            sources([mixed])
+    finally:
+        del sys.modules["mixed"]

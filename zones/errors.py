@@ -31,6 +31,7 @@ the world: policy, Vault, the ledger, a lease, a hostile peer.
     ├── PlacementError             no GPU node has room
     ├── SandboxLevelError          the node cannot give the level that policy asks for
     ├── GrantRefusedError          a custodian refused a grant
+    │   └── EnvironmentRefusedError  for its environment was changed after it was built
     ├── LeaseLostError             keeper, sandbox, actor or connection died
     │   └── InstanceLostError      and with it the state of a class's instance
     ├── CallCancelledError
@@ -287,6 +288,17 @@ class SandboxLevelError(ZoneError):
 
 class GrantRefusedError(ZoneError):
     """A custodian refused a grant: used lease, other boot, forbidden terms, or a key that does not open."""
+
+
+class EnvironmentRefusedError(GrantRefusedError):
+    """A node has an environment, but not as it was built. Another node may.
+
+    Attributes:
+        node: Its id.
+    """
+
+    field_names = ("node",)
+    node: str
 
 
 class LeaseLostError(ZoneError):

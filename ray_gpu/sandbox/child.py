@@ -17,8 +17,9 @@ keeper to sandbox                                  sandbox to keeper
 ``free``                                           (nothing)
 =================================================  =============================================
 
-With ``room``, bytes, the shards of a call stay open as far as all that do fit; ``rerun`` names one by its number, and
-the call that brought it by the eight bytes in its slot. Any message to the sandbox may also carry ``free``: out slots
+With ``room``, bytes, the shards of a call stay open as far as all that do fit; those of calls that were used longest
+ago make room for them, and for whatever a function needs. ``rerun`` names one by its number, and the call that brought
+it by the eight bytes in its slot. Any message to the sandbox may also carry ``free``: out slots
 whose results the keeper has taken.
 """
 
@@ -41,6 +42,7 @@ from ray_gpu.answers import MAX_TEXT_BYTES, write_outcome
 from ray_gpu.sandbox.functions import VALUE, decorator, load
 from ray_gpu.sandbox.harden import harden_self
 from ray_gpu.sandbox.memory import OUT_SLOTS, SlotMap
+from ray_gpu.sandbox.open_shards import OpenShards
 from ray_gpu.sandbox.raised import describe
 from ray_gpu.wire import Inbox, PeerClosedError, send_message
 from zones.errors import ResultTooLargeError, ValueRefusedError
@@ -79,8 +81,8 @@ class Sandbox:
         self._arguments: dict[int, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {}
         #: Bytes that shards which stay open may take, for each arguments.
         self._room: dict[int, int] = {}
-        #: Shards that stay open, by the call that brought them and their number.
-        self._open: dict[tuple[int, int], memoryview] = {}
+        #: Shards that stay open; bytes that the room for them may be.
+        self._open, self._room_bytes = OpenShards(), 0
         self._load_errors: dict[int, BaseException] = {}
         self._free_out = deque(range(OUT_SLOTS))
         self._libraries = libraries
@@ -157,7 +159,7 @@ class Sandbox:
 
     def _on_rerun(self, message: dict[str, Any]) -> None:
         brought_by = int.from_bytes(self._payload(message), "big")
-        payload = self._open.get((brought_by, message["shard"]))
+        payload = self._open.get(brought_by, message["shard"])
         if payload is None:
             slot = self._out_slot()
             size = self._write(slot, {"status": "absent", "printed": ""}, None)
@@ -167,11 +169,9 @@ class Sandbox:
 
     def _keep(self, message: dict[str, Any], payload: memoryview) -> bool:
         """Copy a shard to this process's own memory if it shall stay open and there is room; tell whether it is."""
-        taken = sum(map(len, self._open.values()))
-        if taken + len(payload) > self._room.get(message["arguments"], 0):
-            return False
-        self._open[message["arguments"], message["shard"]] = memoryview(bytes(payload))
-        return True
+        room = self._room.get(message["arguments"], 0)
+        self._room_bytes = max(self._room_bytes, room)
+        return self._open.keep(message["arguments"], message["shard"], payload, room=room)
 
     def _run(self, arguments: int, payload: memoryview, *, kept: bool) -> None:
         libraries = self._libraries
@@ -194,11 +194,15 @@ class Sandbox:
 
     def _answer(self, work: Callable[[], Any], *, kept: bool = False) -> None:
         """Run *work*; write its value or its error, and what it printed, into an out slot."""
+        self._open.relieve(self._room_bytes)
         try:
             value = self._libraries.to_host(work())
             outcome: dict[str, Any] = {"status": "ok", "kept": True} if kept else {"status": "ok"}
         except BaseException as error:  # noqa: BLE001 - user code may raise anything; it is the answer
             value, outcome = None, describe(error)
+            if isinstance(error, MemoryError):
+                # A further call sends again what it needs.
+                self._open.clear()
         if os.getpid() != self._pid:
             os._exit(0)  # The function forked and its child returned too; one answer is enough.
         outcome["printed"] = self._take_printed()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,6 +70,50 @@ def test_await(zone: Any) -> None:
         return await asyncio.gather(*(function.remote(float(i), 2.0) for i in range(5)))
 
     assert asyncio.run(several()) == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+@gpu_remote(columns=["mdvis"])
+def in_c(batch: Any = None) -> int:
+    """Compute for half an hour in one call of C code, which hears no signal of Python's."""
+    import hashlib
+
+    return len(hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 1 << 31))
+
+
+@pytest.mark.parametrize("mode", ["remote", "rows", "task"])
+def test_cancelled_in_c(
+    cluster: Any, zone: Any, look_inside: Any, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call that is cancelled in the middle of C code ends, and its sandbox is gone; the session goes on."""
+    function = in_c.options(session=zone, concurrency=1)
+    call = function.remote(zone.read("randhie", columns=["mdvis"])) if mode == "rows" else function.remote()
+    inside = look_inside(cluster)
+    with pytest.raises(TimeoutError):
+        call.result(timeout=2)
+    before = set(inside.leases())
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(call)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    started = time.monotonic()
+    if mode == "task":
+        asyncio.run(cancelled())
+    else:
+        call.cancel()
+    with pytest.raises(CallCancelledError):
+        call.result(timeout=60)
+    took = time.monotonic() - started
+    while len(before & set(inside.leases())) == len(before):
+        assert time.monotonic() - started < 60
+        time.sleep(0.05)
+
+    with capsys.disabled():
+        sys.stdout.write(f"\n{mode}: cancelled after {took:.3f} s\n")
+    assert divide.options(session=zone).remote(1.0, 4.0).result(timeout=60) == 0.25
 
 
 def test_cancelled_task(zone: Any) -> None:

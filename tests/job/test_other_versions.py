@@ -28,7 +28,7 @@ def test_another_python(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(inside.cluster.entries("intent")) == before
 
 
-def test_other_libraries(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_libraries(inside: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Other versions of what data travels by are shown with each lease, and calls are made; alike ones are not."""
     monkeypatch.setattr("ray_gpu.client.versions", lambda: {**versions(), "numpy": "1.99"})
     with inside.cluster.attach("other libraries") as zone:
@@ -37,6 +37,29 @@ def test_other_libraries(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert lease["differs"] == [f"numpy 1.99 here, {versions()['numpy']} there"]
         assert "numpy 1.99 here" in zone._repr_html_()
     monkeypatch.undo()
+    capsys.readouterr()
     with inside.cluster.attach("the same") as zone:
         three.options(session=zone).remote().result()
         assert [lease["differs"] for lease in zone.status()["leases"]] == [[]]
+
+
+def test_other_imports(inside: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line says in what a function's imports differ before anything of it leaves, and says it once in a session."""
+    import sklearn
+    import sklearn.base
+
+    monkeypatch.setenv("RAY_GPU_PROGRESS", "1")
+    version = sklearn.__version__
+
+    def name() -> str:
+        return str(sklearn.base.BaseEstimator.__name__)
+
+    with inside.cluster.attach("other imports") as zone:
+        monkeypatch.setattr(sklearn, "__version__", "0.99")
+        packed = gpu_remote(session=zone)(name)
+        assert packed.remote().result() == "BaseEstimator"
+        said = capsys.readouterr().err
+        assert f"sklearn 0.99 here, {version} there" in said
+        assert packed.remote().result() == "BaseEstimator"
+        assert "sklearn" not in capsys.readouterr().err
+        assert f"sklearn 0.99 here, {version} there" in zone.status()["leases"][0]["differs"]

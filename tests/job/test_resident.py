@@ -150,3 +150,25 @@ def test_only_where_policy_allows_it(cluster: Any) -> None:
         assert cluster.entries("refusal")[-1]["obligations"] == ["resident_shards"]
         assert len(cluster.entries("intent")) == before
         assert np.isfinite(total.options(session=session, resident=False).map_reduce(session.read("randhie"), sum))
+
+
+@gpu_remote(columns=COLUMNS, shard_bytes=64 << 10, resident=True)
+def fails_for_memory(batch: Any) -> None:
+    """Find that there is no memory left."""
+    raise MemoryError(f"{len(batch)} rows")
+
+
+def test_dropped_for_memory(own: Any, zone: Any) -> None:
+    """Where a function found no memory its sandbox drops what is open; a further call sends it again, and is exact."""
+    data = zone.read("randhie")
+    expected = data.to_arrow()["mdvis"].to_numpy().sum()
+    again = total.options(session=zone, concurrency=1)
+    for _ in range(2):
+        found, _, rows = sent(own, lambda: again.map_reduce(data, sum))
+    assert (found, rows) == (pytest.approx(expected), 0)
+    with pytest.raises(MemoryError):
+        fails_for_memory.options(session=zone, concurrency=1).map_reduce(data, len)
+    found, _, rows = sent(own, lambda: again.map_reduce(data, sum))
+    assert (found, rows) == (pytest.approx(expected), 20_190)
+    found, _, rows = sent(own, lambda: again.map_reduce(data, sum))
+    assert (found, rows) == (pytest.approx(expected), 0)
