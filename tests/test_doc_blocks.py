@@ -5,6 +5,7 @@ What needs a cluster of its own, :mod:`tests.test_guide` and :mod:`tests.hosts.t
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import pytest
 import ray
 import yaml
 
+import ray_gpu
 from ray_gpu import hosts_file, vault_declaration
 from ray_gpu.cli.main import cli
 from zones import audit, steps
@@ -166,11 +168,29 @@ def test_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GB/s" in capsys.readouterr().out
 
 
+def test_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """The option that the page on environments shows is one."""
+    (shown,) = (text for name, text in blocks("python").items() if name.startswith("environments"))
+    names: dict[str, Any] = {}
+    exec(compile(shown, "environments.md", "exec"), names)
+    assert isinstance(names["remote"](len), ray_gpu.RemoteFunction)
+
+
+def _is_python(text: str) -> bool:
+    """Tell whether a block could be a program: it can be read as one, and calls or imports something."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return False
+    return any(isinstance(node, (ast.Call, ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+
+
 def test_every_block_is_run_somewhere() -> None:
     """No block has a language that nothing here, nor what is named above, looks at."""
-    here = {("policies.md", "python"), ("0002-envelope.md", "python")}
+    here = {("policies.md", "python"), ("0002-envelope.md", "python"), ("environments.md", "python")}
     looked_at = {"", "sh", "yaml", "sql", "hcl"}
     for page in PAGES:
         for found in _BLOCK.finditer(page.read_text(encoding="utf-8")):
             known: Any = found[1] in looked_at or (page.name, found[1]) in _RUN | here
             assert known, (page.name, found[1])
+            assert found[1] or not _is_python(found[2]), (page.name, found[2])

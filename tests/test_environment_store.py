@@ -33,7 +33,23 @@ def test_built_again(built_environment: Path, tmp_path: Path) -> None:
     """The same lock gives the same files, bytecode included."""
     again = Store(tmp_path / "again")
     assert again.build(lock(tmp_path / "lock.txt")).digest == Store(built_environment).digests()[0]
-    assert again.build(tmp_path / "lock.txt").digest == again.digests()[0]
+    (digest,) = again.digests()
+    assert again.build(tmp_path / "lock.txt").digest == digest
+
+
+@pytest.mark.chaos
+def test_built_anew(store: Store, tmp_path: Path) -> None:
+    """Building again, as the error advises, puts what was built in place of what was changed."""
+    (digest,) = store.digests()
+    site = Layout(tmp_path).environments / digest / "site"
+    _byte(site)
+    with pytest.raises(ConfigError, match=r"was changed.*build it again"):
+        store.site(digest)
+
+    assert store.build(lock(tmp_path / "lock.txt")).digest == digest
+
+    assert store.site(digest) == site
+    assert [path.name for path in site.parent.parent.iterdir()] == [digest]
 
 
 def test_what_it_is(built_environment: Path) -> None:
@@ -99,9 +115,12 @@ def test_changed(store: Store, tmp_path: Path, change: Callable[[Path], None]) -
     assert f"{digest}  not served" in listed.output
 
 
-def test_as_it_was(store: Store) -> None:
-    """Control: a copy that nobody changed is served."""
+def test_as_it_was(store: Store, tmp_path: Path) -> None:
+    """Control: what nobody changed is served. A copy beside it under another name is none."""
     (digest,) = store.digests()
+    root = Layout(tmp_path).environments
+    shutil.copytree(root / digest, root / f"{digest}.bak")
+    assert store.digests() == (digest,)
     assert store.site(digest).is_dir()
 
 

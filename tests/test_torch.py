@@ -1,5 +1,7 @@
 """The example with PyTorch: as accurate as it says, the same as in the zone, resumed exactly, in an environment too."""
 
+# mypy: disable-error-code="import-not-found"
+
 from __future__ import annotations
 
 import importlib.util
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_gpu import gpu_remote
+from ray_gpu.arrays import column_of
 from ray_gpu.environment_store import Store
 from ray_gpu.state import Layout
 
@@ -88,6 +92,13 @@ def test_resumes(openlab: Any, example: ModuleType, monkeypatch: pytest.MonkeyPa
     assert said == ["seed 1: begins with epoch 1", "seed 1: begins with epoch 6"]
 
 
+def place_of_torch() -> str:
+    """Return where PyTorch was imported from."""
+    import torch
+
+    return str(torch.__file__)
+
+
 def test_in_an_environment(openlab: Any, example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator publishes PyTorch; the zone's scientist asks for it by its digest, and nothing is copied by hand."""
     monkeypatch.setattr(example, "EPOCHS", 2)
@@ -96,15 +107,14 @@ def test_in_an_environment(openlab: Any, example: ModuleType, monkeypatch: pytes
     with openlab.attach("teaching") as zone:
         weights = example.train_remotely(zone, 2, environment=found.digest)
         assert np.allclose(weights, example.train_here(zone, 2), atol=1e-6)
+        where = gpu_remote(session=zone, environment=found.digest)(place_of_torch).remote().result()
+    assert where.startswith(str(Layout(openlab.state).environments / found.digest))
     assert openlab.entries("intent")[-1]["environment_digest"] == found.digest
 
 
 def test_tensors_in_and_out(openlab: Any) -> None:
     """A tensor is data without a copy, rows of several dimensions too; a result is a tensor's memory without one."""
-    import torch  # type: ignore[import-not-found]  # `make torch` adds it
-
-    from ray_gpu import gpu_remote
-    from ray_gpu.arrays import column_of
+    import torch
 
     images = torch.arange(24, dtype=torch.float32).reshape(4, 3, 2)
     assert column_of(images).flatten().flatten().buffers()[1].address == images.data_ptr()

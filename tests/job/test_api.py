@@ -148,6 +148,9 @@ def test_options_make_another_function() -> None:
     ("name", "hint"),
     [
         ("num_gpu", "did you mean 'num_gpus'"),
+        ("gpu", "did you mean 'num_gpus'"),
+        ("runtime_env", "did you mean 'environment'"),
+        ("image", "did you mean 'environment'"),
         ("colums", "did you mean 'columns'"),
         ("timeout", "did you mean 'timeout_s'"),
         ("retries", "did you mean 'max_retries'"),

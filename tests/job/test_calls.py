@@ -87,9 +87,9 @@ def test_cancelled_in_c(
     """A call that is cancelled in the middle of C code ends, and its sandbox is gone; the session goes on."""
     function = in_c.options(session=zone, concurrency=1)
     call = function.remote(zone.read("randhie", columns=["mdvis"])) if mode == "rows" else function.remote()
-    inside = look_inside(cluster)
     with pytest.raises(TimeoutError):
         call.result(timeout=2)
+    inside = look_inside(cluster)
     before = set(inside.leases())
 
     async def cancelled() -> None:

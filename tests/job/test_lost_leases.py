@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ray_gpu import Batch, gpu_remote
-from ray_gpu.job import MAX_ATTEMPTS
+from ray_gpu.job import MAX_ATTEMPTS, backoff_s
 from ray_gpu.lease_pool import FRESH_S
 from zones.errors import CallCancelledError, CallTimeoutError, LeaseLostError, PlacementError, SessionClosedError
 
@@ -152,6 +153,14 @@ def count_and(do: str) -> int:
     if do == "raise":
         raise ZeroDivisionError("no")
     return int(globals()["counted"])
+
+
+def test_waits_get_longer() -> None:
+    """Before a call is made again there is a wait, each time twice as long, up to a limit."""
+    waits = [backoff_s(retries) for retries in range(1, 20)]
+    assert waits[0] > 0
+    assert all(second == min(2 * first, waits[-1]) for first, second in pairwise(waits))
+    assert waits[-1] == waits[-2] > 8 * waits[0]
 
 
 def test_retries(zone: Any, inside: Any, in_background: Any) -> None:

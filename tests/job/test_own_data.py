@@ -397,12 +397,23 @@ def mapping_of(address: int) -> str:
 
 
 def test_handles_of_other_libraries(open_zone: Any, cluster: Any) -> None:
-    """A handle's rows are pandas' and Arrow's where they are asked for, inside the zone."""
+    """A handle's rows are pandas', polars' and Arrow's where they are asked for, inside the zone; so are results."""
+    import polars as pl
+
     with cluster.attach("interop") as zone:
         data = zone.read("breast_cancer", columns=["mean_radius", "target"])
         table = data.to_arrow()
         assert pa.table(data).equals(table)
         assert data.to_pandas().equals(table.to_pandas())
+        assert data.to_polars().equals(pl.from_arrow(table))
+        # Of a result, pandas, polars and NumPy take the memory itself.
+        found = gpu_remote(columns=["mean_radius"], session=zone)(lambda batch: batch.to_arrow()).map(data)
+        address = found["mean_radius"].chunk(0).buffers()[1].address
+        taken: Any = pl.from_arrow(found)
+        assert taken["mean_radius"].to_numpy().__array_interface__["data"][0] == address
+        assert found["mean_radius"].chunk(0).to_numpy().__array_interface__["data"][0] == address
+        frame = found.to_pandas(split_blocks=True)
+        assert frame["mean_radius"].to_numpy().__array_interface__["data"][0] == address
 
 
 @pytest.mark.parametrize("wrong", [np.array([object()]), np.array([1 + 2j])], ids=["objects", "complex"])
