@@ -130,7 +130,8 @@ class Part:
 
 def trained(zone: Any, weights: Any, epochs: range) -> Any:
     """Train for some epochs on two GPU actors; their gradients are averaged in the zone."""
-    with Part.options(session=zone).remote() as parts:
+    made: Any = Part
+    with made.options(session=zone).remote() as parts:
         kept = parts.take.map_reduce(zone.read("breast_cancer"), sorted)
         assert len(kept) > 1
         for epoch in epochs:
