@@ -70,7 +70,7 @@ def test_changed_is_not_served(cluster: Any, published: Environment) -> None:
         asks = first_of.options(session=session, environment=published.digest)
         try:
             # Of each node, for another one could have it as it was.
-            with pytest.raises(PlacementError, match=r"gpu-1 .*is not as it was built.*gpu-2 .*`ray-gpu env list`"):
+            with pytest.raises(PlacementError, match=r"(is not as it was built.*`ray-gpu env list`.*){2}"):
                 asks.remote([1]).result()
         finally:
             path.write_bytes(text)
@@ -94,8 +94,8 @@ def test_runs_there(cluster: Any, published: Environment) -> None:
     # Control: the same words can be written where sandboxes may write.
     assert (there["planted"], there["written"]) == (own["planted"], own["written"]) == ("OSError", 1)
     assert cluster.entries("intent")[-1]["environment_digest"] == published.digest
-    receipts = [entry["receipt"]["receipt"]["environment"] for entry in cluster.entries("lease-end")]
-    assert published.digest in receipts
+    receipts = [entry["receipt"]["receipt"] for entry in cluster.entries("lease-end") if entry["receipt"]]
+    assert published.digest in [receipt["environment"] for receipt in receipts]
 
 
 def test_modules_go_along(
