@@ -79,7 +79,7 @@ def in_c(batch: Any = None) -> int:
     return len(hashlib.pbkdf2_hmac("sha256", b"password", b"salt", (1 << 31) - 1))
 
 
-@pytest.mark.parametrize("mode", ["remote", "rows", "task"])
+@pytest.mark.parametrize("mode", ["remote", "task", pytest.param("rows", marks=pytest.mark.chaos)])
 def test_cancelled_in_c(
     cluster: Any, zone: Any, look_inside: Any, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
