@@ -170,6 +170,8 @@ class Sandbox:
     def _keep(self, message: dict[str, Any], payload: memoryview) -> bool:
         """Copy a shard to this process's own memory if it shall stay open and there is room; tell whether it is."""
         room = self._room.get(message["arguments"], 0)
+        if not room:
+            return False
         self._room_bytes = max(self._room_bytes, room)
         return self._open.keep(message["arguments"], message["shard"], payload, room=room)
 
