@@ -47,14 +47,14 @@ def imports(function: Any, named: Collection[str], sent: Mapping[str, str]) -> l
         FunctionRefusedError: It imports a module of the user's own which is not sent with it.
     """
     inside = _imported(function)
-    beside = {name for text in sent.values() for name in certain(compile(text, "<module>", "exec")) if text}
+    beside = {name for own_name, text in sent.items() for name in certain(compile(text, f"<{own_name}>", "exec"))}
     tops = {top(name) for name in sent}
     wanted = sorted({top(name) for name in (*named, *inside, *beside)} - _EVERYWHERE - tops - {""})
     for name in wanted:
-        if name in inside and _is_own(name):
+        if name in inside | beside and _is_own(name):
             raise FunctionRefusedError(
-                f"the function imports {name}, a module of your own, which no node has: send it along with "
-                f"modules=[{name}], or import it outside of the function",
+                f"the function {'' if name in inside else 'or a module of it '}imports {name}, a module of your own, "
+                f"which no node has: send it along with modules=[{name}], or import it outside of the function",
                 variable=name,
             )
     return [(name, str(getattr(sys.modules.get(name), "__version__", ""))) for name in wanted]

@@ -156,6 +156,8 @@ def test_modules_that_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for place in (tmp_path, installed):
         monkeypatch.syspath_prepend(str(place))
     goes, elsewhere = importlib.import_module("goes"), importlib.import_module("elsewhere")
+    with pytest.raises(FunctionRefusedError, match=r"module of it imports absent_g.*modules=\[absent_g\]"):
+        PackedFunction(_helper, [goes]).packed()
     del sys.modules["absent_g"]
     (tmp_path / "absent_g.py").unlink()
 
