@@ -34,7 +34,7 @@ def current() -> Environment:
     return found(site.getsitepackages(), python=platform.python_version())
 
 
-def found(directories: Iterable[str | Path], *, python: str, files: str = "") -> Environment:
+def found(directories: Iterable[str | Path], *, python: str) -> Environment:
     """Return the environment of a Python that imports from *directories*."""
     packages: dict[str, str] = {}
     modules: dict[str, str] = {}
@@ -44,9 +44,7 @@ def found(directories: Iterable[str | Path], *, python: str, files: str = "") ->
         if packages.setdefault(name, distribution.version) == distribution.version:
             for module in _modules(distribution):
                 modules.setdefault(module, name)
-    return Environment(
-        python=python, platform=sysconfig.get_platform(), packages=packages, modules=modules, files=files
-    )
+    return Environment(python=python, platform=sysconfig.get_platform(), packages=packages, modules=modules)
 
 
 def normalised(name: str) -> str:

@@ -17,16 +17,16 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ray_gpu import environment
-from zones.environments import Environment, minor
+from zones.environments import DIGEST, Environment, minor
 from zones.errors import ConfigError
 from zones.model import canonical
 
@@ -34,7 +34,6 @@ from zones.model import canonical
 NEEDED = ("array-api-compat", "cloudpickle", "msgpack", "numpy", "pyarrow")
 #: What pip writes about an installation, and not about a package.
 _ABOUT = frozenset({"INSTALLER", "REQUESTED", "direct_url.json"})
-_DIGEST = re.compile("[0-9a-f]{64}")
 _DOCUMENT, _SITE = "environment.json", "site"
 #: Lines of pip's that an error repeats.
 _SAID_LINES = 12
@@ -51,7 +50,7 @@ class Store:
     def digests(self) -> tuple[str, ...]:
         """Return those that are published here, ascending; what has another name, a copy for example, is none."""
         found = (path.parent.name for path in self._root.glob(f"*/{_DOCUMENT}"))
-        return tuple(sorted(name for name in found if _DIGEST.fullmatch(name)))
+        return tuple(sorted(name for name in found if DIGEST.fullmatch(name)))
 
     def environment(self, digest: str) -> Environment:
         """Return what an environment is.
@@ -103,8 +102,7 @@ class Store:
             site = folder / _SITE
             _install(lock, site)
             _tidy(site)
-            python = minor(platform.python_version())
-            found = environment.found([site], python=python)
+            found = environment.found([site], python=minor(platform.python_version()))
             if missing := [name for name in NEEDED if name not in found.packages]:
                 raise ConfigError(
                     f"{lock} lacks {', '.join(missing)}, which every sandbox needs: add "
@@ -113,7 +111,7 @@ class Store:
                 )
             _compile(site)
             _protect(site)
-            found = environment.found([site], python=python, files=files_digest(site))
+            found = replace(found, files=files_digest(site))
             (folder / _DOCUMENT).write_bytes(canonical(found.document()))
             folder.chmod(0o755)
             self._put(folder, found.digest)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import re
 import secrets
 import socket
 import threading
@@ -31,7 +30,7 @@ from ray_gpu.relay_link import RelayLink
 from ray_gpu.rooms import Rooms
 from zones.config import endpoint_allowed
 from zones.envelope import HEADER_BYTES, LeaseKey, padded_size, sealed_size
-from zones.environments import Environment, minor
+from zones.environments import DIGEST, Environment, minor
 from zones.errors import (
     ClusterError,
     EnvelopeError,
@@ -567,7 +566,7 @@ def _parse_offer(document: Any) -> Offer:
         fields = dict(document)
         fields["degradations"] = tuple(str(item)[:40] for item in fields["degradations"])
         fields["environments"] = tuple(map(str, fields["environments"]))
-        if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in fields["environments"]):
+        if not all(DIGEST.fullmatch(digest) for digest in fields["environments"]):
             raise ValueError("environments are digests")
         if any(type(value) is not str for name, value in fields.items() if name not in _LISTS):
             raise TypeError("an offer's fields are text")

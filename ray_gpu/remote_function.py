@@ -6,8 +6,7 @@ import functools
 import json
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from ray_gpu import functions, progress, proposal, where
@@ -116,8 +115,7 @@ class RemoteFunction(Generic[P, R]):
         Returns:
             An iterator for ``for`` and ``async for``. Errors are raised after the values that came before them.
         """
-        call = self._call("stream", data, args, kwargs, more={"return_exceptions": True} if return_exceptions else {})
-        return Stream(call, ordered=ordered)
+        return Stream(self._call("stream", data, args, kwargs, return_exceptions=return_exceptions), ordered=ordered)
 
     @overload
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
@@ -217,17 +215,8 @@ class RemoteFunction(Generic[P, R]):
                     raise
                 function = function.options(shard_bytes=half)
 
-    def _call(
-        self,
-        mode: str,
-        data: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        whole: bool = False,
-        more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Call[Any]:
-        planned = self._planned(mode, data, args, kwargs, whole=whole, more=more)
+    def _call(self, mode: str, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool) -> Call[Any]:
+        planned = self._planned(mode, data, args, kwargs, **how)
         table, ended, advice = planned.work.data, None, None
         if not self._instance and planned.work.mode in _MOVABLE:
             advice = where.choose(planned)
@@ -235,7 +224,7 @@ class RemoteFunction(Generic[P, R]):
                 return where.begin_here(planned, advice)
             ended = where.learner(planned)
         show = progress.Progress(self._name) if table is not None and progress.wanted() else None
-        one = whole or mode in ("call", "make")
+        one = planned.work.whole or mode in ("call", "make")
         call: Call[Any] = Call(planned.session, planned.request, table, show=show, one=one, ended=ended)
         call.advice = advice
         return call
@@ -248,7 +237,7 @@ class RemoteFunction(Generic[P, R]):
         kwargs: dict[str, Any],
         *,
         whole: bool = False,
-        more: Mapping[str, Any] = MappingProxyType({}),
+        return_exceptions: bool = False,
     ) -> where.Planned:
         """Return a call that may be made, here or on GPU nodes."""
         table = as_table(data, self._options.columns) if mode in ("map", "shards", "stream") else None
@@ -257,7 +246,9 @@ class RemoteFunction(Generic[P, R]):
         given = args, kwargs
         args, kwargs, broadcasts = taken_out(args, kwargs, session)
         arguments = _encode(args, kwargs, broadcasts)
-        request = {"op": "call", "mode": mode, "work": work, "arguments": arguments, **more}
+        request: dict[str, Any] = {"op": "call", "mode": mode, "work": work, "arguments": arguments}
+        if return_exceptions:
+            request["return_exceptions"] = True
         if broadcasts:
             request["broadcasts"] = sorted(set(broadcasts.values()))
         here = LocalWork(
@@ -267,7 +258,7 @@ class RemoteFunction(Generic[P, R]):
             options=self._options,
             data=table,
             arguments=arguments,
-            return_exceptions=bool(more.get("return_exceptions")),
+            return_exceptions=return_exceptions,
             broadcasts={at: given[0][at] if isinstance(at, int) else given[1][at] for at in broadcasts},
         )
         return where.Planned(name=self._name, session=session, request=request, work=here)

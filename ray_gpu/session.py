@@ -7,7 +7,6 @@ between calls (:mod:`ray_gpu.lease_pool`). Caps on small bytes are counted here,
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from ray_gpu.shares import Shares
 from ray_gpu.sharing import Sharing
 from ray_gpu.source import Source
 from ray_gpu.spending import Spending
-from zones.environments import Environment, minor
+from zones.environments import DIGEST, Environment, minor
 from zones.errors import (
     EgressDeniedError,
     FunctionRefusedError,
@@ -531,7 +530,7 @@ def _environment(request: Request, zone: Zone) -> str:
         UnknownNameError: The zone knows no such name.
     """
     name = request.work.options.environment
-    if not name or re.fullmatch("[0-9a-f]{64}", name):
+    if not name or DIGEST.fullmatch(name):
         return name
     if name not in zone.environments:
         raise UnknownNameError.of("environment", name, zone.environments)

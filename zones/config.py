@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from zones.approvals import approved
 from zones.document import Document, FileModel, Id, Ids, Loc, distinct, read_text_file
-from zones.environments import Environment
+from zones.environments import DIGEST, Environment
 from zones.errors import ConfigError, UnknownNameError, did_you_mean
 from zones.hours import Hours
 from zones.model import (
@@ -50,7 +50,6 @@ SCHEMA_FILE = "schema.cedarschema"
 _APPROVED, _ENVIRONMENTS = "approved", "environments"
 #: Formats that a gateway can map into memory or stream.
 _DATA_SUFFIXES = frozenset({".arrow", ".feather", ".parquet"})
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _BLOCKS = re.compile(r"blocks\(([1-9][0-9]{0,5})\)")
 
 
@@ -141,7 +140,7 @@ def _shuffle(text: str) -> str:
 
 def _digests(texts: list[str]) -> list[str]:
     for text in texts:
-        if not _DIGEST.fullmatch(text):
+        if not DIGEST.fullmatch(text):
             raise ValueError(f"an environment is named by its digest, as `ray-gpu env` prints it, not {text!r}")
     return texts
 
